@@ -1,0 +1,221 @@
+"""The job: every knob, its type, its default and what it does. Read from TOML by `jobfile.py`.
+
+`None` in `[objective]` means "as the preset says". Derived quantities (micro-batches, accumulation) are not knobs.
+A field marked `_resumable` may differ when a run is resumed; any other difference needs `--fork`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+BUILTIN = "builtin:arithmetic"
+
+
+def _resumable(default: Any = ..., **constraints: Any) -> Any:
+    """A field that may change between a checkpoint and the run that resumes from it."""
+    return Field(default, json_schema_extra={"resumable": True}, **constraints)
+
+
+class Section(BaseModel):
+    """A table of the job file. Unknown keys are errors and values are never coerced between kinds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
+
+
+class ModelSection(Section):
+    """The policy."""
+
+    path: str = BUILTIN
+    """A Hugging Face folder, a hub id, or `builtin:arithmetic` (a 1M-parameter model made and warmed up in code)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What forward and backward compute in; master weights are always float32. `auto`: bfloat16 on CUDA, else float32."""
+    layout: Literal["auto", "shared", "plain"] = "auto"
+    """`shared` computes a prompt once per group, `plain` repeats it per output; `auto` takes what a probe proves equal."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class DataSection(Section):
+    """Where prompts come from."""
+
+    path: str = BUILTIN
+    """A `.jsonl`, `.json`, `.csv` or `.parquet` file, a `datasets` folder, a hub id, or `builtin:arithmetic`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a `datasets` folder or hub data set."""
+    prompt_column: str = "prompt"
+    """The column with the prompt: a string, or a list of messages (rendered by the chat template)."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Options handed to the chat template, such as `enable_thinking`."""
+    max_prompt_length: int | None = Field(None, ge=1)
+    """Longest prompt in tokens; default: what the context leaves beside `max_completion_length`."""
+    long_prompts: Literal["drop", "error"] = "drop"
+    """Prompts that are too long are counted and left out, or an error."""
+    shuffle: bool = True
+    """Draw each epoch in a new seeded order."""
+
+
+class RewardSection(Section):
+    """What scores an output."""
+
+    functions: list[str] = Field(default_factory=lambda: [BUILTIN], min_length=1)
+    """`file.py:name` (run in a worker process), `package.module:name`, or `builtin:arithmetic`."""
+    weights: list[float] | None = None
+    """One weight per function; the reward is their weighted sum. Default: 1 each."""
+    timeout: float = _resumable(60.0, gt=0)
+    """Seconds that one call over a step's outputs may take before its worker is restarted."""
+    output_timeout: float = _resumable(10.0, gt=0)
+    """Seconds for an output that is tried alone after a batch failed or ran out of time."""
+
+
+class SamplingSection(Section):
+    """How outputs are drawn for training."""
+
+    num_generations: int = Field(8, ge=1)
+    """Outputs per prompt: G."""
+    temperature: float = Field(1.0, ge=0)
+    """Divides the logits, in sampling and in every log-prob of training alike."""
+    max_completion_length: int = Field(256, ge=1)
+    """Most tokens of one output, the end token included."""
+    min_completion_length: int = Field(0, ge=0)
+    """The end token cannot be drawn before this many tokens."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Refused in training unless 1: see `docs/algorithm.md`."""
+    top_k: int = Field(0, ge=0)
+    """Refused in training unless 0."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Refused in training unless 0."""
+    stop: list[str] = Field(default_factory=list)
+    """Strings that end an output (besides the model's end tokens)."""
+    max_live_outputs: int = Field(256, ge=1)
+    """Most outputs decoded together; bounds the memory of the key/value stores."""
+
+
+class ObjectiveSection(Section):
+    """Which objective: a preset, and what to change in it."""
+
+    preset: str = "grpo"
+    """`grpo`, `deepseekmath`, `dr_grpo`, `dapo`, `gspo`, `cispo` or `rloo`."""
+    beta: float | None = Field(None, ge=0)
+    """Weight of the KL penalty; 0 loads no reference model."""
+    kl: Literal["k1_in_reward", "k2", "k3", "k3_unbiased"] | None = None
+    """The KL estimator. `k1` exists only as a penalty in the reward."""
+    epsilon: float | None = Field(None, ge=0)
+    """Lower clip range."""
+    epsilon_high: float | None = Field(None, ge=0)
+    """Upper clip range (clip-higher); for `cispo`, the cap of the ratio itself."""
+    dual_clip: float | None = Field(None, gt=1)
+    """For negative advantages the loss of a token is at most this times |A|."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """What advantages are divided by: the group's std, the batch's, or nothing."""
+    mask_truncated_completions: bool = False
+    """Leave outputs that met the length limit out of the loss; their rewards stay in the group's mean and std."""
+
+
+class TrainSection(Section):
+    """The optimisation."""
+
+    iterations: int = _resumable(1, ge=1)
+    """Outer iterations; the reference is refreshed at the start of each."""
+    steps: int = _resumable(100, ge=1)
+    """Steps (batches of prompts) per iteration."""
+    prompts_per_step: int = Field(8, ge=1)
+    """Prompts per step: Q. A step samples `Q * num_generations` outputs."""
+    num_iterations: int = Field(1, ge=1)
+    """Passes over one batch of outputs: mu."""
+    updates_per_batch: int = Field(1, ge=1)
+    """Optimizer updates per pass, each over whole groups in a seeded order."""
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up; `linear` and `cosine` fall to 0 at the last step."""
+    warmup_steps: int = Field(0, ge=0)
+    """Updates over which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled decay; not applied to biases and norms."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the gradient's running mean."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the squared gradient's running mean."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to the denominator."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient is scaled down to this norm; `inf` turns it off."""
+    tokens_per_micro_batch: int = Field(16384, ge=1)
+    """Most tokens of one forward; groups are split where needed. Memory, not mathematics."""
+
+
+class EvalSection(Section):
+    """Held-out evaluation: at step 0, every so often, and at the end."""
+
+    data: str | None = None
+    """Held-out prompts in any form `[data] path` takes; none: no evaluation (the built-in data brings its own)."""
+    split: str = "train"
+    """Split of a `datasets` folder or hub data set."""
+    every: int = _resumable(0, ge=0)
+    """Steps between evaluations; 0: only before the first step and after the last."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first so many prompts."""
+    num_generations: int = Field(1, ge=1)
+    """Outputs per held-out prompt; pass@k is reported for k = 1, 2, 4 .. up to this."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling, allowed in evaluation."""
+    top_k: int = Field(0, ge=0)
+    """Keep only the k likeliest tokens, allowed in evaluation."""
+    max_completion_length: int | None = Field(None, ge=1)
+    """Default: as in `[sampling]`."""
+    threshold: float = 1.0
+    """An output whose reward is at least this counts as right, in accuracy and pass@k."""
+
+
+class CheckpointSection(Section):
+    """What is saved, and how much of it is kept."""
+
+    every: int = _resumable(50, ge=0)
+    """Steps between checkpoints; 0: only at the end and when interrupted."""
+    keep: int = _resumable(2, ge=1)
+    """How many of the latest are kept (the one before the last serves when the last is damaged)."""
+    best: bool = _resumable(True)
+    """Also keep the weights with the best evaluation, without optimizer."""
+
+
+class WatchSection(Section):
+    """What is written for people to look at."""
+
+    tensorboard: bool = _resumable(False)
+    """Also write TensorBoard files into the run folder (needs the extra `tensorboard`)."""
+    rollouts: bool = _resumable(True)
+    """Write sampled groups with rewards and advantages to `rollouts.jsonl`."""
+    rollouts_max_bytes: int = _resumable(100_000_000, ge=1_000)
+    """Start a new rollouts file at this size; the current and the last full one are kept."""
+
+
+class Job(Section):
+    """A whole training job."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    """Version of this format."""
+    run: str = _resumable("runs/demo")
+    """The run folder."""
+    seed: int = Field(0, ge=0)
+    """Decides data order, draws, and the built-in model's weights."""
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    reward: RewardSection = Field(default_factory=RewardSection)
+    sampling: SamplingSection = Field(default_factory=SamplingSection)
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    watch: WatchSection = Field(default_factory=WatchSection)

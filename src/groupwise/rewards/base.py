@@ -1,0 +1,42 @@
+"""What every reward does: look at the groups of a step, say what each output earned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from groupwise.types import Group
+
+Scope = Literal["output", "group", "step"]
+Values = list[list[float | None]]
+"""Per group, per output: a reward, or None where the output was not scored."""
+
+
+@dataclass
+class RewardContext:
+    """What a reward may know and report beside its values.
+
+    `step` counts optimizer batches from 0, of `total_steps`. `metrics` collects numbers for the step's event,
+    `extras` columns for `rollouts.jsonl` (one entry per output, in the order of the groups), `warn` shows a
+    sentence to the user.
+    """
+
+    step: int
+    total_steps: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    warn: Callable[[str], None] = lambda message: None
+
+
+class Reward(Protocol):
+    """Scores outputs. `scope` is the least it must see at once: one output, a whole group, or the whole step."""
+
+    name: str
+    scope: Scope
+
+    def __call__(self, groups: Sequence[Group], context: RewardContext) -> Values:
+        """One value per output of each group. Raises RewardError where values cannot be used (NaN, a string)."""
+
+    def close(self) -> None:
+        """Give back what the reward holds (a worker process)."""

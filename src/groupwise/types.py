@@ -1,0 +1,135 @@
+"""One frozen type per stage, from a prompt to a scored group. Plain lists and tuples: they pickle, print, compare and
+go into JSON. Tensors begin in `learn/pack.py`.
+
+Dimensions in names: `N` tokens of a stream, `T` output tokens, `S` outputs, `Q` prompts, `G` outputs of one prompt,
+`V` vocabulary, `D` hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Message = dict[str, Any]
+Finish = Literal["stop", "length", "aborted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question, ready to be sampled from.
+
+    `prompt_id` names the row of its data set (`"17"`); `content` is what the row held, a string or a list of
+    messages; `token_ids` is its encoding, made once; `row` holds the data set's other columns.
+    """
+
+    prompt_id: str
+    content: str | list[Message]
+    token_ids: tuple[int, ...]
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether `content` is a list of messages."""
+        return not isinstance(self.content, str)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How outputs are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+
+    `stop` strings end an output when they appear in its text; they stay part of the output.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 256
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be continued `n` times. Output `i` draws with seed `seed + i`."""
+
+    uid: str
+    token_ids: tuple[int, ...]
+    n: int
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One output as it was sampled. The end token, where there is one, is the last of `token_ids`.
+
+    `sampled_logprobs` has one entry per token, under the distribution that was sampled (temperature included).
+    `policy_versions` are run lengths `(version, number of tokens)`: weights may change under way.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    sampled_logprobs: tuple[float, ...]
+    finish: Finish
+    policy_versions: tuple[tuple[int, int], ...] = ()
+
+
+class Sampled(NamedTuple):
+    """An engine's answer: output `index` of request `uid`."""
+
+    uid: str
+    index: int
+    completion: Completion
+
+
+class GroupKey(NamedTuple):
+    """The identity of a group. Two equal questions in one step are two groups: their slots differ."""
+
+    step: int
+    slot: int
+    prompt_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One prompt and its `G` outputs."""
+
+    key: GroupKey
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+
+class Step(NamedTuple):
+    """A step's reward: it covers the output's tokens before `end` (exclusive), after the previous end."""
+
+    end: int
+    reward: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What an output earned. `reward` None means "not scored", which is not a reward of 0.
+
+    `parts` holds each reward function's own value, by its name.
+    """
+
+    reward: float | None
+    steps: tuple[Step, ...] = ()
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A group and one score per output, in order."""
+
+    group: Group
+    scores: tuple[Score, ...]
+
+    @property
+    def rewards(self) -> list[float | None]:
+        """One reward per output; None where it was not scored."""
+        return [score.reward for score in self.scores]
+
+
+Scored = Sequence[ScoredGroup]
