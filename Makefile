@@ -1,0 +1,46 @@
+# Everything a person types. Needs make and Python 3.11 or newer with venv; nothing is installed outside .venv.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+ARGS ?=
+
+.PHONY: demo test lint types docs evidence wheel clean
+
+# Train the embedded job, about five minutes on two cores. An earlier demo is kept once, as runs/demo.previous.
+demo: $(INSTALLED)
+	@if [ -d runs/demo ]; then rm -rf runs/demo.previous && mv runs/demo runs/demo.previous; fi
+	@$(BIN)/groupwise train --run runs/demo
+
+# make test ARGS="-k resume" runs some of it.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+# The pages that are written by the code; a test fails when they are stale.
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
+
+# Three seeds of the embedded job; the results are committed.
+evidence: $(INSTALLED)
+	$(BIN)/python benchmarks/evidence.py
+
+wheel: $(INSTALLED)
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist
+
+# Generated files only: runs/ stays, it is yours.
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "groupwise needs Python 3.11 or newer: install it, or name it with make PYTHON=..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
