@@ -1,0 +1,249 @@
+"""The native engine: samples from the policy's own weights, in the policy's own process.
+
+Slots refill from waiting requests as outputs finish. What a row draws depends on its seed, its token index and its
+distribution only, so it does not matter which rows run beside it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from groupwise.engines.cache import SharedDecoder
+from groupwise.engines.draw import Filters, draw, uniforms
+from groupwise.engines.plain import PlainDecoder
+from groupwise.models.policy import Policy
+from groupwise.types import Completion, Finish, Request, Sampled, Sampling
+
+
+class Codec(Protocol):
+    """What the engine needs of the codec."""
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that end an output."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, without special tokens."""
+
+    def stop_checker(self, stop: tuple[str, ...]) -> StopChecker:
+        """What tells whether an output has reached one of the stop strings."""
+
+
+class StopChecker(Protocol):
+    """Looks for stop strings without decoding whole outputs."""
+
+    def may_end(self, token_id: int) -> bool:
+        """Whether this token can complete a stop string: quick, and never wrongly False."""
+
+    def ends_with_stop(self, token_ids: Sequence[int]) -> bool:
+        """Whether the output's last token completed a stop string."""
+
+
+class Decoder(Protocol):
+    """Where rows are decoded: see `SharedDecoder` and `PlainDecoder`."""
+
+    refills: bool
+
+    def begin(self, prompts: Sequence[tuple[str, Sequence[int]]]) -> None: ...
+    def attach(self, uids: Sequence[str], max_tokens: int) -> Tensor: ...
+    def step(self, token_R: Tensor) -> Tensor: ...
+    def keep(self, order: Sequence[int]) -> None: ...
+    def end(self, uid: str) -> None: ...
+
+
+@dataclass(slots=True)
+class _Row:
+    """One output under way."""
+
+    request: Request
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[list[int]] = field(default_factory=list)
+
+    def add(self, token: int, logprob: float, version: int) -> None:
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        if self.versions and self.versions[-1][0] == version:
+            self.versions[-1][1] += 1
+        else:
+            self.versions.append([version, 1])
+
+
+class NativeEngine:
+    """An `Engine` over a policy in this process. At most `max_live` outputs are decoded together.
+
+    `on_tokens(n)`, where given, is told of every `n` tokens that were drawn, for a progress display.
+    """
+
+    def __init__(
+        self, policy: Policy, codec: Codec, *, max_live: int = 256, on_tokens: Callable[[int], None] | None = None
+    ) -> None:
+        self.policy, self.codec, self.max_live = policy, codec, max_live
+        self.version = 0
+        self.on_tokens = on_tokens
+        self.decoder: Decoder = SharedDecoder(policy) if policy.layout == "shared" else PlainDecoder(policy)
+        self._waiting: deque[tuple[Request, int]] = deque()
+        self._rows: list[_Row] = []
+        self._unfinished: dict[str, int] = {}
+        self._begun: set[str] = set()
+        self._settings: _Settings | None = None
+
+    def submit(self, request: Request) -> None:
+        """See `Engine`."""
+        assert request.uid not in self._unfinished, f"request {request.uid} is in flight already"
+        assert request.token_ids and request.n > 0
+        self._unfinished[request.uid] = request.n
+        self._waiting.extend((request, i) for i in range(request.n))
+
+    def cancel(self, uid: str) -> None:
+        """See `Engine`."""
+        if uid not in self._unfinished:
+            return
+        self._waiting = deque(item for item in self._waiting if item[0].uid != uid)
+        self._drop([i for i, row in enumerate(self._rows) if row.request.uid == uid])
+        self._forget(uid)
+
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        """See `Engine`. Tensors that already are the policy's own are not copied; an unknown name is a KeyError."""
+        own = self.policy.model.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, tensor in weights:
+                if own[name].data_ptr() != tensor.data_ptr():
+                    own[name].copy_(tensor)
+        self.version = version
+
+    def close(self) -> None:
+        """See `Engine`."""
+        for uid in list(self._unfinished):
+            self.cancel(uid)
+        self.decoder = SharedDecoder(self.policy) if self.policy.layout == "shared" else PlainDecoder(self.policy)
+
+    def completed(self) -> Iterator[Sampled]:
+        """See `Engine`."""
+        self.policy.eval()  # gradient checkpointing would switch caches off
+        try:
+            while self._waiting or self._rows:
+                with torch.inference_mode():
+                    finished = self._draw(self._advance())
+                yield from finished
+        finally:
+            self.policy.train()
+
+    def _advance(self) -> Tensor:
+        """Logits of the next token of every live row, after new rows have taken the free slots."""
+        old = self._rows
+        parts = []
+        if old:
+            last = torch.tensor([row.token_ids[-1] for row in old], device=self.policy.device)
+            parts.append(self.decoder.step(last))
+        new = self._admit()
+        if new:
+            longest = max(row.request.sampling.max_tokens for row in new)
+            parts.append(self.decoder.attach([row.request.uid for row in new], longest))
+            self._rows = [*old, *new]
+            self._settings = None
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _admit(self) -> list[_Row]:
+        free = self.max_live - len(self._rows)
+        if not self._waiting or (self._rows and (not self.decoder.refills or free < self.max_live // 8)):
+            return []
+        new = [_Row(*self._waiting.popleft()) for _ in range(min(max(free, 0), len(self._waiting)))]
+        fresh: dict[str, Request] = {}
+        for row in new:
+            if row.request.uid not in self._begun or not self.decoder.refills:
+                fresh[row.request.uid] = row.request
+        if fresh:
+            self.decoder.begin([(uid, request.token_ids) for uid, request in fresh.items()])
+            self._begun |= set(fresh)
+        return new
+
+    def _draw(self, logits_RV: Tensor) -> list[Sampled]:
+        """Draw a token for every live row; returns the outputs that ended with it."""
+        if self._settings is None:
+            self._settings = _Settings(self._rows, self.codec, logits_RV)
+        settings = self._settings
+        index = torch.tensor([len(row.token_ids) for row in self._rows], device=logits_RV.device)
+        settings.forbid_early_end(logits_RV, index)
+        tokens, logprobs = draw(logits_RV, uniforms(settings.seed_R, index), settings.filters, settings.cut_support)
+        finished: list[Sampled] = []
+        ended: list[int] = []
+        for i, (row, token, logprob) in enumerate(zip(self._rows, tokens.tolist(), logprobs.tolist(), strict=True)):
+            row.add(token, logprob, self.version)
+            finish = self._finish(row, settings.checkers[i])
+            if finish is not None:
+                ended.append(i)
+                finished.append(self._complete(row, finish))
+        if self.on_tokens is not None:
+            self.on_tokens(len(self._rows))
+        if ended:
+            self._drop(ended)
+            for sampled in finished:
+                self._unfinished[sampled.uid] -= 1
+                if self._unfinished[sampled.uid] == 0:
+                    self._forget(sampled.uid)
+        return finished
+
+    def _finish(self, row: _Row, checker: StopChecker | None) -> Finish | None:
+        token = row.token_ids[-1]
+        if token in self.codec.end_token_ids:
+            return "stop"
+        if checker is not None and checker.may_end(token) and checker.ends_with_stop(row.token_ids):
+            return "stop"
+        return "length" if len(row.token_ids) >= row.request.sampling.max_tokens else None
+
+    def _complete(self, row: _Row, finish: Finish) -> Sampled:
+        return Sampled(
+            row.request.uid, row.index,
+            Completion(
+                tuple(row.token_ids), self.codec.decode(row.token_ids), tuple(row.logprobs), finish,
+                tuple((version, count) for version, count in row.versions),
+            ),
+        )  # fmt: skip
+
+    def _drop(self, ended: Sequence[int]) -> None:
+        """Take rows out; the last live rows move into their places, so that little is copied."""
+        if not ended:
+            return
+        count = len(self._rows) - len(ended)
+        gone = set(ended)
+        spare = iter([i for i in range(len(self._rows) - 1, count - 1, -1) if i not in gone])
+        order = [next(spare) if i in gone else i for i in range(count)]
+        self.decoder.keep(order)
+        self._rows = [self._rows[i] for i in order]
+        self._settings = None
+
+    def _forget(self, uid: str) -> None:
+        self._unfinished.pop(uid)
+        if uid in self._begun:
+            self._begun.discard(uid)
+            self.decoder.end(uid)
+
+
+class _Settings:
+    """What the live rows ask for, as tensors; made anew only when the rows change."""
+
+    def __init__(self, rows: Sequence[_Row], codec: Codec, logits_RV: Tensor) -> None:
+        device = logits_RV.device
+        sampling: list[Sampling] = [row.request.sampling for row in rows]
+        self.filters = Filters.of(sampling, device)
+        self.cut_support = self.filters.cut_support
+        self.seed_R = torch.tensor([row.request.seed + row.index for row in rows], device=device)
+        self.min_R = torch.tensor([s.min_tokens for s in sampling], device=device)
+        self.any_min = any(s.min_tokens > 1 for s in sampling)
+        self.end_ids = torch.tensor(sorted(codec.end_token_ids), dtype=torch.long, device=device)
+        checkers = {s.stop: codec.stop_checker(s.stop) for s in sampling if s.stop}
+        self.checkers = [checkers.get(s.stop) for s in sampling]
+
+    def forbid_early_end(self, logits_RV: Tensor, index_R: Tensor) -> None:
+        """Make the end tokens impossible for rows that would stay shorter than their minimum length."""
+        if self.any_min and len(self.end_ids):
+            early = (index_R + 1 < self.min_R)[:, None]
+            columns = logits_RV[:, self.end_ids]
+            logits_RV[:, self.end_ids] = columns.masked_fill(early, float("-inf"))

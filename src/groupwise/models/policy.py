@@ -1,0 +1,107 @@
+"""The policy: any Hugging Face causal model, as one module from tokens to log-probs of the output tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from groupwise.models.attention import KEYWORD, AttentionLayout, ForestAttention
+from groupwise.models.head import HeadShape, chunked_logprobs, dense_logprobs
+from groupwise.models.layout import Stream, Tokens, plain_stream, shared_stream
+
+LayoutName = Literal["shared", "plain"]
+
+
+class LogProbs(NamedTuple):
+    """Log-probs of the output tokens `[T]`, and the entropy of their distributions `[T]` where it was asked for."""
+
+    logprobs_T: Tensor
+    entropy_T: Tensor | None
+
+
+class Policy(nn.Module):
+    """Body and head of a causal language model behind one forward: `stream -> logprobs_T`.
+
+    `layout` says how prompts and outputs are laid out, `head` what lies between the head's matrix and the logits; None
+    means that the head is more than a matrix and the model's own forward is used (whole logits are held then). Every
+    dropout is off, and the module stays in train mode: in eval mode gradient checkpointing would do nothing.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: LayoutName, head: HeadShape | None) -> None:
+        super().__init__()
+        self.model = model
+        self.layout: LayoutName = layout
+        self.head = head
+        silence_dropout(self.model)
+        self.train()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are computed in."""
+        return next(self.model.parameters()).dtype
+
+    def stream(self, groups: Sequence[tuple[Tokens, Sequence[Tokens]]]) -> Stream:
+        """Lay out `(prompt, outputs)` pairs for a forward pass; output tokens keep the order of the pairs."""
+        lay_out = shared_stream if self.layout == "shared" else plain_stream
+        return lay_out(groups, self.device)
+
+    def forward(self, stream: Stream, temperature: float = 1.0, entropy: bool = False) -> LogProbs:
+        """Log-probs of `stream.target_T` under `softmax(logits / temperature)`, `[T]` in float32 or wider."""
+        if self.head is None:
+            logits = self._body_call(self.model, stream).logits.flatten(0, 1)[stream.predictor_T]
+            logprobs_T, entropy_T = dense_logprobs(logits, stream.target_T, temperature)
+            return LogProbs(logprobs_T, entropy_T if entropy else None)
+        hidden = self._body_call(self.model.base_model, stream)[0].flatten(0, 1)
+        weight, bias = self.head_parameters()
+        return LogProbs(
+            *chunked_logprobs(
+                hidden.index_select(0, stream.predictor_T), weight, bias, stream.target_T,
+                shape=self.head, temperature=temperature, entropy=entropy,
+            )
+        )  # fmt: skip
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
+        """Last hidden states `[B, L, D]` of the shared layout, `layout` answering every attention call."""
+        return self.model.base_model(  # type: ignore[no-any-return]
+            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **{KEYWORD: layout}
+        )[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[.., V]` in float32 or wider from hidden states `[.., D]`; needs a head that is a matrix."""
+        assert self.head is not None
+        weight, bias = self.head_parameters()
+        raw = nn.functional.linear(hidden, weight, bias)
+        return self.head.apply(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """The head's matrix `[V, D]` and its bias `[V]`, if it has one."""
+        head = self.model.get_output_embeddings()
+        return head.weight, getattr(head, "bias", None)
+
+    @staticmethod
+    def _body_call(module: nn.Module, stream: Stream) -> Any:
+        if stream.forest is None:
+            return module(input_ids=stream.input_ids, attention_mask=stream.attention_mask, use_cache=False)
+        return module(
+            input_ids=stream.input_ids, position_ids=stream.position_ids, attention_mask=None, use_cache=False,
+            **{KEYWORD: ForestAttention(stream.forest)},
+        )  # fmt: skip
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0: the modules, and the attributes that functional dropout reads."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if ("dropout" in name or "layerdrop" in name) and isinstance(value, float):
+                setattr(module, name, 0.0)
