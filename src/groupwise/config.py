@@ -1,16 +1,34 @@
-"""The job: every knob, its type, its default and what it does. Read from TOML by `jobfile.py`.
+"""The job: every knob, its type, its default and what it does. Read from TOML by `groupwise.jobfile`.
 
 `None` in `[objective]` means "as the preset says". Derived quantities (micro-batches, accumulation) are not knobs.
 A field marked `_resumable` may differ when a run is resumed; any other difference needs `--fork`."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
-SCHEMA_VERSION = 1
-BUILTIN = "builtin:arithmetic"
+SCHEMA_VERSION: Final = 1
+BUILTIN: Final = "builtin:arithmetic"
+
+Preset = Literal["grpo", "deepseekmath", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo"]
+PRESET_NAMES: Final[tuple[str, ...]] = get_args(Preset)
+"""The names of `groupwise.objective.PRESETS`, known here so that a job can be read without torch."""
+
+PRESET_JOB_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "deepseekmath": {  # arXiv:2402.03300, section 4.2; its 1,024 outputs per batch read as 16 questions
+        "sampling.num_generations": 64,
+        "sampling.max_completion_length": 1024,
+        "train.prompts_per_step": 16,
+        "train.learning_rate": 1e-6,
+        "train.num_iterations": 1,
+        "train.updates_per_batch": 1,
+    },
+}
+"""Job defaults that a preset brings beside its objective; any key that the user gives wins over them."""
 
 
 def _resumable(default: Any = ..., **constraints: Any) -> Any:
@@ -21,7 +39,9 @@ def _resumable(default: Any = ..., **constraints: Any) -> Any:
 class Section(BaseModel):
     """A table of the job file. Unknown keys are errors and values are never coerced between kinds."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False
+    )
 
 
 class ModelSection(Section):
@@ -31,13 +51,13 @@ class ModelSection(Section):
     """A Hugging Face folder, a hub id, or `builtin:arithmetic` (a 1M-parameter model made and warmed up in code)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    device: str = "auto"
-    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
+    device: str = _resumable("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", examples=["auto", "cpu", "cuda", "cuda:1"])
+    """Where the model lives and computes; `auto` is CUDA where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What forward and backward compute in; master weights are always float32. `auto`: bfloat16 on CUDA, else float32."""
+    """What forward and backward compute in (master weights are float32). `auto`: bfloat16 on CUDA, else float32."""
     layout: Literal["auto", "shared", "plain"] = "auto"
-    """`shared` computes a prompt once per group, `plain` repeats it per output; `auto` takes what a probe proves equal."""
-    gradient_checkpointing: bool = False
+    """`shared` computes a prompt once per group, `plain` once per output; `auto`: shared where a probe proves it."""
+    gradient_checkpointing: bool = _resumable(False)
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
@@ -96,29 +116,34 @@ class SamplingSection(Section):
     """Refused in training unless 0."""
     stop: list[str] = Field(default_factory=list)
     """Strings that end an output (besides the model's end tokens)."""
-    max_live_outputs: int = Field(256, ge=1)
+    max_live_outputs: int = _resumable(256, ge=1)
     """Most outputs decoded together; bounds the memory of the key/value stores."""
 
 
 class ObjectiveSection(Section):
     """Which objective: a preset, and what to change in it."""
 
-    preset: str = "grpo"
-    """`grpo`, `deepseekmath`, `dr_grpo`, `dapo`, `gspo`, `cispo` or `rloo`."""
+    preset: Preset = "grpo"
+    """The named algorithm that fills in what this section leaves open; `deepseekmath` also brings job defaults."""
     beta: float | None = Field(None, ge=0)
     """Weight of the KL penalty; 0 loads no reference model."""
     kl: Literal["k1_in_reward", "k2", "k3", "k3_unbiased"] | None = None
     """The KL estimator. `k1` exists only as a penalty in the reward."""
-    epsilon: float | None = Field(None, ge=0)
-    """Lower clip range."""
-    epsilon_high: float | None = Field(None, ge=0)
-    """Upper clip range (clip-higher); for `cispo`, the cap of the ratio itself."""
+    epsilon: float | None = Field(None, ge=0, allow_inf_nan=True)
+    """Lower clip range, less than 1; `inf` turns it off."""
+    epsilon_high: float | None = Field(None, ge=0, allow_inf_nan=True)
+    """Upper clip range (clip-higher), `inf` turns it off; for `cispo`, the cap of the ratio itself."""
     dual_clip: float | None = Field(None, gt=1)
     """For negative advantages the loss of a token is at most this times |A|."""
     scale_rewards: Literal["group", "batch", "none"] | None = None
     """What advantages are divided by: the group's std, the batch's, or nothing."""
     mask_truncated_completions: bool = False
     """Leave outputs that met the length limit out of the loss; their rewards stay in the group's mean and std."""
+    importance_sampling: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
+    """Weighs the loss by `exp(old - sampled)`, for a sampler that differs from the policy: truncated at the cap or
+    zeroed beyond it, per token or by the product over the output."""
+    importance_sampling_cap: float = Field(3.0, ge=1)
+    """The largest weight of `importance_sampling`."""
 
 
 class TrainSection(Section):
@@ -148,9 +173,9 @@ class TrainSection(Section):
     """Decay of the squared gradient's running mean."""
     adam_epsilon: float = Field(1e-8, gt=0)
     """Added to the denominator."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
     """The gradient is scaled down to this norm; `inf` turns it off."""
-    tokens_per_micro_batch: int = Field(16384, ge=1)
+    tokens_per_micro_batch: int = _resumable(16384, ge=1)
     """Most tokens of one forward; groups are split where needed. Memory, not mathematics."""
 
 
@@ -208,7 +233,7 @@ class Job(Section):
     """Version of this format."""
     run: str = _resumable("runs/demo")
     """The run folder."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Decides data order, draws, and the built-in model's weights."""
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
@@ -219,3 +244,29 @@ class Job(Section):
     eval: EvalSection = Field(default_factory=EvalSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     watch: WatchSection = Field(default_factory=WatchSection)
+
+
+def knobs() -> dict[str, FieldInfo]:
+    """Every key of the job file by its dotted name, in the order of the file: `{"run": ..., "model.path": ...}`."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in Job.model_fields.items():
+        section = section_type(name)
+        if section is None:
+            found[name] = field
+        else:
+            found |= {f"{name}.{key}": inner for key, inner in section.model_fields.items()}
+    return found
+
+
+def section_type(name: str) -> type[Section] | None:
+    """The class behind `[name]`; None where `name` is a plain key or nothing at all."""
+    field = Job.model_fields.get(name)
+    if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+        return None
+    return field.annotation
+
+
+def is_resumable(field: FieldInfo) -> bool:
+    """Whether the knob may change between a checkpoint and the run that resumes from it."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and extra.get("resumable") is True

@@ -1,0 +1,21 @@
+"""Job files: read them, check them, show them, document them. No torch here, so that it is quick."""
+
+from groupwise.jobfile.checks import check
+from groupwise.jobfile.describe import json_schema, reference, show, template
+from groupwise.jobfile.load import Resolved, load_job, recipe_names
+from groupwise.jobfile.save import Difference, differences, resumable_keys, to_toml
+
+__all__ = [
+    "Difference",
+    "Resolved",
+    "check",
+    "differences",
+    "json_schema",
+    "load_job",
+    "recipe_names",
+    "reference",
+    "resumable_keys",
+    "show",
+    "template",
+    "to_toml",
+]

@@ -1,0 +1,130 @@
+"""A job shown, and the job file's template, schema and reference page, all written from the fields of `config.py`."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from groupwise.config import Job, is_resumable, knobs, section_type
+from groupwise.jobfile.load import Resolved
+from groupwise.jobfile.save import value
+from groupwise.jobfile.wording import as_toml, choices, wanted
+
+_STARTERS = ("run", "model.path", "data.path", "reward.functions", "objective.preset")
+
+_TEMPLATE_HEAD = """\
+# A job for groupwise. `groupwise train job.toml` runs it, `groupwise show job.toml` says what it amounts to.
+# Every key is here with its meaning. What most jobs set is active; the rest is commented out, at its default.
+"""
+
+_REFERENCE_HEAD = """\
+# Configuration
+
+<!-- Written by `make docs` from the docstrings of src/groupwise/config.py: change them there. -->
+
+A job is a TOML file. Each value is the last one given of: the default below, the preset's job default, the file, an
+option (`--model`, `train(model=...)`), `--set section.key=value`. `groupwise show` prints the resolved job with the
+origin of each value; `groupwise init` writes a commented file. An unknown key, a wrong type and a combination that
+cannot work are errors. Relative paths start from the folder in which the command runs.
+
+A key marked † may change when a run is resumed; any other difference needs a new run (`--fork`).
+"""
+
+
+def show(resolved: Resolved) -> str:
+    """The resolved job as TOML, the origin of each value beside it, and what a step amounts to in words."""
+    rows: list[tuple[str, str]] = []
+    for section, fields in _sections().items():
+        rows += [("", ""), (f"[{section}]", "")] if section else []
+        rows += [(_shown(resolved.job, key), f"# {resolved.origins[key]}") for key in fields]
+    width = max(len(text) for text, _ in rows if len(text) <= 60)
+    lines = [f"{text:<{width}}  {origin}".rstrip() for text, origin in rows]
+    return "\n".join([*lines, "", *(f"# {line}" for line in batch_arithmetic(resolved.job)), ""])
+
+
+def batch_arithmetic(job: Job) -> list[str]:
+    """What a step and the job amount to: `"8 prompts x 8 outputs = 64 outputs -> 1 update per step"` and so on."""
+    train, limit = job.train, job.sampling.max_completion_length
+    outputs = train.prompts_per_step * job.sampling.num_generations
+    updates = train.num_iterations * train.updates_per_batch
+    steps = train.iterations * train.steps
+    several = f"s per step (num_iterations {train.num_iterations} x updates_per_batch {train.updates_per_batch})"
+    return [
+        f"{train.prompts_per_step:,} prompts x {job.sampling.num_generations:,} outputs = {outputs:,} outputs"
+        f" -> {updates:,} update{several if updates > 1 else ' per step'}",
+        f"at most {outputs:,} x {limit:,} = {outputs * limit:,} output tokens per step,"
+        f" in micro-batches of at most {train.tokens_per_micro_batch:,} tokens",
+        f"{train.iterations:,} x {train.steps:,} = {steps:,} steps -> {steps * outputs:,} outputs,"
+        f" {steps * updates:,} updates in all",
+    ]
+
+
+def template() -> str:
+    """A job file with every knob, its meaning and its default, for `groupwise init`."""
+    lines = [_TEMPLATE_HEAD]
+    for section, fields in _sections().items():
+        lines += [f"# {_doc(section)}", f"[{section}]", ""] if section else []
+        for key, field in fields.items():
+            default = field.get_default(call_default_factory=True)
+            takes = f" Takes {wanted(field)}." if default is None or choices(field) or field.examples else ""
+            lines += textwrap.wrap(_sentence(field) + takes, 118, initial_indent="# ", subsequent_indent="# ")
+            text = f"{_name(key)} ={'' if default is None else f' {as_toml(default)}'}"
+            lines += [text if key in _STARTERS else f"#{text}", ""]
+    return "\n".join(lines)
+
+
+def json_schema() -> dict[str, Any]:
+    """The job file as a JSON Schema, for editors that complete and check TOML."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Job.model_json_schema()
+
+
+def reference() -> str:
+    """The page `docs/configuration.md`: per section a table of keys, what they take, defaults and meanings."""
+    lines = [_REFERENCE_HEAD]
+    for section, fields in _sections().items():
+        lines += [f"## `[{section}]`", "", _doc(section), ""] if section else ["## Before the first section", ""]
+        lines += ["| key | takes | default | meaning |", "|---|---|---|---|"]
+        for key, field in fields.items():
+            mark = " †" if is_resumable(field) else ""
+            cells = (f"`{_name(key)}`{mark}", wanted(field), _default(key, field), _sentence(field))
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _sections() -> dict[str, dict[str, FieldInfo]]:
+    """The knobs by section, `""` being what stands before the first."""
+    found: dict[str, dict[str, FieldInfo]] = {}
+    for key, field in knobs().items():
+        found.setdefault(key.rpartition(".")[0], {})[key] = field
+    return found
+
+
+def _shown(job: Job, key: str) -> str:
+    given = value(job, key)
+    if given is None:
+        return f"# {_name(key)}: {_unset(key)}"
+    return f"{_name(key)} = {as_toml(given)}"
+
+
+def _default(key: str, field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    return _unset(key) if default is None else f"`{as_toml(default)}`"
+
+
+def _unset(key: str) -> str:
+    return "as the preset says" if key.startswith("objective.") else "not set"
+
+
+def _sentence(field: FieldInfo) -> str:
+    return " ".join(str(field.description).split())
+
+
+def _doc(section: str) -> str:
+    return " ".join(str(getattr(section_type(section), "__doc__", "")).split())
+
+
+def _name(key: str) -> str:
+    return key.rpartition(".")[2]

@@ -1,0 +1,214 @@
+"""From files, options and `--set` to one checked job that knows where each of its values came from."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from groupwise.config import BUILTIN, PRESET_JOB_DEFAULTS, SCHEMA_VERSION, Job, knobs, section_type
+from groupwise.errors import ConfigError
+from groupwise.jobfile.checks import REASONS, check
+from groupwise.jobfile.wording import advice, as_toml, choices, found, suggestion, wanted
+
+OPTIONS = {
+    "model": "model.path",
+    "data": "data.path",
+    "reward": "reward.functions",
+    "eval_data": "eval.data",
+    "num_generations": "sampling.num_generations",
+    "temperature": "sampling.temperature",
+    "max_completion_length": "sampling.max_completion_length",
+}
+"""Options whose key is not the only one of its name; every other knob goes by its own (`learning_rate`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A job, and by dotted key where each value came from: `"default"`, `"job.toml"`, `"--set"`, `"--model"`, ..."""
+
+    job: Job
+    origins: Mapping[str, str]
+
+
+class Setting(NamedTuple):
+    """One value that somebody gave: `Setting("train.steps", 10, "--set")`."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+def load_job(
+    source: str | Path | None = None, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None
+) -> Resolved:
+    """Resolve a job: defaults, the preset's, the file's, `options` by name, `overrides` (`"section.key=value"`).
+
+    `source` is a path or the name of a shipped recipe; None is the recipe `arithmetic`, or no file at all when
+    the options name another model or other data. An option of None was not given. Raises ConfigError.
+    """
+    given = [*_from_options(options or {}), *(one for text in overrides for one in _from_override(text))]
+    settings = [*_from_source(source, given), *given]
+    preset = next((one.value for one in reversed(settings) if one.key == "objective.preset"), None)
+    brought = PRESET_JOB_DEFAULTS.get(preset, {}) if isinstance(preset, str) else {}
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(knobs(), "default")
+    for key, value, origin in [*(Setting(key, value, f"preset {preset}") for key, value in brought.items()), *settings]:
+        both_tables = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values[key] = values[key] | value if both_tables else value
+        origins[key] = origin
+    job = _validated(values, origins)
+    check(job, origins)
+    return Resolved(job, origins)
+
+
+def recipe_names() -> list[str]:
+    """The job files that come with the package, by name."""
+    files = (file.name for file in _recipes().iterdir())
+    return sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml"))
+
+
+def _recipes() -> Traversable:
+    return resources.files("groupwise.recipes")
+
+
+def _from_source(source: str | Path | None, given: Sequence[Setting]) -> list[Setting]:
+    """The settings of a file. A job of one's own starts from the defaults, not from what suits the embedded model."""
+    if source is None:
+        own = any(one.key in ("model.path", "data.path") and one.value != BUILTIN for one in given)
+        return [] if own else _from_source("arithmetic", given)
+    if isinstance(source, str) and source in recipe_names():
+        text = (_recipes() / f"{source}.toml").read_text(encoding="utf-8")
+        return list(_flatten(_parsed(text, f"recipe {source}"), f"recipe {source}"))
+    return list(_flatten(_parsed(_read(Path(source)), str(source)), str(source)))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        recipes = ", ".join(f"`{name}`" for name in recipe_names())
+        message = (
+            f"There is no job file `{path}`: it is neither a file nor a recipe.{suggestion(str(path), recipe_names())} "
+            f"The shipped recipes are {recipes}; `groupwise init` writes a new job file."
+        )
+        raise ConfigError(message) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The job file `{path}` cannot be read as text: {error}.") from None
+
+
+def _parsed(text: str, origin: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r"line (\d+)", str(error))
+        line = f" That line reads `{text.splitlines()[int(place[1]) - 1].strip()}`." if place else ""
+        raise ConfigError(f"{origin} is not valid TOML: {error}.{line} Strings need quotes, as in TOML.") from None
+
+
+def _from_options(options: Mapping[str, Any]) -> Iterator[Setting]:
+    """Options go by a short name (`model`), a knob's own name (`learning_rate`) or its dotted key."""
+    by_name: dict[str, list[str]] = {}
+    for key in knobs():
+        by_name.setdefault(key.rpartition(".")[2], []).append(key)
+    short = {name: keys[0] for name, keys in by_name.items() if len(keys) == 1} | OPTIONS
+    for name, value in options.items():
+        if value is None:
+            continue
+        key = short.get(name, name)
+        value = [value] if key == "reward.functions" and isinstance(value, str | Path) else value
+        yield from _flatten(_nested(key, _plain(name, value)), "--" + name.replace("_", "-"))
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An option from Python as TOML would give it: paths become strings, tuples lists."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(name, item) for item in value]
+    try:
+        as_toml(value)
+    except ValueError:
+        raise ConfigError(f"The option `{name}` got {value!r}, which cannot be written in a job file.") from None
+    return value
+
+
+def _from_override(text: str) -> Iterator[Setting]:
+    """`section.key=value`, the value as in TOML; what is not TOML but a bare word or path is a string."""
+    key, equals, value = text.partition("=")
+    key, value = key.strip(), value.strip()
+    if not (key and equals and value):
+        raise ConfigError(f"--set takes section.key=value, as in --set train.steps=10; found `{text}`.")
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+        plain = len(parsed) == 1
+    except tomllib.TOMLDecodeError:
+        parsed = {"value": value}
+        plain = value[0] not in "\"'[{" and "\n" not in value
+    if not plain:
+        raise ConfigError(
+            f"--set {key} got `{value}`, which is not a TOML value. The shell takes quotes away, so put it in single "
+            f"""quotes, as in --set '{key}=["a", "b"]'."""
+        )
+    yield from _flatten(_nested(key, parsed["value"]), "--set")
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _flatten(table: Mapping[str, Any], origin: str, prefix: str = "") -> Iterator[Setting]:
+    """The table's values by dotted key. Raises ConfigError at a key that no section has."""
+    for name, value in table.items():
+        key = prefix + name
+        if key in knobs():
+            yield Setting(key, value, origin)
+        elif section_type(key) is None:
+            raise ConfigError(f"{origin}: there is no key `{key}`.{suggestion(key, _names_like(key, value))}")
+        elif isinstance(value, dict):
+            yield from _flatten(value, origin, prefix=f"{key}.")
+        else:
+            raise ConfigError(f"{origin}: `{key}` is a section, so it takes a table of keys; found {found(value)}.")
+
+
+def _names_like(key: str, value: Any) -> list[str]:
+    """What an unknown key may have meant: a section if it holds a table, else any knob."""
+    at_top = isinstance(value, dict) and "." not in key
+    return [name for name in Job.model_fields if section_type(name)] if at_top else list(knobs())
+
+
+def _validated(values: Mapping[str, Any], origins: Mapping[str, str]) -> Job:
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    try:
+        return Job.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_complaint(error.errors()[0], values, origins)) from None
+
+
+def _complaint(error: ErrorDetails, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+    """What pydantic found, said for people: the key, what it takes, who gave what, and what would do."""
+    places = [str(place) for place in error["loc"]]
+    key = places[0] if places[0] in values else ".".join(places[:2])
+    value, field = values[key], knobs()[key]
+    if key == "schema_version" and value != SCHEMA_VERSION:
+        return (
+            f"{origins[key]}: schema_version is {as_toml(value)}, but this groupwise reads version {SCHEMA_VERSION}. "
+            "A newer job file needs a newer groupwise."
+        )
+    if isinstance(value, str) and (key, value) in REASONS:
+        return f"{origins[key]}: `{key}` = {as_toml(value)} is refused: {REASONS[key, value]}"
+    near = suggestion(value, choices(field)) if isinstance(value, str) and choices(field) else ""
+    return f"{origins[key]}: `{key}` takes {wanted(field)}; found {found(value)}.{near}{advice(field, value)}"
