@@ -1,0 +1,68 @@
+"""Writing so that a kill or a full disk leaves the files before it whole. Standard library only."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from groupwise.errors import RunFolderError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replace `path` as a whole: a reader sees the old content or the new. Raises RunFolderError on a full disk."""
+    content = data.encode() if isinstance(data, str) else data
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise cannot_write(path, error, len(content)) from error
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's list of names, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that may still be written where `path` is, or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def cannot_write(path: Path, error: OSError, needed: int = 0) -> RunFolderError:
+    """The error for a user whose disk is full or whose folder is closed: path, bytes needed and free, what would do."""
+    reason = os.strerror(error.errno).lower() if error.errno else str(error)
+    if error.errno in _FULL:
+        wanted = f"{in_words(needed)} needed, " if needed else ""
+        advice = "Make room and resume the run: what was saved before is intact."
+        return RunFolderError(f"Cannot write {path}: {reason} ({wanted}{in_words(free_bytes(path))} free). {advice}")
+    if error.errno in _FORBIDDEN:
+        return RunFolderError(f"Cannot write {path}: {reason}. Make the folder writable, or choose another with --run.")
+    return RunFolderError(f"Cannot write {path}: {reason}.")
+
+
+def in_words(count: int) -> str:
+    """A number of bytes for people: `1.5 GB`."""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,138 @@
+"""Every metric an event may hold: its name, its unit, what it means. `docs/metrics.md` is made from this table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What a name stands for. In `rewards/<name>/mean`, `<name>` is any text without a slash."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+SECTIONS: Mapping[str, tuple[Metric, ...]] = {
+    "Progress": (
+        Metric("step", "steps", "Steps done, this one included; 0 is the evaluation before the first."),
+        Metric("iteration", "iterations", "The outer iteration that the step belongs to."),
+        Metric("epoch", "passes", "Passes over the prompts so far, as a fraction."),
+        Metric("policy_version", "versions", "The version of the weights that sampled this step's outputs."),
+        Metric("updates", "updates", "Optimizer updates made in this step."),
+        Metric("micro_batches", "passes", "Forward and backward passes that this step's updates were split into."),
+    ),
+    "Reward": (
+        Metric("reward", "reward", "Mean reward of the step's scored outputs."),
+        Metric("reward_std", "reward", "Sample standard deviation of the rewards in a group, averaged over groups."),
+        Metric("frac_reward_zero_std", "share", "Groups whose rewards are all equal, so that they teach nothing."),
+        Metric("rewards/<name>/mean", "reward", "Mean value of one reward function, before its weight."),
+        Metric("rewards/<name>/std", "reward", "Standard deviation of one reward function's values over the step."),
+        Metric("rewards/<name>/failed", "outputs", "Outputs that the function gave no value for because it failed."),
+        Metric("rewards/<name>/timeouts", "calls", "Calls of the function that ran past their time limit."),
+        Metric("rewards/<name>/worker_restarts", "restarts", "Times that the function's worker process was restarted."),
+        Metric("rewards/unscored", "outputs", "Outputs without a reward: out of mean and std, advantage 0."),
+        Metric("reward/kl_penalty", "reward", "Mean KL penalty taken off a reward (only with `k1_in_reward`)."),
+    ),
+    "Outputs": (
+        Metric("completions/mean_length", "tokens", "Mean length of an output, its end token included."),
+        Metric("completions/min_length", "tokens", "Length of the shortest output."),
+        Metric("completions/max_length", "tokens", "Length of the longest output."),
+        Metric("completions/clipped_ratio", "share", "Outputs that were cut by the length limit."),
+    ),
+    "Objective": (
+        Metric("loss", "loss", "The loss minimised, averaged over the step's updates; near 0 is normal, see below."),
+        Metric("kl", "nats", "Mean over trained tokens of the KL estimate against the reference; absent without one."),
+        Metric("entropy", "nats", "Mean entropy of the policy over trained tokens, at the sampling temperature."),
+        Metric("grad_norm", "norm", "Norm of the gradient before it is clipped."),
+        Metric("learning_rate", "rate", "Learning rate of the step's last update."),
+        Metric("clip_ratio/low_mean", "share", "Trained tokens whose ratio is below the clip range with A < 0."),
+        Metric("clip_ratio/high_mean", "share", "Trained tokens whose ratio is above the clip range with A > 0."),
+        Metric("clip_ratio/region_mean", "share", "Trained tokens left without gradient by the clip: low or high."),
+        Metric("ratio/max", "ratio", "Largest probability ratio of policy to old policy in the step."),
+    ),
+    "Sampling": (
+        Metric("sampling/logp_difference/mean", "nats", "Mean distance of sampler and trainer in log-probs."),
+        Metric("sampling/logp_difference/max", "nats", "Largest distance of sampler and trainer in log-probs."),
+    ),
+    "Tokens": (
+        Metric("tokens/sampled", "tokens", "Output tokens sampled in this step."),
+        Metric("tokens/trained", "tokens", "Output tokens with a weight in the loss."),
+        Metric("tokens/skipped", "tokens", "Tokens of zero-advantage outputs that were not forwarded."),
+        Metric("tokens/per_second", "tokens/s", "`tokens/sampled` divided by `time/step`."),
+    ),
+    "Time and memory": (
+        Metric("time/step", "seconds", "The whole step."),
+        Metric("time/sample", "seconds", "Sampling the outputs."),
+        Metric("time/reward", "seconds", "Scoring the outputs."),
+        Metric("time/prepare", "seconds", "Credit, packing, old and reference log-probs."),
+        Metric("time/update", "seconds", "Forward, backward and optimizer."),
+        Metric("time/eval", "seconds", "The evaluation."),
+        Metric("time/checkpoint", "seconds", "Writing the checkpoint before this event."),
+        Metric("memory/peak_bytes", "bytes", "Most memory held so far: allocated on CUDA, else resident."),
+    ),
+    "Evaluation": (
+        Metric("eval/reward", "reward", "Mean reward of the held-out outputs."),
+        Metric("eval/reward_ci95", "reward", "Half the width of the 95 % confidence interval of `eval/reward`."),
+        Metric("eval/accuracy", "share", "Held-out outputs whose reward reaches `[eval] threshold`."),
+        Metric("eval/pass@<k>", "share", "Chance that one of k outputs of a held-out prompt is right (unbiased)."),
+        Metric("eval/mean_length", "tokens", "Mean length of a held-out output."),
+    ),
+    "Data": (Metric("data/dropped_long", "prompts", "Prompts left out because they were too long."),),
+}
+METRICS: tuple[Metric, ...] = tuple(metric for metrics in SECTIONS.values() for metric in metrics)
+
+_HEAD = """\
+# Metrics
+
+A run writes `events.jsonl`: one JSON object per step, with `step` and the metrics below that apply to it. An
+evaluation before the first step is an event of its own, with step 0. The terminal and TensorBoard show the same
+events. Shares go from 0 to 1; KL and entropy are in nats. A number that is not finite is written as `null`.
+
+`<name>` is a reward function's name, `<k>` a number of outputs. A reward function may log numbers of its own: they
+appear under the names that it gives them.
+
+This page is made from `src/groupwise/watch/metrics.py`; a test compares the two.
+"""
+
+_NOTES = """\
+## How to read some of them
+
+**A loss of 0 or close to it.** With one update per batch the ratio is 1, and the loss is then the weighted mean of
+the advantages with its sign turned: within a group they sum to 0, so the loss is close to 0 while its gradient is
+not. Look at `grad_norm`. A loss of *exactly* 0 with `frac_reward_zero_std` 1 means that no group had outputs with
+different rewards: nothing is learned in that step, and the terminal says so.
+
+**`frac_reward_zero_std` near 1 for long.** The prompts are all too easy or all too hard for the policy. More outputs
+per prompt, prompts of another difficulty or a finer reward help.
+
+**`sampling/logp_difference/max`.** Sampler and trainer compute the same numbers in different ways. In float32 they
+agree to about 1e-5; much more than that means that the two do not see the same weights, tokens or temperature.
+
+**`clip_ratio/*` of 0.** The clip cannot bind in the first update of a batch, where the ratio is 1.
+"""
+
+
+def document() -> str:
+    """The page `docs/metrics.md`."""
+    return "\n".join([_HEAD, *(_table(title, metrics) for title, metrics in SECTIONS.items()), _NOTES])
+
+
+def _table(title: str, metrics: Iterable[Metric]) -> str:
+    rows = "".join(f"| `{metric.name}` | {metric.unit} | {metric.meaning} |\n" for metric in metrics)
+    return f"## {title}\n\n| metric | unit | meaning |\n|---|---|---|\n{rows}"
+
+
+def unknown(names: Iterable[str]) -> list[str]:
+    """Those of `names` that no metric of the table covers, in their order."""
+    return [name for name in names if not _KNOWN.fullmatch(name)]
+
+
+def _pattern(name: str) -> str:
+    return "[^/]+".join(re.escape(part) for part in re.split(r"<\w+>", name))
+
+
+_KNOWN = re.compile("|".join(_pattern(metric.name) for metric in METRICS))

@@ -1,0 +1,198 @@
+"""The live picture of a run: what has been seen so far, drawn as one rich panel."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rich.box import ROUNDED
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from groupwise.watch.words import duration, number, one_line, percent, sparkline, why
+
+
+class _Phase(NamedTuple):
+    """A part of a step's time, and how it is drawn: a line in its colour, blocks of its own where there is none."""
+
+    name: str
+    block: str
+    colour: str
+    metrics: tuple[str, ...] = ()
+
+
+_PHASES = (
+    _Phase("sample", "█", "cyan", ("time/sample",)),
+    _Phase("reward", "▓", "yellow", ("time/reward",)),
+    _Phase("update", "▒", "green", ("time/prepare", "time/update")),
+)
+_OTHER = _Phase("other", "░", "bright_black")
+
+
+@dataclass
+class Progress:
+    """What the events of a run have said so far. `latest` holds the newest value of every metric."""
+
+    total_steps: int
+    title: str
+    step: int = 0
+    latest: dict[str, Any] = field(default_factory=dict)
+    rewards: deque[float] = field(default_factory=lambda: deque(maxlen=40))
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    evals: list[tuple[int, float]] = field(default_factory=list)
+    verdict: str | None = None
+    sample: tuple[str, float | None] | None = None
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Add one event."""
+        self.step = event["step"]
+        self.latest.update(event)
+        accuracy = event.get("eval/accuracy", event.get("eval/reward"))
+        if accuracy is not None:
+            self.evals.append((self.step, accuracy))
+        if "time/step" not in event and "reward" not in event:
+            return
+        self.verdict = why(event)
+        self.rewards.append(math.nan if event.get("reward") is None else event["reward"])
+        if event.get("time/step"):
+            self.seconds.append(event["time/step"])
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Steps left times the mean of the last twenty; None before the first."""
+        if not self.seconds:
+            return None
+        return (self.total_steps - self.step) * sum(self.seconds) / len(self.seconds)
+
+
+def panel(progress: Progress, elapsed: float, width: int, *, coloured: bool = True) -> Panel:
+    """Draw a run, for a terminal `width` columns wide, `elapsed` seconds after its start."""
+    inside = max(width - 6, 20)
+    rows: list[RenderableType] = [_bar(progress, inside), "", *_headline(progress, inside), "", _grid(progress, inside)]
+    phases = _phases(progress.latest, inside, coloured)
+    rows += ["", phases] if phases else []
+    rows += ["", _sample(*progress.sample, inside)] if progress.sample else []
+    rows += ["", Text(progress.verdict, style="yellow")] if progress.verdict else []
+    return Panel(
+        Group(*rows),
+        box=ROUNDED,
+        title=Text.assemble(("groupwise", "bold"), f" · {one_line(progress.title)}"),
+        title_align="left",
+        subtitle=Text(duration(elapsed), style="dim"),
+        subtitle_align="right",
+        border_style="bright_black",
+        padding=(0, 2),
+        width=width,
+    )
+
+
+def _bar(progress: Progress, width: int) -> RenderableType:
+    done = Text.assemble("step ", (f"{progress.step}/{progress.total_steps}", "bold"))
+    finished = progress.step >= progress.total_steps
+    left = "done" if finished else f"{duration(progress.seconds_left)} left" if progress.seconds else "starting"
+    table = Table.grid(padding=(0, 2, 0, 0))
+    bar = ProgressBar(
+        total=max(progress.total_steps, 1),
+        completed=progress.step,
+        width=max(width - done.cell_len - len(left) - 4, 6),
+        complete_style="cyan",
+        finished_style="green",
+        style="bright_black",
+    )
+    table.add_row(done, bar, Text(left, style="dim"))
+    return table
+
+
+def _headline(progress: Progress, width: int) -> list[Text]:
+    """The reward and the evaluation: what the run is about."""
+    latest = progress.latest
+    line = Text.assemble(("reward    ", "dim"), (f"{number(latest.get('reward')):<7}", "bold green"))
+    line.append(f"± {number(latest.get('reward_std')):<7}", style="dim")
+    line.append(sparkline(list(progress.rewards)), style="green")
+    lines = [line, *_held_out(progress)]
+    for each in lines:
+        each.truncate(width, overflow="ellipsis")
+    return lines
+
+
+def _held_out(progress: Progress) -> list[Text]:
+    if not progress.evals:
+        return []
+    (_, first), (step, last) = progress.evals[0], progress.evals[-1]
+    name = "accuracy" if "eval/accuracy" in progress.latest else "reward"
+    since = f"{name}, from {number(first)} · step {step}" if len(progress.evals) > 1 else f"{name}, at the start"
+    return [Text.assemble(("held out  ", "dim"), (f"{number(last):<7}", "bold green"), (since, "dim"))]
+
+
+def _grid(progress: Progress, width: int) -> Table:
+    latest = progress.latest
+    cells = (
+        ("length", number(latest.get("completions/mean_length"))),
+        ("cut off", percent(latest.get("completions/clipped_ratio"))),
+        ("tokens/s", number(latest.get("tokens/per_second"))),
+        ("KL", number(latest.get("kl"))),
+        ("clipped", percent(latest.get("clip_ratio/region_mean"))),
+        ("entropy", number(latest.get("entropy"))),
+        ("loss", number(latest.get("loss"))),
+        ("grad norm", number(latest.get("grad_norm"))),
+        ("no spread", percent(latest.get("frac_reward_zero_std"))),
+    )
+    columns = max(1, min(3, width // 22))
+    table = Table.grid(padding=(0, 1, 0, 0))
+    for _ in range(columns):
+        table.add_column(style="dim", no_wrap=True, min_width=9)
+        table.add_column(no_wrap=True, min_width=width // columns - 11)
+    for start in range(0, len(cells), columns):
+        table.add_row(*(text for cell in cells[start : start + columns] for text in cell))
+    return table
+
+
+def _phases(latest: Mapping[str, Any], width: int, coloured: bool) -> Group | None:
+    """Where the time of the last step went: one bar, and its legend."""
+    total = latest.get("time/step")
+    if not total:
+        return None
+    parts = [(phase, sum(latest.get(name) or 0.0 for name in phase.metrics)) for phase in _PHASES]
+    parts.append((_OTHER, max(total - sum(seconds for _, seconds in parts), 0.0)))
+    whole = sum(seconds for _, seconds in parts)
+    bar, legend, before = Text(), Text("time      ", style="dim"), 0.0
+    for phase, seconds in parts:
+        # Rounding the ends instead of the lengths makes the blocks fill the width exactly.
+        length = round((before + seconds) / whole * width) - round(before / whole * width)
+        block = "━" if coloured else phase.block
+        bar.append(block * length, style=phase.colour)
+        legend.append(block, style=phase.colour).append(f" {phase.name} {seconds / whole:.0%}  ")
+        before += seconds
+    legend.append(f"of {duration(total)}", style="dim")
+    legend.truncate(width, overflow="ellipsis")
+    return Group(bar, legend)
+
+
+def _sample(text: str, reward: float | None, width: int) -> Text:
+    """One output after its reward, in two lines at most."""
+    earned = "" if reward is None else f"{number(reward)}  "
+    line = Text.assemble(("sample    ", "dim"), (earned, "bold green"), (one_line(text), "italic"))
+    line.truncate(2 * width - 10, overflow="ellipsis")
+    return line
+
+
+def draw_svg(events: Iterable[Mapping[str, Any]], *, total_steps: int, title: str, sample: str = "") -> str:
+    """A run's terminal as an SVG picture, from its events alone: what a terminal of 80 columns would show."""
+    progress = Progress(total_steps, title)
+    elapsed = 0.0
+    for event in events:
+        progress.take(event)
+        elapsed += event.get("time/step") or 0.0
+    progress.sample = (sample, None) if sample else None
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(panel(progress, elapsed, 80))
+    # Without the font that rich would fetch from elsewhere: the picture shows in the reader's own monospace.
+    return re.sub(r"@font-face \{[^}]*\}\s*", "", console.export_svg(title="groupwise"))

@@ -1,0 +1,227 @@
+"""A run on the terminal: a live panel for people, plain lines for logs, warnings only, or JSON lines for programs."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Protocol, TextIO
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from groupwise.watch.events import encode
+from groupwise.watch.panel import Progress, panel
+from groupwise.watch.words import duration, number, percent, why
+
+Mode = Literal["auto", "plain", "quiet", "json"]
+
+
+class Terminal(Protocol):
+    """A sink that also shows sentences. Warnings go to standard error, but above the panel where there is one."""
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Show one event: a step, an evaluation, or both in one."""
+
+    def say(self, message: str) -> None:
+        """Show a sentence, such as where the run is, or how it ended."""
+
+    def warn(self, message: str) -> None:
+        """Show a sentence that wants attention."""
+
+    def sample(self, text: str, reward: float | None = None) -> None:
+        """Show one output of the step, shortened, with its reward."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was found. Calling it twice is fine."""
+
+
+def make_terminal(
+    mode: Mode,
+    *,
+    total_steps: int,
+    title: str,
+    history: Iterable[Mapping[str, Any]] = (),
+    console: Console | None = None,
+) -> Terminal:
+    """The terminal for a mode. `auto` is live where standard output is a terminal that can do it, otherwise plain.
+
+    `quiet` shows warnings, and at its end the last sentence said. `json` writes each event to standard output as a
+    line of JSON, and nothing else there. `history` holds the events of a run that is resumed: the panel goes on from
+    them. `console` stands in for standard output.
+    """
+    out: TextIO = console.file if console else sys.stdout  # type: ignore[assignment]
+    console = console or Console()
+    if mode == "json":
+        return JsonLines(out)
+    if mode == "quiet":
+        return Quiet(out, total_steps)
+    # rich also takes a pipe for a terminal where FORCE_COLOR is set; a panel that moves has no place there.
+    if mode == "auto" and out.isatty() and console.is_interactive and "utf" in console.encoding.lower():
+        return LivePanel(console, total_steps, title, history)
+    return Plain(out, total_steps)
+
+
+class Plain:
+    """One line per step, in columns that stay where they are."""
+
+    def __init__(self, out: TextIO, total_steps: int) -> None:
+        self._out = out
+        self._total_steps = total_steps
+        self._teaches_nothing = False
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Write a step's line, and an evaluation's. The first of several steps that teach nothing says why."""
+        if "reward" in event or "time/step" in event:
+            self._put(step_line(event, self._total_steps))
+            verdict = why(event)
+            if verdict and not self._teaches_nothing:
+                self._put(verdict)
+            self._teaches_nothing = verdict is not None
+        if any(name.startswith("eval/") for name in event):
+            self._put(eval_line(event))
+
+    def say(self, message: str) -> None:
+        """Write a sentence."""
+        self._put(message)
+
+    def warn(self, message: str) -> None:
+        """Write a warning to standard error."""
+        _put(sys.stderr, f"warning: {message}")
+
+    def sample(self, text: str, reward: float | None = None) -> None:
+        """Samples are left to `rollouts.jsonl`: lines stay one per step."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _put(self, line: str) -> None:
+        _put(self._out, line)
+
+
+class Quiet(Plain):
+    """Warnings, and one last line."""
+
+    def __init__(self, out: TextIO, total_steps: int) -> None:
+        super().__init__(out, total_steps)
+        self._last: str | None = None
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Remember the step's line, in case nothing is said at the end."""
+        if "reward" in event or "time/step" in event:
+            self._last = step_line(event, self._total_steps)
+
+    def say(self, message: str) -> None:
+        """Remember a sentence: the last one is shown at the end."""
+        self._last = message
+
+    def close(self) -> None:
+        """Write the last line, once."""
+        if self._last is not None:
+            self._put(self._last)
+        self._last = None
+
+
+class JsonLines:
+    """Events as JSON lines, for programs."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Write one event."""
+        _put(self._out, encode(event))
+
+    def say(self, message: str) -> None:
+        """Sentences are for people."""
+
+    def warn(self, message: str) -> None:
+        """Write a warning to standard error."""
+        _put(sys.stderr, f"warning: {message}")
+
+    def sample(self, text: str, reward: float | None = None) -> None:
+        """Samples are in `rollouts.jsonl`."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class LivePanel:
+    """A panel that is drawn over itself; sentences and warnings scroll above it, and so does what others print."""
+
+    def __init__(
+        self, console: Console, total_steps: int, title: str, history: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        self._console = console
+        self._progress = Progress(total_steps, title)
+        for event in history:
+            self._progress.take(event)
+        self._start = time.monotonic()
+        # The panel is drawn once a second from a thread of rich's, so that the clock shows that the run is alive.
+        self._lock = threading.Lock()
+        self._live = Live(console=console, get_renderable=self._draw, refresh_per_second=1)
+        self._live.start()
+
+    def _draw(self) -> RenderableType:
+        coloured = self._console.color_system is not None and not self._console.no_color
+        width = min(self._console.width, 100)
+        with self._lock:
+            return panel(self._progress, time.monotonic() - self._start, width, coloured=coloured)
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Add one event to the picture."""
+        with self._lock:
+            self._progress.take(event)
+        self._live.refresh()
+
+    def say(self, message: str) -> None:
+        """Print a sentence above the panel, or below it once the panel is closed."""
+        self._console.print(Text(message))
+
+    def warn(self, message: str) -> None:
+        """Print a warning above the panel."""
+        self._console.print(Text.assemble(("warning: ", "bold yellow"), (message, "yellow")))
+
+    def sample(self, text: str, reward: float | None = None) -> None:
+        """Show an output in the panel, from its next drawing on."""
+        with self._lock:
+            self._progress.sample = (text, reward)
+
+    def close(self) -> None:
+        """Draw the panel a last time and leave it standing. Calling it twice is fine."""
+        self._live.stop()
+
+
+def step_line(event: Mapping[str, Any], total_steps: int) -> str:
+    """A step in one line of about 120 columns; a dash where a metric is missing."""
+    get = event.get
+    columns = (
+        ("reward", number(get("reward")), 6),
+        ("len", number(get("completions/mean_length")), 5),
+        ("kl", number(get("kl")), 8),
+        ("clip", percent(get("clip_ratio/region_mean")), 5),
+        ("loss", number(get("loss")), 9),
+        ("grad", number(get("grad_norm")), 6),
+        ("tok/s", number(get("tokens/per_second")), 7),
+        ("time", duration(get("time/step")), 6),
+    )
+    step = f"step {event['step']:>{len(str(total_steps))}}/{total_steps}"
+    return "  ".join([step, *(f"{name} {value:>{width}}" for name, value, width in columns)])
+
+
+def eval_line(event: Mapping[str, Any]) -> str:
+    """An evaluation in one line, with the half-width of its 95 % interval."""
+    found = [f"reward {number(event.get('eval/reward'))} +- {number(event.get('eval/reward_ci95'))}"]
+    named = sorted(name for name in event if name.startswith(("eval/accuracy", "eval/pass@")))
+    found += [f"{name.removeprefix('eval/')} {number(event[name])}" for name in named]
+    found.append(f"length {number(event.get('eval/mean_length'))}")
+    return f"eval at step {event['step']}: " + "  ".join(found)
+
+
+def _put(out: TextIO, line: str) -> None:
+    # A log in another encoding loses a character where it must, rather than the run.
+    encoding = getattr(out, "encoding", None) or "utf-8"
+    out.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+    out.flush()

@@ -1,0 +1,69 @@
+"""Numbers, durations and verdicts in the words that people read on a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+ABSENT = "-"
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits (`0.0123`, `1.00`), whole from 1000 (`12,400`), a dash where there is none."""
+    if value is None:
+        return ABSENT
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
+
+
+def percent(share: float | None) -> str:
+    """`3%`, with a decimal below 10 where it says something: `0.4%`."""
+    if share is None or not math.isfinite(share):
+        return ABSENT if share is None else str(share)
+    return f"{share:.0%}" if share in (0.0, 1.0) or share >= 0.1 else f"{share:.1%}"
+
+
+def duration(seconds: float | None) -> str:
+    """`3.4 s`, `42 s`, `2 min 10 s`, `1 h 4 min`."""
+    if seconds is None:
+        return ABSENT
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def one_line(text: str) -> str:
+    """Text that cannot move the cursor: line breaks shown as arrows, other control characters as dots."""
+    return "".join(character if character.isprintable() else "·" for character in text.replace("\n", " ↵ "))
+
+
+def sparkline(values: list[float]) -> str:
+    """One bar per value, between the smallest and the largest; all at half height where they are equal."""
+    known = [value for value in values if math.isfinite(value)]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    return "".join(_bar(value, low, high) for value in values)
+
+
+def _bar(value: float, low: float, high: float) -> str:
+    if not math.isfinite(value):
+        return " "
+    return _BARS[round(7 * (value - low) / (high - low))] if high > low else _BARS[3]
+
+
+def why(event: Mapping[str, Any]) -> str | None:
+    """A sentence on a step that teaches nothing, or None where some group's rewards differ."""
+    if event.get("rewards/unscored") and event.get("reward") is None:
+        return "No output of this step was scored, so nothing is learned in it. The warnings say why."
+    if event.get("frac_reward_zero_std") != 1.0:
+        return None
+    cause = "in every group all outputs earned the same reward, so every advantage is 0"
+    if event.get("loss"):
+        return f"The rewards teach nothing in this step: {cause}. What is left of the loss is not theirs (the KL term)."
+    cure = "Prompts that are neither too easy nor too hard, more outputs per prompt or a finer reward help."
+    return f"Nothing is learned in this step: {cause} and the loss exactly 0. This is not a fault. {cure}"
