@@ -16,32 +16,9 @@ from torch import Tensor
 from groupwise.engines.cache import SharedDecoder
 from groupwise.engines.draw import Filters, draw, uniforms
 from groupwise.engines.plain import PlainDecoder
+from groupwise.models.codec import Codec, StopChecker
 from groupwise.models.policy import Policy
 from groupwise.types import Completion, Finish, Request, Sampled, Sampling
-
-
-class Codec(Protocol):
-    """What the engine needs of the codec."""
-
-    @property
-    def end_token_ids(self) -> frozenset[int]:
-        """Tokens that end an output."""
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, without special tokens."""
-
-    def stop_checker(self, stop: tuple[str, ...]) -> StopChecker:
-        """What tells whether an output has reached one of the stop strings."""
-
-
-class StopChecker(Protocol):
-    """Looks for stop strings without decoding whole outputs."""
-
-    def may_end(self, token_id: int) -> bool:
-        """Whether this token can complete a stop string: quick, and never wrongly False."""
-
-    def ends_with_stop(self, token_ids: Sequence[int]) -> bool:
-        """Whether the output's last token completed a stop string."""
 
 
 class Decoder(Protocol):
@@ -93,6 +70,7 @@ class NativeEngine:
         self._unfinished: dict[str, int] = {}
         self._begun: set[str] = set()
         self._settings: _Settings | None = None
+        self._checkers: dict[tuple[str, ...], StopChecker] = {}
 
     def submit(self, request: Request) -> None:
         """See `Engine`."""
@@ -167,7 +145,7 @@ class NativeEngine:
     def _draw(self, logits_RV: Tensor) -> list[Sampled]:
         """Draw a token for every live row; returns the outputs that ended with it."""
         if self._settings is None:
-            self._settings = _Settings(self._rows, self.codec, logits_RV)
+            self._settings = _Settings(self._rows, self.codec.end_token_ids, logits_RV.device)
         settings = self._settings
         index = torch.tensor([len(row.token_ids) for row in self._rows], device=logits_RV.device)
         settings.forbid_early_end(logits_RV, index)
@@ -176,7 +154,7 @@ class NativeEngine:
         ended: list[int] = []
         for i, (row, token, logprob) in enumerate(zip(self._rows, tokens.tolist(), logprobs.tolist(), strict=True)):
             row.add(token, logprob, self.version)
-            finish = self._finish(row, settings.checkers[i])
+            finish = self._finish(row)
             if finish is not None:
                 ended.append(i)
                 finished.append(self._complete(row, finish))
@@ -190,13 +168,18 @@ class NativeEngine:
                     self._forget(sampled.uid)
         return finished
 
-    def _finish(self, row: _Row, checker: StopChecker | None) -> Finish | None:
-        token = row.token_ids[-1]
-        if token in self.codec.end_token_ids:
+    def _finish(self, row: _Row) -> Finish | None:
+        if row.token_ids[-1] in self.codec.end_token_ids:
             return "stop"
-        if checker is not None and checker.may_end(token) and checker.ends_with_stop(row.token_ids):
+        stop = row.request.sampling.stop
+        if stop and self._checker(stop).ends_with_stop(row.token_ids):
             return "stop"
         return "length" if len(row.token_ids) >= row.request.sampling.max_tokens else None
+
+    def _checker(self, stop: tuple[str, ...]) -> StopChecker:
+        if stop not in self._checkers:
+            self._checkers[stop] = StopChecker(self.codec, stop, self.policy.model.config.get_text_config().vocab_size)
+        return self._checkers[stop]
 
     def _complete(self, row: _Row, finish: Finish) -> Sampled:
         return Sampled(
@@ -229,17 +212,14 @@ class NativeEngine:
 class _Settings:
     """What the live rows ask for, as tensors; made anew only when the rows change."""
 
-    def __init__(self, rows: Sequence[_Row], codec: Codec, logits_RV: Tensor) -> None:
-        device = logits_RV.device
+    def __init__(self, rows: Sequence[_Row], end_token_ids: frozenset[int], device: torch.device) -> None:
         sampling: list[Sampling] = [row.request.sampling for row in rows]
         self.filters = Filters.of(sampling, device)
         self.cut_support = self.filters.cut_support
         self.seed_R = torch.tensor([row.request.seed + row.index for row in rows], device=device)
         self.min_R = torch.tensor([s.min_tokens for s in sampling], device=device)
         self.any_min = any(s.min_tokens > 1 for s in sampling)
-        self.end_ids = torch.tensor(sorted(codec.end_token_ids), dtype=torch.long, device=device)
-        checkers = {s.stop: codec.stop_checker(s.stop) for s in sampling if s.stop}
-        self.checkers = [checkers.get(s.stop) for s in sampling]
+        self.end_ids = torch.tensor(sorted(end_token_ids), dtype=torch.long, device=device)
 
     def forbid_early_end(self, logits_RV: Tensor, index_R: Tensor) -> None:
         """Make the end tokens impossible for rows that would stay shorter than their minimum length."""

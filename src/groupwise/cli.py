@@ -1,0 +1,174 @@
+"""The command line. Each command is a few lines around `groupwise.run.api`; heavy imports wait until one runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from groupwise import __version__
+from groupwise.errors import ConfigError, GroupwiseError
+from groupwise.jobfile import json_schema, load_job, template
+from groupwise.jobfile import show as show_job
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Group Relative Policy Optimization for language models.",
+)  # fmt: skip
+
+JobFile = Annotated[str | None, typer.Argument(metavar="[JOB]", help="A job file or a recipe's name.")]
+Model = Annotated[str | None, typer.Option(help="A Hugging Face folder or hub id.")]
+Data = Annotated[str | None, typer.Option(help="Prompts: .jsonl, .json, .csv, .parquet, a datasets folder or hub id.")]
+EvalData = Annotated[str | None, typer.Option(help="Held-out prompts, in any form that --data takes.")]
+Rewards = Annotated[list[str] | None, typer.Option("--reward", help="file.py:name; may be given several times.")]
+Run = Annotated[str | None, typer.Option(help="The run folder.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, as in train.steps=10.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and the last line.")]
+Json = Annotated[bool, typer.Option("--json", help="Each event as a line of JSON, and nothing else.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's folder brings.")]
+Which = Annotated[str, typer.Option(help="Which weights: latest, best or base.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"groupwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")] = False,
+) -> None:
+    """Group Relative Policy Optimization for language models."""
+
+
+@app.command()
+def train(
+    job: JobFile = None, model: Model = None, data: Data = None, reward: Rewards = None, eval_data: EvalData = None,
+    run: Run = None, set_: Sets = None, quiet: Quiet = False, json_: Json = False, trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Train; without arguments, the embedded job (about five minutes on two cores)."""
+    from groupwise.run import api
+
+    result = api.train(
+        job, model=model, data=data, reward=reward or None, eval_data=eval_data, run=run, overrides=set_ or (),
+        show=_mode(quiet, json_), trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    _exit(result.stopped_by)
+
+
+@app.command()
+def resume(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run folder.")], set_: Sets = None,
+    fork: Annotated[str | None, typer.Option(metavar="FOLDER", help="Start a new run from the checkpoint.")] = None,
+    quiet: Quiet = False, json_: Json = False, trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Continue a run after any interruption, exactly as if there had been none."""
+    from groupwise.run import api
+
+    result = api.resume(
+        run, overrides=set_ or (), fork=fork, show=_mode(quiet, json_), trust_remote_code=trust_remote_code
+    )
+    _exit(result.stopped_by)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder, a job file or a recipe's name.")],
+    which: Which = "latest", data: EvalData = None, reward: Rewards = None, set_: Sets = None, json_: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Evaluate on held-out prompts: mean reward, accuracy, pass@k, with 95 % intervals."""
+    from groupwise.run import api
+    from groupwise.watch.terminal import eval_table
+
+    found = api.evaluate(
+        target, overrides=set_ or (), which=which, eval_data=data, reward=reward or None,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    typer.echo(json.dumps(found) if json_ else eval_table(found))
+
+
+@app.command()
+def sample(
+    target: Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder, a job file or a recipe's name.")],
+    prompt: Annotated[str, typer.Argument(help="A text, or - for standard input.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many outputs.")] = 1,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; default: as in evaluation.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the draws.")] = 0,
+    which: Which = "latest", set_: Sets = None, json_: Json = False, trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Continue a prompt with a run's weights."""
+    from groupwise.run import api
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    warmer = [] if temperature is None else [f"eval.temperature={temperature}"]
+    outputs = api.sample(
+        target, text, n=n, seed=seed, which=which, overrides=[*(set_ or ()), *warmer],
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    for output in outputs:
+        shown = {"text": output.text, "tokens": len(output.token_ids), "finish": output.finish}
+        typer.echo(json.dumps(shown) if json_ else output.text)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run folder.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to write; must be empty.")],
+    which: Which = "latest", trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Write a run's weights as a Hugging Face folder."""
+    from groupwise.run import api
+
+    typer.echo(f"exported to {api.export(run, folder, which=which, trust_remote_code=trust_remote_code)}")
+
+
+@app.command()
+def show(
+    job: JobFile = None, model: Model = None, data: Data = None, reward: Rewards = None, eval_data: EvalData = None,
+    run: Run = None, set_: Sets = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of job files instead.")] = False,
+) -> None:  # fmt: skip
+    """Print the resolved job, where each value came from, and the batch arithmetic in words."""
+    if schema:
+        typer.echo(json.dumps(json_schema(), indent=2))
+        return
+    options: dict[str, Any] = {"model": model, "data": data, "reward": reward or None, "eval_data": eval_data, "run": run}
+    typer.echo(show_job(load_job(job, set_ or (), options)))
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write.")] = Path("job.toml")) -> None:
+    """Write a commented job file to start from."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(template())
+    except OSError as error:
+        raise ConfigError(f"The job file {path} cannot be written: {error.strerror}. Name another one.") from error
+    typer.echo(f"wrote {path}; edit it, look at it with `groupwise show {path}`, run it with `groupwise train {path}`")
+
+
+def _mode(quiet: bool, json_: bool) -> Any:
+    if quiet and json_:
+        raise ConfigError("--quiet and --json cannot go together: --json already prints nothing but events.")
+    return "quiet" if quiet else "json" if json_ else "auto"
+
+
+def _exit(stopped_by: int | None) -> None:
+    if stopped_by is not None:
+        raise typer.Exit(128 + stopped_by)
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend end with one paragraph and status 2."""
+    try:
+        app()
+    except GroupwiseError as error:
+        typer.echo(f"groupwise: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

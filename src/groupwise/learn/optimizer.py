@@ -1,0 +1,147 @@
+"""AdamW over float32 master weights, whatever the policy computes in, and the learning rate as a function of the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW, its schedule over `total_updates`, and clipping. The fields are those of the job's `[train]`."""
+
+    learning_rate: float
+    total_updates: int
+    lr_scheduler_type: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+_DECAY: Mapping[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
+
+
+def learning_rate(settings: OptimizerSettings, update: int) -> float:
+    """The rate of update `update` (from 0): a rise over `warmup_steps`, then the schedule, 0 only after the last."""
+    if update < settings.warmup_steps:
+        return settings.learning_rate * (update + 1) / settings.warmup_steps
+    rest = max(1, settings.total_updates - settings.warmup_steps)
+    progress = min(1.0, (update - settings.warmup_steps) / rest)
+    return settings.learning_rate * _DECAY[settings.lr_scheduler_type](progress)
+
+
+class MasterOptimizer:
+    """Owns float32 masters and their gradients. Where the module computes in float32 the masters are its parameters.
+
+    Otherwise each backward pass adds its gradient to a float32 buffer at once and drops the narrow one, so that
+    accumulation over micro-batches never rounds; after a step the masters are cast into the module, once.
+    """
+
+    def __init__(
+        self, module: nn.Module, settings: OptimizerSettings, compute_dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Take over a module in float32 and, where `compute_dtype` is narrower, cast its parameters to that."""
+        self.settings = settings
+        self.update = 0
+        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        narrow = compute_dtype.itemsize < torch.float32.itemsize
+        self.masters: dict[str, Tensor] = {
+            name: _master_of(parameter, compute_dtype) if narrow else parameter
+            for name, parameter in self.parameters.items()
+        }
+        decayed = [m for m in self.masters.values() if m.ndim > 1]
+        others = [m for m in self.masters.values() if m.ndim <= 1]
+        self.adam = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon, fused=True,
+        )  # fmt: skip
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Gradients to 0, not to None: an update whose every output was skipped still moves the running means."""
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            else:
+                master.grad.zero_()
+
+    def step(self) -> tuple[float, float, bool]:
+        """One update from the gathered gradients: `(gradient norm before clipping, learning rate, whether it was done)`.
+
+        A gradient that is not finite is not applied.
+        """
+        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        rate = learning_rate(self.settings, self.update)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.settings.max_grad_norm, norm)
+            for group in self.adam.param_groups:
+                group["lr"] = rate
+            self.adam.step()
+            self._cast()
+        self.update += 1
+        self.zero_grad()
+        return norm.item(), rate, finite
+
+    @torch.no_grad()
+    def _cast(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Adam's running means by parameter name, and the counters."""
+        tensors: dict[str, Tensor] = {}
+        steps = 0
+        for name, master in self.masters.items():
+            state = self.adam.state.get(master, {})
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key in state:
+                    tensors[f"{name}.{key}"] = state[key]
+            steps = int(state["step"]) if state else steps
+        return tensors, {"update": self.update, "adam_steps": steps}
+
+    @torch.no_grad()
+    def load(self, masters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], counters: Mapping[str, int]) -> None:
+        """Take up weights and state where `state` and the masters left them."""
+        for name, master in self.masters.items():
+            master.copy_(masters[name])
+        self._cast()
+        self.update = counters["update"]
+        if not tensors:
+            return
+        for name, master in self.masters.items():
+            self.adam.state[master] = {
+                "step": torch.tensor(float(counters["adam_steps"]), device=master.device),
+                **{key: tensors[f"{name}.{key}"].to(master) for key in ("exp_avg", "exp_avg_sq")},
+            }
+
+
+def _master_of(parameter: nn.Parameter, compute_dtype: torch.dtype) -> Tensor:
+    """A float32 copy that gathers the parameter's gradients; the parameter itself becomes narrow.
+
+    Only parameters are cast: buffers such as rotary frequencies lose too much.
+    """
+    master = parameter.detach().float().clone()
+    parameter.data = parameter.data.to(compute_dtype)
+
+    def gather(narrow: Tensor) -> None:
+        assert master.grad is not None and narrow.grad is not None
+        master.grad += narrow.grad
+        narrow.grad = None
+
+    parameter.register_post_accumulate_grad_hook(gather)
+    return master

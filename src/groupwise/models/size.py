@@ -1,0 +1,19 @@
+"""How large a model is, before any weight is read."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from groupwise.errors import ModelError
+
+
+def parameter_count(config: PreTrainedConfig, trust_remote_code: bool = False) -> int:
+    """Parameters of the causal model that a configuration describes, tied ones once. Raises ModelError."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        # Named boundary: transformers knows no causal class for this configuration.
+        raise ModelError(f"There is no causal language model of type {config.model_type}: {error}") from error
+    return sum(parameter.numel() for parameter in model.parameters())

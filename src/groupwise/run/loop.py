@@ -1,0 +1,59 @@
+"""Iterative GRPO (arXiv:2402.03300, Algorithm 1). Every variant is other objects behind the same names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from groupwise.learn.learner import Learner
+from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
+from groupwise.objective import Objective, group_advantages
+from groupwise.run.evaluate import Evaluator
+from groupwise.run.progress import Progress
+from groupwise.run.record import Watch
+from groupwise.run.rollouts import Rollouts
+
+
+class Checkpoints(Protocol):
+    """Saves everything with state where the schedule says so."""
+
+    def maybe(self, step: int) -> None:
+        """Save after this step, where it is due."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop works with; `parts.py` decides which classes these are."""
+
+    progress: Progress
+    rollouts: Rollouts
+    objective: Objective
+    learner: Learner
+    reference: Reference | NoReference
+    penalty: RewardPenalty | NoPenalty
+    evaluation: Evaluator
+    checkpoints: Checkpoints
+    watch: Watch
+    num_iterations: int
+
+
+def train(parts: Parts) -> None:
+    """Run the iterations and steps that are left."""
+    p = parts
+    for iteration in p.progress.iterations():
+        p.reference.refresh(p.learner, iteration)  # reference <- policy
+        for step in p.progress.steps():
+            with p.watch.step(step) as record:
+                scored = p.rollouts.collect(step, record)  # sample G outputs per question, score them
+                with record.time("prepare"):
+                    scored = p.penalty.charge(scored, record.metrics)  # a KL penalty in the reward, where asked for
+                    credit = group_advantages([group.rewards for group in scored], p.objective)
+                    batch = p.learner.prepare(scored, credit, p.reference)  # pack; old and reference log-probs
+                with record.time("update"):
+                    for done in range(p.num_iterations):  # mu passes over the batch
+                        record.metrics |= p.learner.update(batch, done)
+                p.rollouts.load_weights(p.learner)
+                p.evaluation.maybe(record)
+                record.metrics |= {"iteration": iteration, "policy_version": p.learner.version}
+                p.watch.groups(record, scored, credit)
+            p.checkpoints.maybe(step)

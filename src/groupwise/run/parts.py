@@ -1,0 +1,295 @@
+"""From a job to the objects that run it: the one place that maps names to classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from groupwise.config import BUILTIN, Job
+from groupwise.data import arithmetic
+from groupwise.data.files import PromptSet, load_prompts, read_rows
+from groupwise.data.stream import PromptStream
+from groupwise.engines.native import NativeEngine
+from groupwise.errors import ConfigError, DataError, ModelError, RewardError
+from groupwise.learn.learner import Learner, LearnerSettings
+from groupwise.learn.optimizer import OptimizerSettings
+from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
+from groupwise.models.codec import Codec
+from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, load_config, load_policy
+from groupwise.models.size import parameter_count
+from groupwise.objective import Objective, objective_named
+from groupwise.rewards.adapters import load_reward
+from groupwise.run.evaluate import Evaluation, Evaluator, NoEvaluation, Schedule
+from groupwise.run.folder import RunFolder
+from groupwise.run.loop import Parts
+from groupwise.run.progress import Progress
+from groupwise.run.record import Watch
+from groupwise.run.rollouts import Draw, Rollouts, Scorer
+from groupwise.run.saving import Clock, Saver, Stateful
+from groupwise.run.warmup import ensure_warm
+from groupwise.types import Sampling
+from groupwise.watch.events import EventsFile, RolloutsFile, Sink
+from groupwise.watch.terminal import Terminal
+
+PYTHON = "python:"
+"""Marks, in a job, what was handed over as a Python object and cannot be named in a file."""
+_CHECKED_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a job file cannot hold: objects from Python, and the consent to run a model's own code."""
+
+    rewards: Sequence[Callable[..., Any]] = ()
+    rows: Iterable[Mapping[str, Any]] | None = None
+    eval_rows: Iterable[Mapping[str, Any]] | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """A policy, its codec, and the folder or hub id that both came from."""
+
+    loaded: LoadedPolicy
+    codec: Codec
+    source: str
+
+
+def open_model(job: Job, given: Given, say: Callable[[str], None]) -> Model:
+    """Load the job's model and tokenizer; the built-in one is made, or taken from the cache."""
+    section = job.model
+    source = str(ensure_warm(job.seed, say=say)) if section.path == BUILTIN else section.path
+    check_memory(job, source, given.trust_remote_code)
+    loaded = load_policy(
+        source, revision=section.revision, device=section.device, dtype=section.dtype, layout=section.layout,
+        gradient_checkpointing=section.gradient_checkpointing, trust_remote_code=given.trust_remote_code,
+    )  # fmt: skip
+    codec = Codec.load(
+        source, revision=section.revision, trust_remote_code=given.trust_remote_code,
+        chat_template_kwargs=job.data.chat_template_kwargs,
+    )  # fmt: skip
+    say(loaded.line)
+    return Model(loaded, codec, source)
+
+
+def check_memory(job: Job, source: str, trust_remote_code: bool) -> None:
+    """Refuse, before any weight is read, a job whose weights cannot fit. Raises ConfigError or ModelError.
+
+    Counted: float32 masters, gradients and two running means, the narrow copy where there is one, and the reference.
+    """
+    objective = objective_of(job)
+    device = choose_device(job.model.device)
+    narrow = choose_dtype(job.model.dtype, device).itemsize
+    count = parameter_count(load_config(source, revision=job.model.revision, trust_remote_code=trust_remote_code))
+    training = count * (16 + (narrow if narrow < 4 else 0))
+    reference = count * narrow if objective.needs_reference else 0
+    free = available_memory(device)
+    room = f"{count / 1e9:.2f}B parameters need {training / 1e9:.1f} GB to train; {free / 1e9:.1f} GB are free on {device}"
+    if training > free:
+        raise ModelError(f"The model does not fit: {room}. Use a smaller model or a larger device.")
+    if training + reference > free:
+        raise ConfigError(
+            f"objective.beta is {objective.beta:g}, so a reference model must be held beside the policy, and there is no "
+            f"room for it: {room}, and the reference takes {reference / 1e9:.1f} GB more. Set objective.beta to 0."
+        )
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def objective_of(job: Job) -> Objective:
+    """The job's preset with the job's changes. Raises ObjectiveError where they cannot go together."""
+    section = job.objective
+    given = {"epsilon_high", "epsilon", "beta", "kl", "dual_clip"}
+    changes = {name: value for name in given if (value := getattr(section, name)) is not None}
+    if section.scale_rewards is not None:
+        changes["scale"] = section.scale_rewards
+    if section.importance_sampling != "none":
+        changes |= {
+            "importance_sampling": section.importance_sampling,
+            "importance_sampling_cap": section.importance_sampling_cap,
+        }
+    return objective_named(section.preset, max_completion_length=job.sampling.max_completion_length, **changes)
+
+
+def sampling_of(job: Job) -> Sampling:
+    """How training outputs are drawn."""
+    section = job.sampling
+    return Sampling(
+        temperature=section.temperature, max_tokens=section.max_completion_length, stop=tuple(section.stop)
+    )
+
+
+def eval_sampling_of(job: Job) -> Sampling:
+    """How held-out outputs are drawn: settings of their own."""
+    section = job.eval
+    return Sampling(
+        temperature=section.temperature, top_p=section.top_p, top_k=section.top_k, stop=tuple(job.sampling.stop),
+        max_tokens=section.max_completion_length or job.sampling.max_completion_length,
+    )  # fmt: skip
+
+
+def training_prompts(job: Job, model: Model, given: Given) -> PromptSet:
+    """The job's prompts, encoded, the too long ones left out. The tokenizer is checked on some of them."""
+    section = job.data
+    if section.path.startswith(PYTHON):
+        rows = _handed_over(given.rows, section.path, "data")
+    elif section.path == BUILTIN:
+        rows = arithmetic.questions("train", seed=job.seed)
+    else:
+        rows = read_rows(section.path, revision=section.revision, subset=section.subset, split=section.split)
+    return _prompts(job, model, rows, job.sampling.max_completion_length, source=section.path)
+
+
+def held_out_prompts(job: Job, model: Model, given: Given) -> PromptSet | None:
+    """The job's held-out prompts; None where it names none."""
+    section = job.eval
+    if section.data is None and job.data.path != BUILTIN:
+        return None
+    path = section.data or BUILTIN
+    if path.startswith(PYTHON):
+        rows = _handed_over(given.eval_rows, path, "eval_data")
+    elif path == BUILTIN:
+        rows = arithmetic.questions("held_out", seed=0)
+    else:
+        rows = read_rows(path, split=section.split)
+    found = _prompts(job, model, rows, eval_sampling_of(job).max_tokens, source=path)
+    return dataclasses.replace(found, prompts=found.prompts[: section.limit])
+
+
+def _prompts(job: Job, model: Model, rows: Iterable[Mapping[str, Any]], completion: int, source: str) -> PromptSet:
+    context, limit = model.loaded.context, job.data.max_prompt_length
+    if context is not None:
+        if completion >= context or (limit or 0) + completion > context:
+            raise ConfigError(
+                f"data.max_prompt_length ({limit or 'at least 1'}) and {completion} tokens of output do not fit the model's "
+                f"context of {context} tokens. Lower one of them."
+            )
+        limit = limit or context - completion
+    found = load_prompts(
+        rows, model.codec, prompt_column=job.data.prompt_column, max_prompt_length=limit,
+        long_prompts=job.data.long_prompts, source=source,
+    )  # fmt: skip
+    return found
+
+
+def _handed_over(rows: Iterable[Mapping[str, Any]] | None, path: str, name: str) -> Iterable[Mapping[str, Any]]:
+    if rows is None:
+        raise DataError(f"This job's {name} ({path}) was handed over from Python; hand it over again: {name}=rows.")
+    return rows
+
+
+def open_scorer(job: Job, given: Given, folder: RunFolder | None, total_steps: int, warn: Callable[[str], None]) -> Scorer:
+    """Load the job's reward functions; files start their workers now, so that a broken one is found before training."""
+    handed = iter(given.rewards)
+    rewards = []
+    for spec in job.reward.functions:
+        function: str | Callable[..., Any] = spec
+        if spec.startswith(PYTHON):
+            try:
+                function = next(handed)
+            except StopIteration:
+                raise RewardError(
+                    f"The reward function {spec} was handed over from Python; hand it over again, as in "
+                    "groupwise.resume(run, reward=function)."
+                ) from None
+        rewards.append(
+            load_reward(
+                function, timeout=job.reward.timeout, output_timeout=job.reward.output_timeout,
+                log=folder.path / "rewards.log" if folder else None,
+            )
+        )  # fmt: skip
+    return Scorer(rewards, job.reward.weights, total_steps, warn)
+
+
+def open_evaluation(job: Job, model: Model, given: Given, engine: NativeEngine, scorer: Scorer) -> Evaluator:
+    """Held-out evaluation, or its stand-in where the job names no data for it."""
+    held_out = held_out_prompts(job, model, given)
+    if held_out is None:
+        return NoEvaluation()
+    draw = Draw(eval_sampling_of(job), job.eval.num_generations, job.seed, "eval")
+    schedule = Schedule(job.eval.every, job.train.iterations * job.train.steps)
+    return Evaluation(held_out.prompts, engine, scorer, draw, schedule, job.eval.threshold)
+
+
+def build(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: Clock) -> tuple[Parts, Stateful]:
+    """Everything the loop needs, and those of it that a checkpoint holds."""
+    total = job.train.iterations * job.train.steps
+    objective = objective_of(job)
+    model = open_model(job, given, terminal.say)
+    prompts = training_prompts(job, model, given)
+    texts = [model.codec.render(prompt.content) for prompt in prompts.prompts[:_CHECKED_PROMPTS]]
+    for warning in model.codec.check(texts):
+        terminal.warn(warning)
+    if prompts.dropped_long:
+        terminal.warn(f"{prompts.dropped_long} prompts are too long and were left out")
+    stream = PromptStream(prompts.prompts, seed=job.seed, shuffle=job.data.shuffle)
+    scorer = open_scorer(job, given, folder, total, terminal.warn)
+    policy = model.loaded.policy
+    learner = Learner(policy, objective, _learner_settings(job, total, model.loaded.compute_dtype))
+    reference = Reference(policy) if objective.needs_reference else NoReference()
+    penalty = (
+        RewardPenalty(learner, reference, objective.beta, job.train.tokens_per_micro_batch)
+        if objective.kl_in_reward and isinstance(reference, Reference)
+        else NoPenalty()
+    )
+    engine = NativeEngine(policy, model.codec, max_live=job.sampling.max_live_outputs)
+    draw = Draw(sampling_of(job), job.sampling.num_generations, job.seed, "sample")
+    evaluation = open_evaluation(job, model, given, engine, scorer)
+    progress = Progress(job.train.iterations, job.train.steps)
+    watch = Watch(_sinks(job, folder), terminal, _rollouts_file(job, folder))
+    watch.carry({"data/dropped_long": float(prompts.dropped_long)})
+    stateful = Stateful(progress, stream, learner, reference, evaluation, clock)
+    parts = Parts(
+        progress=progress,
+        rollouts=Rollouts(stream, engine, scorer, draw, job.train.prompts_per_step),
+        objective=objective,
+        learner=learner,
+        reference=reference,
+        penalty=penalty,
+        evaluation=evaluation,
+        checkpoints=Saver(folder, job.checkpoint, stateful, watch),
+        watch=watch,
+        num_iterations=job.train.num_iterations,
+    )
+    return parts, stateful
+
+
+def _learner_settings(job: Job, total_steps: int, compute_dtype: torch.dtype) -> LearnerSettings:
+    section = job.train
+    optimizer = OptimizerSettings(
+        learning_rate=section.learning_rate,
+        total_updates=total_steps * section.num_iterations * section.updates_per_batch,
+        lr_scheduler_type=section.lr_scheduler_type, warmup_steps=section.warmup_steps,
+        weight_decay=section.weight_decay, adam_beta1=section.adam_beta1, adam_beta2=section.adam_beta2,
+        adam_epsilon=section.adam_epsilon, max_grad_norm=section.max_grad_norm,
+    )  # fmt: skip
+    return LearnerSettings(
+        optimizer=optimizer, temperature=job.sampling.temperature, num_iterations=section.num_iterations,
+        updates_per_batch=section.updates_per_batch, tokens_per_micro_batch=section.tokens_per_micro_batch,
+        mask_truncated=job.objective.mask_truncated_completions,
+        correct_sampler=job.objective.importance_sampling != "none", compute_dtype=compute_dtype, seed=job.seed,
+    )  # fmt: skip
+
+
+def _sinks(job: Job, folder: RunFolder) -> list[Sink]:
+    sinks: list[Sink] = [EventsFile(folder.events)]
+    if job.watch.tensorboard:
+        from groupwise.watch.tensorboard import TensorBoardSink
+
+        sinks.append(TensorBoardSink(folder.tensorboard))
+    return sinks
+
+
+def _rollouts_file(job: Job, folder: RunFolder) -> RolloutsFile | None:
+    return RolloutsFile(folder.rollouts, job.watch.rollouts_max_bytes) if job.watch.rollouts else None

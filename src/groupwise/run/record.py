@@ -1,0 +1,70 @@
+"""What a step leaves behind: its metrics, the seconds of its phases, and what its sinks are shown."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from groupwise.learn.pack import Credit
+from groupwise.types import Scored
+from groupwise.watch.events import RolloutsFile, Sink
+from groupwise.watch.terminal import Terminal
+
+
+class Record:
+    """One step under way. `metrics` becomes its event; `extras` are columns that rewards add to the rollouts."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.metrics: dict[str, Any] = {}
+        self.extras: dict[str, list[Any]] = {}
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Add the seconds of what runs inside to `time/<phase>`."""
+        start = time.perf_counter()
+        yield
+        name = f"time/{phase}"
+        self.metrics[name] = self.metrics.get(name, 0.0) + time.perf_counter() - start
+
+
+class Watch:
+    """Writes what a step leaves behind: events, rollouts, terminal."""
+
+    def __init__(self, sinks: Sequence[Sink], terminal: Terminal, rollouts: RolloutsFile | None) -> None:
+        self.sinks, self.terminal, self.rollouts = sinks, terminal, rollouts
+        self._carried: dict[str, Any] = {}
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[Record]:
+        """A step's record; its event is written when the step has gone well."""
+        record = Record(step)
+        record.metrics |= self._carried
+        self._carried = {}
+        with record.time("step"):
+            yield record
+        seconds = record.metrics["time/step"]
+        if "tokens/sampled" in record.metrics:
+            record.metrics["tokens/per_second"] = record.metrics["tokens/sampled"] / seconds
+        for sink in (*self.sinks, self.terminal):
+            sink.write({"step": record.step, **record.metrics})
+
+    def groups(self, record: Record, scored: Scored, credit: Credit) -> None:
+        """Keep a step's groups for reading, and show one output."""
+        if self.rollouts is not None:
+            self.rollouts.write(record.step, scored, credit, record.extras)
+        if scored:
+            self.terminal.sample(scored[0].group.completions[0].text, scored[0].scores[0].reward)
+
+    def carry(self, metrics: Mapping[str, Any]) -> None:
+        """Put into the next event what happened between two steps."""
+        self._carried |= metrics
+
+    def close(self) -> None:
+        """Close every file; the terminal stays for the last sentence."""
+        for sink in self.sinks:
+            sink.close()
+        if self.rollouts is not None:
+            self.rollouts.close()

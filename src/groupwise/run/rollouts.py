@@ -1,0 +1,104 @@
+"""What lies between prompts and scored groups: requests to the engine, completions gathered, rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from groupwise.data.stream import PromptStream
+from groupwise.engines.base import Engine, generate
+from groupwise.learn.learner import Learner
+from groupwise.rewards.base import Reward, RewardContext
+from groupwise.rewards.combine import score_groups
+from groupwise.run.record import Record
+from groupwise.seeds import group_seed
+from groupwise.types import Group, GroupKey, Prompt, Request, Sampling, Scored
+
+
+class Scorer:
+    """The job's rewards and their weights, called on the groups of a step."""
+
+    def __init__(
+        self, rewards: Sequence[Reward], weights: Sequence[float] | None, total_steps: int, warn: Callable[[str], None]
+    ) -> None:
+        self.rewards, self.weights, self.total_steps, self.warn = rewards, weights, total_steps, warn
+
+    def __call__(self, groups: Sequence[Group], record: Record) -> Scored:
+        """One score per output; what the rewards report goes into the record."""
+        context = RewardContext(step=max(0, record.step - 1), total_steps=self.total_steps, warn=self.warn)
+        scored = score_groups(groups, self.rewards, self.weights, context)
+        record.metrics |= context.metrics
+        record.extras |= context.extras
+        return scored
+
+    def close(self) -> None:
+        """End the rewards' workers."""
+        for reward in self.rewards:
+            reward.close()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How groups are drawn: `outputs` per prompt, with seeds that are a function of what they are for."""
+
+    sampling: Sampling
+    outputs: int
+    run_seed: int
+    purpose: str
+
+    def groups(self, engine: Engine, prompts: Sequence[Prompt], step: int) -> list[Group]:
+        """Sample a group per prompt. Slots tell equal prompts of one step apart."""
+        keys = [GroupKey(step, slot, prompt.prompt_id) for slot, prompt in enumerate(prompts)]
+        requests = [
+            Request(
+                f"{self.purpose}/{key.step}/{key.slot}", prompt.token_ids, self.outputs, self.sampling,
+                group_seed(self.run_seed, self.purpose, key.step, key.slot),
+            )
+            for key, prompt in zip(keys, prompts, strict=True)
+        ]  # fmt: skip
+        completions = generate(engine, requests)
+        return [Group(*parts) for parts in zip(keys, prompts, completions, strict=True)]
+
+
+class Rollouts:
+    """Gives the loop scored groups, in the order of their prompts."""
+
+    def __init__(self, prompts: PromptStream, engine: Engine, scorer: Scorer, draw: Draw, prompts_per_step: int) -> None:
+        self.prompts, self.engine, self.scorer, self.draw = prompts, engine, scorer, draw
+        self.prompts_per_step = prompts_per_step
+
+    def collect(self, step: int, record: Record) -> Scored:
+        """Sample and score a step's groups."""
+        with record.time("sample"):
+            groups = self.draw.groups(self.engine, self.prompts.take(self.prompts_per_step), step)
+        with record.time("reward"):
+            scored = self.scorer(groups, record)
+        record.metrics |= summary(scored)
+        record.metrics["epoch"] = self.prompts.position / len(self.prompts)
+        return scored
+
+    def load_weights(self, learner: Learner) -> None:
+        """Sample from the learner's weights from now on."""
+        self.engine.load_weights(learner.weights(), learner.version)
+
+
+def summary(scored: Scored) -> dict[str, float]:
+    """The metrics of a step's groups that need no model: rewards, lengths, tokens."""
+    lengths = [len(c.token_ids) for group in scored for c in group.group.completions]
+    cut = [c.finish == "length" for group in scored for c in group.group.completions]
+    known = [[r for r in group.rewards if r is not None] for group in scored]
+    rewards = [r for group in known for r in group]
+    spreads = [stdev(group) if len(group) > 1 else 0.0 for group in known]
+    metrics: dict[str, Any] = {
+        "reward": fmean(rewards) if rewards else float("nan"),
+        "reward_std": fmean(spreads),
+        "frac_reward_zero_std": fmean([max(group, default=0.0) == min(group, default=0.0) for group in known]),
+        "completions/mean_length": fmean(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": fmean(cut),
+        "tokens/sampled": float(sum(lengths)),
+    }
+    return metrics
