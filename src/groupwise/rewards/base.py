@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from groupwise.types import Group
 
@@ -29,6 +29,7 @@ class RewardContext:
     warn: Callable[[str], None] = lambda message: None
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Scores outputs. `scope` is the least it must see at once: one output, a whole group, or the whole step."""
 

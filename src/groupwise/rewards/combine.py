@@ -1,0 +1,110 @@
+"""Several rewards to one: an output's reward is the weighted sum of the values that it was given."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from statistics import fmean, stdev
+
+from groupwise.errors import RewardError
+from groupwise.rewards.base import Reward, RewardContext, Values
+from groupwise.rewards.calling import as_number
+from groupwise.rewards.checks import check_values
+from groupwise.types import Group, Score, ScoredGroup
+
+
+def score_groups(
+    groups: Sequence[Group], rewards: Sequence[Reward], weights: Sequence[float] | None, context: RewardContext
+) -> list[ScoredGroup]:
+    """Score each output by all rewards: `sum of weight * value` over those that gave it a value, None if none did.
+
+    `Score.parts` holds each reward's own value by its name; a second reward of the same name is `name_2`. Metrics:
+    `rewards/<name>/mean` and `/std` (n - 1) over the outputs it scored, absent where it scored none, and
+    `rewards/unscored`, the outputs without a reward. Weights default to 1. Raises RewardError on unusable values.
+    """
+    weights = _check_weights(weights, len(rewards))
+    names = unique_names([reward.name for reward in rewards])
+    columns: dict[str, list[float | None]] = {}
+    for name, reward, (values, report) in zip(names, rewards, _run(groups, rewards, context), strict=True):
+        given = [as_number(value) for of_group in values for value in of_group]
+        checked = check_values(reward.name, groups, given)
+        columns[name] = [value for of_group in checked for value in of_group]
+        _publish(name, reward, columns[name], report, context)
+    parts = [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    scores = iter([Score(_weighted_sum(part.values(), weights), parts=part) for part in parts])
+    scored = [ScoredGroup(group, tuple(next(scores) for _ in group.completions)) for group in groups]
+    context.metrics["rewards/unscored"] = float(sum(reward is None for group in scored for reward in group.rewards))
+    return scored
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Each name, with `_2`, `_3` .. where it is taken."""
+    unique: list[str] = []
+    for name in names:
+        numbered = (name if count == 1 else f"{name}_{count}" for count in itertools.count(1))
+        unique.append(next(free for free in numbered if free not in unique))
+    return unique
+
+
+def _run(
+    groups: Sequence[Group], rewards: Sequence[Reward], context: RewardContext
+) -> list[tuple[Values, RewardContext]]:
+    """Each reward's values, and what it reported.
+
+    Rewards with a process of their own work at the same time; the others follow each other in this thread, since
+    functions given from Python may share state.
+    """
+    lock = threading.Lock()
+
+    def warn(message: str) -> None:
+        with lock:
+            context.warn(message)
+
+    reports = [replace(context, metrics={}, extras={}, warn=warn) for _ in rewards]
+    values: dict[int, Values] = {}
+    with ThreadPoolExecutor(max_workers=len(rewards)) as pool:
+        beside = {
+            index: pool.submit(reward, groups, reports[index])
+            for index, reward in enumerate(rewards)
+            if getattr(reward, "own_process", False)
+        }
+        for index, reward in enumerate(rewards):
+            if index not in beside:
+                values[index] = reward(groups, reports[index])
+        values |= {index: future.result() for index, future in beside.items()}
+    return [(values[index], report) for index, report in enumerate(reports)]
+
+
+def _publish(
+    name: str, reward: Reward, values: Sequence[float | None], report: RewardContext, context: RewardContext
+) -> None:
+    """Add a reward's numbers to the step's, under the name that tells it from the others."""
+    own = f"rewards/{reward.name}/"
+    for key, number in report.metrics.items():
+        free = f"rewards/{name}/{key.removeprefix(own)}" if key.startswith(own) or key in context.metrics else key
+        context.metrics[free] = number
+    for column, entries in report.extras.items():
+        context.extras[column if column not in context.extras else f"{name}/{column}"] = entries
+    scored = [value for value in values if value is not None]
+    if scored:
+        context.metrics[f"rewards/{name}/mean"] = fmean(scored)
+        context.metrics[f"rewards/{name}/std"] = stdev(scored) if len(scored) > 1 else 0.0
+
+
+def _check_weights(weights: Sequence[float] | None, count: int) -> Sequence[float]:
+    assert count > 0, "a job has at least one reward"
+    weights = [1.0] * count if weights is None else weights
+    if len(weights) != count:
+        raise RewardError(f"there are {len(weights)} reward weights for {count} reward functions; give one for each")
+    if not all(map(math.isfinite, weights)):
+        raise RewardError(f"reward weights must be finite numbers, not {list(weights)}")
+    return weights
+
+
+def _weighted_sum(values: Iterable[float | None], weights: Sequence[float]) -> float | None:
+    terms = [weight * value for value, weight in zip(values, weights, strict=True) if value is not None]
+    return sum(terms) if terms else None

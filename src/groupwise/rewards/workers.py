@@ -1,0 +1,268 @@
+"""Where reward functions run: in a process of their own that can be killed, or in a thread of this one that cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
+
+from groupwise.errors import RewardError
+from groupwise.rewards import calling
+from groupwise.rewards.calling import Caller, Message, Signature
+
+START_TIMEOUT = 120.0  # a reward file may import large libraries; this never counts against the limit of a call
+CLOSE_TIMEOUT = 2.0
+CANCEL_TIMEOUT = 0.5
+LOG_MAX_BYTES = 10_000_000
+LOG_TAIL_LINES = 5
+
+Kind = Literal["error", "timeout", "died"]
+
+
+class CallFailed(Exception):
+    """A call that gave no values: the function raised, took too long, or ended its process."""
+
+    def __init__(self, kind: Kind, detail: str) -> None:
+        super().__init__(detail)
+        self.kind: Kind = kind
+        self.detail = detail
+
+
+class Runner(Protocol):
+    """Runs one function. After any failure the next call finds it ready again.
+
+    `own_process`: it runs beside this process, and may be called while others work. `timeouts` counts the calls that
+    took too long so far, `restarts` how often it had to begin anew.
+    """
+
+    signature: Signature
+    own_process: bool
+    timeouts: int
+    restarts: int
+
+    def call(self, request: Message, limit: float) -> Message:
+        """The answer to a request (see `Caller.call`) within `limit` seconds. Raises CallFailed."""
+
+    def close(self) -> None:
+        """End what runs. Calling it twice is fine."""
+
+
+class Worker:
+    """A process that has loaded one function of a file or module and keeps it, with its state, from call to call.
+
+    What the function prints goes to the file `log`, or to a temporary one. Raises RewardError where the function
+    cannot be loaded, within `start_timeout` seconds.
+    """
+
+    own_process = True
+
+    def __init__(self, spec: str, *, log: Path | None = None, start_timeout: float = START_TIMEOUT) -> None:
+        self.timeouts = 0
+        self.restarts = 0
+        self._spec = spec
+        self._start_timeout = start_timeout
+        self._log = _open_log(log)
+        self._log_start = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self._spawn()
+            self.signature = self._ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, request: Message, limit: float) -> Message:
+        """Have the function called. When it takes longer than `limit` or ends its process, a new one is started."""
+        if self._process is None or self._process.poll() is not None:
+            self._restart()
+        if not self._is_ready:
+            self._ready()
+        deadline = time.monotonic() + limit
+        try:
+            self._send(request, deadline)
+            reply = self._receive(deadline)
+        except TimeoutError:
+            self.timeouts += 1
+            self._restart()
+            raise CallFailed("timeout", f"it took longer than {limit:g} s") from None
+        except (EOFError, ConnectionError):
+            ending = self._ending()
+            self._restart()
+            raise CallFailed("died", ending) from None
+        except BaseException:
+            self._kill()  # interrupted half way: its answer must not be taken for that of a later call
+            raise
+        if "error" in reply:
+            raise CallFailed("error", reply["error"])
+        return reply
+
+    def close(self) -> None:
+        """End the process: it is asked first, and killed when it does not follow."""
+        if self._process is not None:
+            self._socket.close()
+            if self._is_ready:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(CLOSE_TIMEOUT)
+            self._kill()
+        self._log.close()
+
+    def _spawn(self) -> None:
+        """Start a process; it loads the function while we do other things, until `_ready`."""
+        self._is_ready = False
+        self._socket, far_socket = socket.socketpair()
+        far_lifeline, self._lifeline = os.pipe()
+        arguments = [str(far_socket.fileno()), str(far_lifeline), str(os.getpid())]
+        with far_socket:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-u", "-X", "faulthandler", calling.__file__, *arguments],
+                pass_fds=(far_socket.fileno(), far_lifeline),
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,  # Ctrl-C is for the run to handle; and children of the function die with it
+            )
+        os.close(far_lifeline)
+
+    def _ready(self) -> Signature:
+        """Wait until the function is loaded. Raises RewardError where it cannot be."""
+        deadline = time.monotonic() + self._start_timeout
+        try:
+            self._send({"spec": self._spec, "path": sys.path}, deadline)
+            reply = self._receive(deadline)
+        except TimeoutError:
+            reply = {"error": f"it was not imported after {self._start_timeout:g} s"}
+        except (EOFError, ConnectionError):
+            reply = {"error": f"its process ended while it was imported: {self._ending()}"}
+        if "error" in reply:
+            raise RewardError(f"reward function `{self._spec}` cannot be loaded: {reply['error']}")
+        self._is_ready = True
+        return Signature(**reply["signature"])
+
+    def _restart(self) -> None:
+        self._kill()
+        self.restarts += 1
+        self._spawn()
+
+    def _kill(self) -> None:
+        """End the process and its children, and leave no zombie."""
+        if self._process is None:
+            return
+        if self._process.returncode is None:  # not reaped yet, so the group's number is still its own
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it ended by itself a moment ago
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+        self._socket.close()
+        os.close(self._lifeline)
+
+    def _ending(self) -> str:
+        """How the process ended, and the last lines it printed."""
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(CLOSE_TIMEOUT)
+        code = self._process.returncode
+        if code is None:
+            how = "it closed its connection"
+        else:
+            how = f"it ended with status {code}" if code >= 0 else f"it was ended by {signal.Signals(-code).name}"
+        self._log.seek(self._log_start)
+        lines = self._log.read(LOG_MAX_BYTES).decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join([how, *lines])
+
+    def _send(self, message: Message, deadline: float) -> None:
+        try:
+            data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise RewardError(f"the data cannot be sent to the worker of `{self._spec}`: {error}") from error
+        if os.fstat(self._log.fileno()).st_size > LOG_MAX_BYTES:
+            os.ftruncate(self._log.fileno(), 0)
+        self._log_start = os.fstat(self._log.fileno()).st_size
+        self._socket.settimeout(_left(deadline))
+        self._socket.sendall(len(data).to_bytes(8, "little") + data)
+
+    def _receive(self, deadline: float) -> Message:
+        size = int.from_bytes(self._read(8, deadline), "little")
+        message: Message = pickle.loads(self._read(size, deadline))
+        return message
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            self._socket.settimeout(_left(deadline))
+            chunk = self._socket.recv(min(size - len(data), 1 << 20))
+            if not chunk:
+                raise EOFError
+            data += chunk
+        return bytes(data)
+
+
+def _open_log(log: Path | None) -> IO[bytes]:
+    """A file that two processes may append to, and that one may empty meanwhile."""
+    if log is not None:
+        return log.open("a+b")
+    file = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - closed by `Worker.close`
+    fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)  # which a file without a name lacks despite its mode
+    return file
+
+
+def _left(deadline: float) -> float:
+    """Seconds until the deadline; never 0, which a socket takes for "do not wait at all"."""
+    return max(deadline - time.monotonic(), 1e-3)
+
+
+class InProcess:
+    """Runs a callable in a thread of this process, under a soft limit.
+
+    A sync function that takes too long cannot be stopped: it is left behind in its thread, and its late result is
+    dropped. An async one is cancelled.
+    """
+
+    own_process = False
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.timeouts = 0
+        self.restarts = 0
+        self._function = function
+        self._caller = Caller(function)
+        self.signature = self._caller.signature
+
+    def call(self, request: Message, limit: float) -> Message:
+        """Call the function and wait at most `limit` seconds for it."""
+        caller, answers = self._caller, queue.SimpleQueue[Message]()
+
+        def run() -> None:
+            answers.put(caller.call(request))
+            if caller is not self._caller:  # this call was left behind, and came back after all
+                caller.close()
+
+        thread = threading.Thread(target=run, daemon=True, name="groupwise-reward")
+        thread.start()
+        try:
+            reply = answers.get(timeout=limit)
+        except queue.Empty:
+            self.timeouts += 1
+            if caller.cancel():
+                thread.join(CANCEL_TIMEOUT)
+            if thread.is_alive():  # it may hold the caller's event loop for good
+                self.restarts += 1
+                self._caller = Caller(self._function)
+            raise CallFailed("timeout", f"it took longer than {limit:g} s") from None
+        if "error" in reply:
+            raise CallFailed("error", reply["error"])
+        return reply
+
+    def close(self) -> None:
+        """Close the event loop of async functions."""
+        self._caller.close()
