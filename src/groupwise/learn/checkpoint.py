@@ -1,0 +1,245 @@
+"""Checkpoints: folders of safetensors and JSON, whole or not there, never a pickle.
+
+    checkpoints/step-00000012/   model.safetensors  optimizer.safetensors  state.json  manifest.json
+    checkpoints/best/            the same, weights only
+
+A checkpoint is written beside its place, its manifest last, and then renamed. So a kill leaves either a whole one or a
+`.partial` folder that the next save clears. The manifest holds size and SHA-256 of every file: damage that came later
+is found when a checkpoint is opened, and an older one is taken instead."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from groupwise.disk import cannot_write, free_bytes, sync, write_atomic
+from groupwise.errors import RunFolderError
+
+SCHEMA_VERSION = 1
+Tensors = Mapping[str, torch.Tensor]
+_NAME = re.compile(r"step-(\d{8,})")
+_PARTIAL, _REPLACED, _DAMAGED = ".partial", ".replaced", ".damaged"
+
+
+class _Damaged(Exception):
+    """Why a checkpoint cannot be used; never leaves this module."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files were all found whole. Tensors are read when asked for."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    aliases: Mapping[str, Mapping[str, str]]
+
+    def tensors(self, stem: str, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """The tensors of `{stem}.safetensors` by name; names that shared their memory when saved share it again."""
+        tensors = load_file(self.path / f"{stem}.safetensors", device=device)
+        return tensors | {alias: tensors[name] for alias, name in self.aliases[stem].items()}
+
+
+def save(folder: Path, step: int, *, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
+    """Write `folder/step-{step}` and return it. `tensors` maps file stems to named tensors; `state` must suit JSON.
+
+    On RunFolderError (a full disk, a closed folder) what was there before is untouched and nothing is left behind.
+    """
+    return _write(folder / f"step-{step:08d}", step, tensors, state)
+
+
+def save_best(folder: Path, step: int, value: float, tensors: Tensors) -> Path:
+    """Write or replace `folder/best`: the weights (stem `model`) with the best evaluation so far, and its value."""
+    return _write(folder / "best", step, {"model": tensors}, {"value": value})
+
+
+def load(path: Path) -> Checkpoint:
+    """Open one checkpoint. Raises RunFolderError where it is missing or damaged."""
+    try:
+        return _open(path)
+    except _Damaged as damage:
+        raise RunFolderError(f"Checkpoint {path} cannot be used: {damage}.") from damage
+
+
+def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint, or None where there is none.
+
+    A damaged one is passed over with a warning that names it and the one taken instead. Raises RunFolderError where
+    all of them are damaged.
+    """
+    damages = []
+    for path in reversed(_steps(folder)):
+        try:
+            found = _open(path)
+        except _Damaged as damage:
+            damages.append(f"checkpoint {path} cannot be used: {damage}")
+            continue
+        for message in damages:
+            warn(f"{message}; {found.path.name} is used instead")
+        return found
+    if damages:
+        advice = "Start again with another --run."
+        raise RunFolderError(f"No checkpoint in {folder} is whole: {'; '.join(damages)}. {advice}")
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; `best` stays."""
+    for path in _steps(folder)[:-keep]:
+        # Renamed first: a kill half-way leaves something to clear, not a damaged checkpoint.
+        os.replace(path, path.with_name(path.name + _PARTIAL))
+    clear(folder)
+
+
+def set_aside(folder: Path, after_step: int) -> list[Path]:
+    """Rename the checkpoints after `after_step` to `.damaged`: they count no more, and nothing is deleted."""
+    moved = []
+    for path in _steps(folder):
+        if _number(path) > after_step:
+            aside = path.with_name(path.name + _DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(path.rename(aside))
+    return moved
+
+
+def clear(folder: Path) -> None:
+    """Remove what a kill left half-written. Only for the process that holds the run's lock."""
+    for path in folder.glob(f"*{_PARTIAL}"):
+        shutil.rmtree(path)
+    for path in folder.glob(f"*{_REPLACED}"):
+        # Killed between the two renames of a replacement: the old one goes back to its place.
+        if path.with_suffix("").exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(path.with_suffix(""))
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Checkpoints by step, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _write(target: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
+    text = json.dumps(dict(state), indent=1)
+    own, aliases = {}, {}
+    for stem, named in tensors.items():
+        own[stem], aliases[stem] = _unshare(named)
+    needed = len(text) + sum(tensor.nbytes for named in own.values() for tensor in named.values())
+    partial = target.with_name(target.name + _PARTIAL)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear(target.parent)
+        if free_bytes(target) < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        partial.mkdir()
+        for stem, named in own.items():
+            _save_file(named, partial / f"{stem}.safetensors")
+        write_atomic(partial / "state.json", text)
+        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+        manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": files, "aliases": aliases}
+        write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1))
+        _put_in_place(partial, target)
+    except OSError as error:
+        raise cannot_write(target, error, needed) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # The library hides the system's error number in its sentence.
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+    sync(path)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    sync(partial)
+    replaced = target.with_name(target.name + _REPLACED)
+    if target.exists():
+        os.replace(target, replaced)
+    os.replace(partial, target)
+    sync(target.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _unshare(tensors: Tensors) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors that share no memory, and for each name left out the name of the very same tensor."""
+    own: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    names: dict[Any, str] = {}
+    storages: set[tuple[str, int]] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        place = (str(tensor.device), tensor.untyped_storage().data_ptr())
+        view = (*place, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and view in names:
+            aliases[name] = names[view]
+            continue
+        # Two different views of one storage cannot be in one file: the second is copied.
+        own[name] = tensor.clone().contiguous() if place in storages else tensor.contiguous()
+        names[view] = name
+        storages.add(place)
+    return own, aliases
+
+
+def _open(path: Path) -> Checkpoint:
+    manifest = _read_json(path / "manifest.json")
+    found = manifest.get("schema_version")
+    if found != SCHEMA_VERSION:
+        raise _Damaged(f"its format has version {found}, and this groupwise reads version {SCHEMA_VERSION}")
+    try:
+        for name, expected in manifest["files"].items():
+            _check(path / name, expected["bytes"], expected["sha256"])
+        return Checkpoint(path, int(manifest["step"]), _read_json(path / "state.json"), dict(manifest["aliases"]))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise _Damaged("manifest.json is not a manifest") from error
+
+
+def _check(file: Path, size: int, digest: str) -> None:
+    try:
+        found = _fingerprint(file)
+    except OSError as error:
+        raise _Damaged(f"{file.name} cannot be read: {os.strerror(error.errno or 0).lower()}") from error
+    if found["bytes"] != size:
+        raise _Damaged(f"{file.name} has {found['bytes']} bytes instead of {size}")
+    if found["sha256"] != digest:
+        raise _Damaged(f"{file.name} is not what was saved: its SHA-256 differs")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except FileNotFoundError as error:
+        raise _Damaged(f"{path.name} is missing") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise _Damaged(f"{path.name} cannot be read: {error}") from error
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
