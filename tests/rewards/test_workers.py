@@ -133,6 +133,8 @@ def test_a_file_that_cannot_be_loaded_is_an_error_before_any_call(
 def test_a_file_that_does_not_exist_or_never_imports(tmp_path: Path) -> None:
     with pytest.raises(RewardError, match="there is no file"):
         load_reward(f"{tmp_path}/none.py:score")
+    with pytest.raises(RewardError, match="`nowhere_at_all` does not import:\nModuleNotFoundError"):
+        load_reward("nowhere_at_all:score")
     (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
     with pytest.raises(RewardError, match=r"not imported after 0\.2 s"):
         Worker(f"{tmp_path}/slow.py:score", start_timeout=0.2)
@@ -360,7 +362,10 @@ def test_a_worker_dies_with_its_parent(tmp_path: Path, busy: str) -> None:
     assert not gone(worker, within=0.1)
     parent.kill()
     parent.wait()
-    assert gone(worker)
+    left_behind = not gone(worker)
+    if left_behind:
+        os.kill(worker, signal.SIGKILL)
+    assert not left_behind
 
 
 def test_data_that_cannot_be_sent_is_named(load: Load) -> None:

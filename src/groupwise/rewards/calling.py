@@ -214,7 +214,8 @@ async def _settle(results: list[Any]) -> list[Any]:
 def tail(error: BaseException) -> str:
     """The last lines of a traceback, from the user's first frame on."""
     frames = error.__traceback__
-    while frames and frames.tb_frame.f_code.co_filename.startswith((__file__, "<frozen importlib")):
+    ours = (__file__, importlib.__file__, "<frozen importlib")
+    while frames and frames.tb_frame.f_code.co_filename.startswith(ours):
         frames = frames.tb_next
     lines = "".join(traceback.format_exception(type(error), error, frames)).rstrip().splitlines()
     return "\n".join(lines[-TRACEBACK_LINES:])
