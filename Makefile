@@ -10,6 +10,9 @@ ARGS ?=
 
 # Train the embedded job, about five minutes on two cores. An earlier demo is kept once, as runs/demo.previous.
 demo: $(INSTALLED)
+	@$(BIN)/python -c "import fcntl, os; \
+	os.path.exists('runs/demo/lock') and fcntl.flock(open('runs/demo/lock'), fcntl.LOCK_EX | fcntl.LOCK_NB)" \
+	2>/dev/null || { echo "A demo is running already, in runs/demo."; exit 1; }
 	@if [ -d runs/demo ]; then rm -rf runs/demo.previous && mv runs/demo runs/demo.previous; fi
 	@$(BIN)/groupwise train --run runs/demo
 

@@ -239,7 +239,7 @@ def test_every_knob_can_be_set_from_the_command_line():
         section, _, name = key.rpartition(".")
         value = (defaults[section] if section else defaults)[name]
         if value is not None:
-            resolved = load_job(overrides=[f"{key}={jobfile.wording.as_toml(value)}"])
+            resolved = load_job(overrides=[f"{key}={jobfile.phrases.as_toml(value)}"])
             assert resolved.origins[key] == "--set", field
 
 

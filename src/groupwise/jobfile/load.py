@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from groupwise.config import BUILTIN, PRESET_JOB_DEFAULTS, SCHEMA_VERSION, Job, knobs, section_type
 from groupwise.errors import ConfigError
 from groupwise.jobfile.checks import REASONS, check
-from groupwise.jobfile.wording import advice, as_toml, choices, found, suggestion, wanted
+from groupwise.jobfile.phrases import advice, as_toml, choices, found, suggestion, wanted
 
 OPTIONS = {
     "model": "model.path",
