@@ -9,6 +9,10 @@ class ConfigError(GroupwiseError):
     """A job that cannot be run as written: an unknown key, a wrong type, an impossible combination."""
 
 
+class ObjectiveError(ConfigError, ValueError):
+    """An objective that cannot be computed: an unknown choice, impossible combination, or tensors that do not fit."""
+
+
 class DataError(GroupwiseError):
     """Prompts that cannot be read or used: a missing file, a broken line, a row without a prompt."""
 
