@@ -75,6 +75,7 @@ def test_a_half_written_line_goes_even_where_no_step_is_too_late(tmp_path: Path)
 def test_cutting_back_a_file_that_was_never_written_is_fine(tmp_path: Path) -> None:
     truncate_to(tmp_path / "events.jsonl", 3)
     truncate_rollouts(tmp_path / "rollouts.jsonl", 3)
+    assert list(read(tmp_path / "events.jsonl")) == []
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from groupwise.watch.panel import Progress, draw_svg, panel
-from groupwise.watch.terminal import JsonLines, LivePanel, Plain, Quiet, make_terminal
+from groupwise.watch.terminal import JsonLines, LivePanel, Plain, Quiet, eval_table, make_terminal
 
 EVENT = {
     "step": 42,
@@ -33,7 +33,15 @@ EVENT = {
     "time/prepare": 0.1,
     "time/update": 0.5,
 }
-BASELINE = {"step": 0, "eval/reward": 0.27, "eval/accuracy": 0.27, "eval/reward_ci95": 0.03, "eval/mean_length": 30.1}
+BASELINE = {
+    "step": 0,
+    "time/step": 3.0,
+    "eval/accuracy_ci95": 0.05,
+    "eval/reward": 0.27,
+    "eval/accuracy": 0.27,
+    "eval/reward_ci95": 0.03,
+    "eval/mean_length": 30.1,
+}
 SILENT = EVENT | {"step": 43, "frac_reward_zero_std": 1.0, "loss": 0.0}
 
 
@@ -220,6 +228,11 @@ def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
         terminal.write(EVENT)
         terminal.close()
         assert bool(colour.search(screen.getvalue())) is coloured
+
+
+def test_an_evaluation_is_a_table_with_its_intervals() -> None:
+    found = {"reward": 0.27, "reward_ci95": 0.03, "accuracy": 0.25, "accuracy_ci95": math.nan, "pass@1": 0.25}
+    assert eval_table(found) == "reward    0.270 +- 0.0300\naccuracy  0.250 +- nan\npass@1    0.250"
 
 
 def test_the_picture_is_an_svg_that_fetches_nothing() -> None:

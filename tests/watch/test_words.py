@@ -66,3 +66,4 @@ def test_a_step_that_teaches_nothing_says_why() -> None:
     assert "What is left of the loss is not theirs" in str(why(silent | {"loss": 0.01}))
     unscored = {"step": 1, "reward": None, "rewards/unscored": 16, "frac_reward_zero_std": 1.0, "loss": 0.0}
     assert "No output of this step was scored" in str(why(unscored))
+    assert "No output of this step was scored" in str(why(unscored | {"reward": math.nan}))

@@ -175,8 +175,11 @@ def older(path: Path) -> Path:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of lines. A half-written last line is left out; another bad line is a RunFolderError."""
-    return (event for event, _ in _lines(path))
+    """The objects of a file of lines; none where it does not exist.
+
+    A half-written last line is left out; another bad line is a RunFolderError.
+    """
+    return (event for event, _ in _lines(path)) if path.exists() else iter(())
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:

@@ -21,8 +21,9 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
         Metric("step", "steps", "Steps done, this one included; 0 is the evaluation before the first."),
         Metric("iteration", "iterations", "The outer iteration that the step belongs to."),
         Metric("epoch", "passes", "Passes over the prompts so far, as a fraction."),
-        Metric("policy_version", "versions", "The version of the weights that sampled this step's outputs."),
+        Metric("policy_version", "versions", "Version of the weights after the step: one more per optimizer update."),
         Metric("updates", "updates", "Optimizer updates made in this step."),
+        Metric("updates/refused", "updates", "Updates left out because the gradient was not finite."),
         Metric("micro_batches", "passes", "Forward and backward passes that this step's updates were split into."),
     ),
     "Reward": (
@@ -78,8 +79,12 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
         Metric("eval/reward", "reward", "Mean reward of the held-out outputs."),
         Metric("eval/reward_ci95", "reward", "Half the width of the 95 % confidence interval of `eval/reward`."),
         Metric("eval/accuracy", "share", "Held-out outputs whose reward reaches `[eval] threshold`."),
+        Metric("eval/accuracy_ci95", "share", "Half the width of the 95 % confidence interval of `eval/accuracy`."),
         Metric("eval/pass@<k>", "share", "Chance that one of k outputs of a held-out prompt is right (unbiased)."),
         Metric("eval/mean_length", "tokens", "Mean length of a held-out output."),
+        Metric(
+            "eval/unscored", "outputs", "Held-out outputs without a reward: wrong in accuracy, out of `eval/reward`."
+        ),
     ),
     "Data": (Metric("data/dropped_long", "prompts", "Prompts left out because they were too long."),),
 }

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from groupwise.watch.words import duration, number, one_line, percent, sparkline, why
+from groupwise.watch.words import duration, is_step, number, one_line, percent, sparkline, why
 
 
 class _Phase(NamedTuple):
@@ -58,7 +58,7 @@ class Progress:
         accuracy = event.get("eval/accuracy", event.get("eval/reward"))
         if accuracy is not None:
             self.evals.append((self.step, accuracy))
-        if "time/step" not in event and "reward" not in event:
+        if not is_step(event):
             return
         self.verdict = why(event)
         self.rewards.append(math.nan if event.get("reward") is None else event["reward"])

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from groupwise.watch.events import encode
 from groupwise.watch.panel import Progress, panel
-from groupwise.watch.words import duration, number, percent, why
+from groupwise.watch.words import duration, is_step, number, percent, why
 
 Mode = Literal["auto", "plain", "quiet", "json"]
 
@@ -74,7 +74,7 @@ class Plain:
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Write a step's line, and an evaluation's. The first of several steps that teach nothing says why."""
-        if "reward" in event or "time/step" in event:
+        if is_step(event):
             self._put(step_line(event, self._total_steps))
             verdict = why(event)
             if verdict and not self._teaches_nothing:
@@ -110,7 +110,7 @@ class Quiet(Plain):
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Remember the step's line, in case nothing is said at the end."""
-        if "reward" in event or "time/step" in event:
+        if is_step(event):
             self._last = step_line(event, self._total_steps)
 
     def say(self, message: str) -> None:
@@ -212,12 +212,23 @@ def step_line(event: Mapping[str, Any], total_steps: int) -> str:
 
 
 def eval_line(event: Mapping[str, Any]) -> str:
-    """An evaluation in one line, with the half-width of its 95 % interval."""
+    """An evaluation in one line, the reward with the half-width of its 95 % interval."""
     found = [f"reward {number(event.get('eval/reward'))} +- {number(event.get('eval/reward_ci95'))}"]
-    named = sorted(name for name in event if name.startswith(("eval/accuracy", "eval/pass@")))
+    named = sorted(name for name in event if name == "eval/accuracy" or name.startswith("eval/pass@"))
     found += [f"{name.removeprefix('eval/')} {number(event[name])}" for name in named]
     found.append(f"length {number(event.get('eval/mean_length'))}")
     return f"eval at step {event['step']}: " + "  ".join(found)
+
+
+def eval_table(found: Mapping[str, float]) -> str:
+    """An evaluation as a table, one line per number, with the half-width of its 95 % interval where it has one."""
+    names = [name for name in found if not name.endswith("_ci95")]
+    widest = max(map(len, names), default=0)
+    return "\n".join(f"{name:<{widest}}  {number(found[name])}{_interval(found.get(f'{name}_ci95'))}" for name in names)
+
+
+def _interval(half_width: float | None) -> str:
+    return "" if half_width is None else f" +- {number(half_width)}"
 
 
 def _put(out: TextIO, line: str) -> None:

@@ -56,9 +56,15 @@ def _bar(value: float, low: float, high: float) -> str:
     return _BARS[round(7 * (value - low) / (high - low))] if high > low else _BARS[3]
 
 
+def is_step(event: Mapping[str, Any]) -> bool:
+    """Whether an event tells of a training step, rather than of an evaluation alone."""
+    return "reward" in event or "loss" in event
+
+
 def why(event: Mapping[str, Any]) -> str | None:
     """A sentence on a step that teaches nothing, or None where some group's rewards differ."""
-    if event.get("rewards/unscored") and event.get("reward") is None:
+    reward = event.get("reward")
+    if event.get("rewards/unscored") and (reward is None or math.isnan(reward)):
         return "No output of this step was scored, so nothing is learned in it. The warnings say why."
     if event.get("frac_reward_zero_std") != 1.0:
         return None
