@@ -9,8 +9,8 @@ from pydantic.fields import FieldInfo
 
 from groupwise.config import Job, is_resumable, knobs, section_type
 from groupwise.jobfile.load import Resolved
-from groupwise.jobfile.save import value
 from groupwise.jobfile.phrases import as_toml, choices, wanted
+from groupwise.jobfile.save import value
 
 _STARTERS = ("run", "model.path", "data.path", "reward.functions", "objective.preset")
 
