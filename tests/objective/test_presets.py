@@ -14,7 +14,7 @@ from groupwise.objective.surrogate import SURROGATES
 from groupwise.objective.weights import WEIGHTS
 
 GRPO = ("group_mean", "group", "token", "clip", "sequence_mean")
-TABLE = {
+TABLE = {  # None: the objective does not read it
     "grpo": (*GRPO, 0.2, 0.2, "k3", 0.04),
     "deepseekmath": (*GRPO, 0.2, 0.2, "k3", 0.04),
     "dr_grpo": ("group_mean", "none", "token", "clip", "constant_length", 0.2, 0.2, None, 0),
