@@ -1,0 +1,267 @@
+"""The tokenizer, owned once: prompts to token ids, outputs to text, end tokens, characters <-> tokens, stop strings.
+
+Token ids are carried from here on and never made again from text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from groupwise.errors import ConfigError, DataError, ModelError
+from groupwise.models import tokenizer_check, tokenizer_files
+from groupwise.types import Message
+from groupwise.wording import one_line, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BROKEN: Final = "\ufffd"
+"""What decoders write for bytes that are no whole character (yet)."""
+
+SET_BY_CODEC: Final = frozenset(
+    {"conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors"}
+    | {"return_assistant_tokens_mask", "tokenizer_kwargs", "padding", "truncation", "max_length"}
+)
+"""Arguments of `apply_chat_template` that are no options of a template."""
+
+
+class Codec:
+    """Text to token ids and back, by one Hugging Face tokenizer.
+
+    `end_token_ids` is the set of tokens that end an output. A pad token is never needed and may equal one of them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        end_token_ids: Iterable[int] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        source: Path | None = None,
+    ) -> None:
+        """Own `tokenizer`; its eos token joins `end_token_ids`. `source` is the folder that its files came from.
+
+        Raises ConfigError for template options that are the codec's own business.
+        """
+        own_end = tokenizer.eos_token_id
+        self.tokenizer = tokenizer
+        self.end_token_ids = frozenset(end_token_ids) | (frozenset() if own_end is None else {int(own_end)})
+        self._template_options = dict(chat_template_kwargs or {})
+        self._source = source
+        self._pieces: dict[int, str] = {}
+        if taken := sorted(SET_BY_CODEC & self._template_options.keys()):
+            raise ConfigError(
+                f"chat_template_kwargs sets {', '.join(taken)}, which is not for the chat template to read; leave only"
+                " options of the template, such as enable_thinking."
+            )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        eos_token_ids: Iterable[int] | None = None,
+    ) -> Codec:
+        """Load the tokenizer of a Hugging Face folder or hub id.
+
+        Without `eos_token_ids` the end tokens are those of the tokenizer, generation_config.json and config.json
+        together; nothing else of the generation config is used. Raises ModelError where it cannot be loaded.
+        """
+        tokenizer = tokenizer_files.load_tokenizer(path, revision, trust_remote_code)
+        source = tokenizer_files.source_folder(path, revision)
+        ends = tokenizer_files.configured_end_ids(source) if eos_token_ids is None else eos_token_ids
+        return cls(tokenizer, end_token_ids=ends, chat_template_kwargs=chat_template_kwargs, source=source)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest token id; a model may have more rows than that, never fewer."""
+        return int(max(self.tokenizer.get_vocab().values())) + 1
+
+    def encode_prompt(self, content: str | Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a prompt: a string as the tokenizer encodes it (BOS and all), messages as the template says.
+
+        Raises ModelError without a chat template, DataError for messages or characters that are refused.
+        """
+        if isinstance(content, str):
+            return self._encode(content, add_special_tokens=True)
+        return self.encode_text(self.render(content))  # a template writes its special tokens itself
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text as it stands: no special token is added, those written out in it are recognised.
+
+        Raises DataError for characters that the tokenizer refuses.
+        """
+        return self._encode(text, add_special_tokens=False)
+
+    def render(self, content: str | Sequence[Message]) -> str:
+        """The text that a prompt is encoded from. A last message of the assistant is left open, to be continued.
+
+        Raises ModelError without a chat template, DataError where the template refuses the messages.
+        """
+        if isinstance(content, str):
+            return content
+        if self.tokenizer.chat_template is None and "chat_template" not in self._template_options:
+            raise ModelError(
+                "The prompts are messages, but the tokenizer has no chat template. Use a chat model, put a"
+                " chat_template.jinja into the model's folder, or give the prompts as plain strings."
+            )
+        prefilled = bool(content) and content[-1].get("role") == "assistant"
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(content),
+                    tokenize=False,
+                    add_generation_prompt=not prefilled,
+                    continue_final_message=prefilled,
+                    **self._template_options,
+                )
+            )
+        except Exception as error:  # a template is somebody's program: it may raise anything
+            raise DataError(f"The chat template refuses the messages {shown(content)}: {one_line(error)}") from error
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids as they spell it: spaces are not cleaned up, whatever the tokenizer's config says."""
+        return str(
+            self.tokenizer.decode(
+                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def offsets(self, token_ids: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+        """The decoded text, and per token how many of its leading characters are complete once the token is there.
+
+        A character that several tokens share is complete after the last: "é!" as the bytes C3 | A9 21 has ends (0, 2).
+        """
+        text = self.decode(token_ids)
+        runs = list(self._whole_runs(token_ids))
+        joined = "".join(run[-1] for run in runs)
+        if not joined.endswith(text):  # this decoder looks further than one token back
+            runs = [[self.decode(token_ids[: t + 1]) for t in range(len(token_ids))]]
+            joined = text
+        ends: list[int] = []
+        start = len(text) - len(joined)  # negative where the decoder drops a leading space
+        for run in runs:
+            ends += [max(0, start + end) for end in _complete(run)]
+            start += len(run[-1])
+        return text, tuple(ends)
+
+    def piece(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text that tokens add when they follow another one; `BROKEN` stands for part of a character."""
+        anchor, before = self._anchor
+        text = self.decode([anchor, *token_ids], skip_special_tokens)
+        return text[len(before) :] if text.startswith(before) else BROKEN
+
+    def check(self, texts: Iterable[str]) -> list[str]:
+        """Hold the tokenizer against its own tokenizer.json and against sample texts; return warnings.
+
+        Raises ModelError where AutoTokenizer made another tokenizer than the file says, or where characters are lost.
+        One that merely normalises (case, compatibility forms, spaces) gives a warning.
+        """
+        own = tokenizer_files.own_tokenizer(self._source)
+        return tokenizer_check.check(self, own, list(texts))
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer's files into `directory`: byte for byte as they came, where they came from a folder."""
+        if not tokenizer_files.copy_tokenizer(self._source, directory):
+            self.tokenizer.save_pretrained(directory)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        try:
+            return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        except Exception as error:  # what `tokenizers` raises for a character without a token is a plain Exception
+            raise DataError(f"The tokenizer cannot encode {shown(text)}: {one_line(error)}") from error
+
+    def _whole_runs(self, token_ids: Sequence[int]) -> Iterator[list[str]]:
+        """The shortest runs of tokens that spell whole characters, each as its growing text: ["a"], [BROKEN, "é!"]."""
+        run: list[int] = []
+        texts: list[str] = []
+        for token_id in token_ids:
+            run.append(token_id)
+            texts.append(self.piece(run) if len(run) > 1 else self._cached_piece(token_id))
+            if not texts[-1].endswith(BROKEN):
+                yield texts
+                run, texts = [], []
+        if run:
+            yield texts
+
+    def _cached_piece(self, token_id: int) -> str:
+        if token_id not in self._pieces:
+            self._pieces[token_id] = self.piece([token_id])
+        return self._pieces[token_id]
+
+    @cached_property
+    def _anchor(self) -> tuple[int, str]:
+        """A token to decode others after, and its text: decoders treat the first token of a text differently."""
+        for token_id in sorted(self.tokenizer.get_vocab().values()):
+            text = self.decode([token_id])
+            if text.strip() and BROKEN not in text:
+                return token_id, text
+        raise ModelError(f"The tokenizer ({type(self.tokenizer).__name__}) has no token that stands for text.")
+
+
+class StopChecker:
+    """Finds the token that completes a stop string, without decoding whole outputs.
+
+    `may_stop_V` (bool, one per token of the vocabulary) is True for tokens that may complete one: index it with the
+    new tokens, and ask `ends_with_stop` only where it is True. Special tokens count as text here, so that a stop
+    string may name one.
+    """
+
+    def __init__(self, codec: Codec, stop: Sequence[str], vocab_size: int | None = None) -> None:
+        """Decode each token of the vocabulary once. `vocab_size` is the model's, where it has more rows.
+
+        Raises ConfigError for an empty stop string.
+        """
+        if "" in stop:
+            raise ConfigError("A stop string is empty: every output would end at once. Take it out of `stop`.")
+        self._codec = codec
+        self._stop = tuple(stop)
+        self._longest = max(map(len, stop), default=0)
+        self.may_stop_V: NDArray[np.bool_] = np.zeros(vocab_size or codec.vocab_size, dtype=np.bool_)
+        if not stop:
+            return  # the vocabulary need not be decoded
+        last_characters = {text[-1] for text in stop}
+        if not all(character.isascii() for character in last_characters):
+            last_characters.add(BROKEN)  # bytes of one may complete it, while an ASCII character is never in parts
+        for token_id in codec.tokenizer.get_vocab().values():
+            piece = codec.piece([token_id], skip_special_tokens=False)
+            self.may_stop_V[token_id] = not last_characters.isdisjoint(piece)
+
+    def ends_with_stop(self, token_ids: Sequence[int]) -> bool:
+        """Whether the last of an output's tokens completes a stop string (it may hold characters after it, too)."""
+        if not token_ids or not self.may_stop_V[token_ids[-1]]:
+            return False
+        before, text = self._tail(token_ids)
+        return any(text.find(stop, max(0, len(before) - len(stop) + 1)) >= 0 for stop in self._stop)
+
+    def _tail(self, token_ids: Sequence[int]) -> tuple[str, str]:
+        """The end of the output without and with its last token: as much as the longest stop string can reach."""
+        tokens = self._longest + 1
+        while True:
+            start = max(0, len(token_ids) - 1 - tokens)
+            before = self._codec.decode(token_ids[start:-1], skip_special_tokens=False).rstrip(BROKEN)
+            if start == 0 or len(before) >= self._longest:
+                return before, self._codec.decode(token_ids[start:], skip_special_tokens=False)
+            tokens *= 2
+
+
+def _complete(texts: Sequence[str]) -> list[int]:
+    """Per growing text of one run, how many leading characters of the last one it holds for good."""
+    ends = [_common_start(text.rstrip(BROKEN), texts[-1]) for text in texts[:-1]] + [len(texts[-1])]
+    return list(accumulate(reversed(ends), min))[::-1]
+
+
+def _common_start(a: str, b: str) -> int:
+    """The number of leading characters that two texts share."""
+    if b.startswith(a):
+        return len(a)
+    return next(i for i, (x, y) in enumerate(zip(a, b + "\0", strict=False)) if x != y)

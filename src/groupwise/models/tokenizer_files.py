@@ -1,0 +1,106 @@
+"""The files of a tokenizer: loading them from a folder or the hub, reading end tokens beside them, copying them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from groupwise.errors import ModelError
+from groupwise.wording import one_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES: Final = (
+    *("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("spiece.model", "sentencepiece*", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*"),
+)
+"""What a tokenizer may consist of in a Hugging Face folder."""
+CONFIG_FILES: Final = ("generation_config.json", "config.json")
+"""What names end tokens beside the tokenizer itself."""
+
+
+def load_tokenizer(path: str | Path, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """AutoTokenizer for a folder or hub id; raises ModelError, one paragraph, for whatever keeps it from loading."""
+    from transformers import AutoTokenizer
+
+    if (looks_local(path) or Path(path).exists()) and not Path(path).is_dir():
+        raise ModelError(
+            f"{str(path)!r} is no folder with a model: give an existing folder, or a hub id as 'org/name'."
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # the loader and the hub raise OSError, ValueError, ImportError and plain Exception
+        raise ModelError(
+            f"The tokenizer of {str(path)!r} cannot be loaded: {one_line(error)} A folder needs tokenizer.json (or what"
+            " the model's own tokenizer class reads); a hub id needs a connection or a filled cache."
+        ) from error
+    return tokenizer
+
+
+def source_folder(path: str | Path, revision: str | None) -> Path | None:
+    """The folder that holds the tokenizer's files: the model's own, or the hub's snapshot in the cache."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    folder = None
+    for name in (*CONFIG_FILES, "tokenizer.json"):
+        try:
+            folder = Path(hf_hub_download(str(path), name, revision=revision)).parent
+        except EntryNotFoundError:  # no model has to have all of them
+            continue
+    return folder
+
+
+def configured_end_ids(folder: Path | None) -> frozenset[int]:
+    """The end tokens that generation_config.json and config.json name; raises ModelError where one is no JSON."""
+    files = [] if folder is None else [folder / name for name in CONFIG_FILES]
+    found: set[int] = set()
+    for file in files:
+        if not file.is_file():
+            continue
+        try:
+            config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file} cannot be read: {one_line(error)}") from error
+        for section in (config, config.get("text_config") or {}):
+            ends = section.get("eos_token_id")
+            found |= set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    return frozenset(found)
+
+
+def own_tokenizer(folder: Path | None) -> Tokenizer | None:
+    """What tokenizer.json itself says, without AutoTokenizer's opinion; None where there is no such file."""
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()  # some files were saved with the settings of their last call
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def copy_tokenizer(folder: Path | None, directory: Path) -> bool:
+    """Copy the tokenizer's files into `directory`; False where the folder is unknown or has none."""
+    if folder is None:
+        return False
+    files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
+    for file in sorted(files):
+        target = directory / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not (target.exists() and target.samefile(file)):
+            shutil.copyfile(file, target)
+    return bool(files)
+
+
+def looks_local(path: str | Path) -> bool:
+    """Whether a path is meant as one on this machine: hub ids have at most one slash and start with a name."""
+    return isinstance(path, Path) or path.startswith((".", "/", "~", "\\")) or path.count("/") > 1

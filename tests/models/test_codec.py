@@ -1,0 +1,332 @@
+"""Encoding, decoding, end tokens, offsets, stop strings and saving."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from groupwise.errors import ConfigError, DataError, ModelError
+from groupwise.models.codec import BROKEN, Codec, StopChecker
+from tests.tiny_tokenizers import (
+    CHAT_TEMPLATE,
+    byte_level,
+    character_level,
+    saved,
+    sentencepiece_like,
+    word_pieces,
+    wrapped,
+)
+
+BYTES = Codec(byte_level(CHAT_TEMPLATE))
+PIECES = Codec(sentencepiece_like())
+WORDS = Codec(word_pieces())
+TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters=BROKEN + "▁"), max_size=30)
+QUESTION = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1?"}]
+
+
+def token_lists(codec: Codec) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.integers(0, codec.vocab_size - 1), max_size=25)
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_string_is_encoded_with_the_tokenizers_own_special_tokens() -> None:
+    plain = BYTES.encode_text("the answer")
+    assert BYTES.decode(plain) == "the answer"
+    assert BYTES.encode_prompt("the answer") == (1, *plain)
+    assert PIECES.encode_prompt("a") == PIECES.encode_text("a")  # this one adds no BOS
+
+
+def test_messages_are_rendered_by_the_chat_template_and_get_no_second_bos() -> None:
+    rendered = "<|system|>Add.<end>\n<|user|>1+1?<end>\n<|assistant|>"
+    assert BYTES.render(QUESTION) == rendered
+    ids = BYTES.encode_prompt(QUESTION)
+    assert BYTES.decode(ids, skip_special_tokens=False) == rendered
+    assert ids.count(0) == 2, "<end> in a template is one special token"
+    assert 1 not in ids
+    stock = BYTES.tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
+    assert list(ids) == stock
+
+
+def test_template_options_and_tools_reach_the_template() -> None:
+    tool = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
+    codec = Codec(byte_level(CHAT_TEMPLATE), chat_template_kwargs={"mood": "calm", "tools": [tool, tool]})
+    assert codec.render(QUESTION).endswith("<end>\ntools:2\nmood:calm\n<|assistant|>")
+
+
+def test_a_template_can_be_given_as_an_option() -> None:
+    codec = Codec(byte_level(), chat_template_kwargs={"chat_template": "{{ messages[0].content }}!"})
+    assert codec.render(QUESTION) == "Add.!"
+
+
+def test_a_last_message_of_the_assistant_is_continued() -> None:
+    rendered = BYTES.render([*QUESTION, {"role": "assistant", "content": "It is"}])
+    assert rendered.endswith("<|assistant|>It is")
+
+
+def test_options_that_are_no_options_of_a_template_are_refused() -> None:
+    with pytest.raises(ConfigError, match="chat_template_kwargs sets add_generation_prompt, tokenize"):
+        Codec(byte_level(), chat_template_kwargs={"tokenize": False, "add_generation_prompt": False})
+
+
+def test_messages_without_a_chat_template_are_an_error() -> None:
+    with pytest.raises(ModelError, match=r"no chat template.*plain strings"):
+        Codec(byte_level()).encode_prompt(QUESTION)
+
+
+def test_messages_that_the_template_refuses_are_an_error_with_its_words() -> None:
+    codec = Codec(byte_level("{{ raise_exception('roles must alternate') }}"))
+    with pytest.raises(DataError, match=r"refuses the messages .*1\+1.* roles must alternate\."):
+        codec.render(QUESTION)
+
+
+def test_a_character_that_the_tokenizer_refuses_is_an_error_that_shows_the_text() -> None:
+    with pytest.raises(DataError, match="cannot encode '1 x 1'"):
+        Codec(character_level("1 ")).encode_prompt("1 x 1")
+
+
+def test_spaces_are_not_cleaned_up_when_decoding() -> None:
+    tokenizer = character_level("a .")
+    tokenizer.clean_up_tokenization_spaces = True
+    codec = Codec(tokenizer)
+    assert tokenizer.decode(codec.encode_text("a .")) == "a."
+    assert codec.decode(codec.encode_text("a .")) == "a ."
+
+
+def test_special_tokens_are_decoded_on_request() -> None:
+    ids = (*BYTES.encode_text("85"), 0)
+    assert BYTES.decode(ids) == "85"
+    assert BYTES.decode(ids, skip_special_tokens=False) == "85<end>"
+
+
+# --- end tokens -------------------------------------------------------------------------------------------------------
+
+
+def test_end_tokens_are_the_union_of_what_the_folder_says(tmp_path: Path) -> None:
+    folder = saved(byte_level(), tmp_path, eos_token_id=7)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6], "temperature": 0.6}))
+    assert Codec.load(folder).end_token_ids == {0, 5, 6, 7}
+    assert Codec.load(str(folder), eos_token_ids=[9]).end_token_ids == {0, 9}
+
+
+def test_an_end_token_of_id_zero_and_one_of_a_nested_config_count(tmp_path: Path) -> None:
+    folder = saved(word_pieces(), tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 0, "text_config": {"eos_token_id": 3}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert Codec.load(folder).end_token_ids == {0, 3}
+
+
+def test_a_damaged_generation_config_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    folder = saved(byte_level(), tmp_path)
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config\.json cannot be read"):
+        Codec.load(folder)
+
+
+# --- offsets ----------------------------------------------------------------------------------------------------------
+
+
+def test_offsets_of_characters_that_span_tokens() -> None:
+    tokens = ["x", "aÃ", "Ł", "\u010a", "ðŁ", "ĺ", "İ", "b"]  # x | a + C3 | 9F | newline | F0 9F | 98 | 8E | b
+    ids = [BYTES.tokenizer.get_vocab()[token] for token in tokens]
+    assert BYTES.offsets(ids) == ("xaß\n😎b", (1, 2, 3, 4, 4, 4, 5, 6))
+
+
+def test_bytes_that_are_no_character_count_once_it_is_known_what_follows() -> None:
+    ids = [BYTES.tokenizer.get_vocab()[token] for token in ["â", "Ĥ", "x"]]  # E2 | 82 | x: the third byte is missing
+    assert BYTES.offsets(ids) == (BROKEN + "x", (0, 0, 2))
+    assert BYTES.offsets(ids[:2]) == (BROKEN, (0, 1))
+
+
+def token_bytes(codec: Codec, ids: Sequence[int]) -> list[bytes]:
+    """What each token spells, read off its name: an oracle that decodes nothing."""
+    names = codec.tokenizer.convert_ids_to_tokens(list(ids))
+    if codec is BYTES:
+        return [b"?" * len(name) for name in names]  # only their number counts: one character names one byte
+    return [bytes([int(n[3:5], 16)]) if n.startswith("<0x") else n.replace("▁", " ").encode() for n in names]
+
+
+@given(st.sampled_from([BYTES, PIECES]), TEXT)
+@settings(max_examples=120, deadline=None)
+def test_offsets_count_the_characters_whose_bytes_are_all_there(codec: Codec, text: str) -> None:
+    ids = codec.encode_text(text)
+    data = text.encode()
+    seen = len(data) - sum(map(len, token_bytes(codec, ids)))  # -1 where a leading space is dropped
+    expected = []
+    for spelled in token_bytes(codec, ids):
+        seen += len(spelled)
+        expected.append(len(data[: max(0, seen)].decode(errors="ignore")))
+    assert codec.offsets(ids) == (text, tuple(expected))
+
+
+@given(st.data())
+@settings(max_examples=120, deadline=None)
+def test_offsets_of_any_tokens_never_claim_what_is_not_there_yet(data: st.DataObject) -> None:
+    codec = data.draw(st.sampled_from([BYTES, WORDS]))
+    ids = data.draw(token_lists(codec))
+    text, ends = codec.offsets(ids)
+    assert text == codec.decode(ids)
+    assert list(ends) == sorted(ends)
+    assert list(ends[-1:]) == [len(text)] * bool(ids)
+    for t, end in enumerate(ends):
+        assert codec.decode(ids[: t + 1]).startswith(text[:end])
+
+
+def test_offsets_where_the_decoder_drops_the_first_space() -> None:
+    assert PIECES.offsets(PIECES.encode_text("a the\n")) == ("a the\n", (1, 2, 3, 4, 5, 6))
+
+
+def test_offsets_where_the_decoder_joins_words() -> None:
+    ids = WORDS.encode_text("hello worldly, don't")
+    text, ends = WORDS.offsets(ids)
+    assert text == "hello worldly, don ' t"
+    spelled = [text[a:b] for a, b in pairwise((0, *ends))]
+    assert spelled == ["hello", " world", "ly", ",", " don", " '", " t"]
+
+
+def test_special_tokens_add_no_characters() -> None:
+    assert BYTES.offsets([*BYTES.encode_text("85"), 0])[1][-2:] == (2, 2)
+    assert BYTES.offsets([]) == ("", ())
+
+
+# --- stop strings -----------------------------------------------------------------------------------------------------
+
+
+def first_stop(codec: Codec, ids: list[int], stop: list[str]) -> int | None:
+    """The definition: the first token after which a stop string is in the whole text."""
+    texts = (codec.decode(ids[: t + 1], skip_special_tokens=False) for t in range(len(ids)))
+    return next((t for t, text in enumerate(texts) if any(s in text for s in stop)), None)
+
+
+@given(token_lists(BYTES), st.lists(st.sampled_from(["a", "\n\n", "e a", "é", "85", "<end>", "😀", "st"]), max_size=3))
+@settings(max_examples=120, deadline=None)
+def test_stops_are_found_where_decoding_everything_finds_them(ids: list[int], stop: list[str]) -> None:
+    checker = StopChecker(BYTES, stop)
+    found = next((t for t in range(len(ids)) if checker.ends_with_stop(ids[: t + 1])), None)
+    assert found == first_stop(BYTES, ids, stop)
+
+
+@pytest.mark.parametrize("codec", [BYTES, PIECES], ids=["byte-level", "byte-fallback"])
+@pytest.mark.parametrize("stop", ["\n", "京", "é!", "answer is", " a", "zz"])
+def test_stops_in_a_long_text(codec: Codec, stop: str) -> None:
+    ids = list(codec.encode_text("the 😎 東京\n ß the answer is é! ok\n and a 😎 " * 2))
+    checker = StopChecker(codec, [stop])
+    found = [t for t in range(len(ids)) if checker.ends_with_stop(ids[: t + 1])]
+    texts = [codec.decode(ids[: t + 1]) for t in range(len(ids))]
+    assert found == [t for t in range(len(ids)) if texts[t].count(stop) > (texts[t - 1].count(stop) if t else 0)]
+
+
+def test_only_tokens_that_may_complete_a_stop_are_looked_at() -> None:
+    newline = StopChecker(BYTES, ["\n"])
+    texts = {token_id: BYTES.decode([token_id]) for token_id in range(BYTES.vocab_size)}
+    assert {i for i, text in texts.items() if "\n" in text} == set(newline.may_stop_V.nonzero()[0])
+    assert StopChecker(BYTES, ["é"]).may_stop_V.sum() > 100, "bytes may complete a character that is not ASCII"
+    assert not StopChecker(BYTES, []).may_stop_V.any()
+    assert StopChecker(BYTES, ["\n"], vocab_size=512).may_stop_V.shape == (512,)
+    assert not newline.ends_with_stop([])
+
+
+def test_a_token_that_ends_one_character_and_holds_the_next_may_stop() -> None:
+    core = Tokenizer(models.BPE({"Ã": 0, "©a": 1, "x": 2}, []))  # C3 | A9 a | x
+    core.decoder = decoders.ByteLevel()
+    checker = StopChecker(Codec(wrapped(core)), ["a"])
+    assert checker.may_stop_V.tolist() == [False, True, False]
+    assert checker.ends_with_stop([2, 0, 1])
+
+
+def test_a_stop_is_found_behind_tokens_without_text() -> None:
+    checker = StopChecker(BYTES, ["ab"], vocab_size=1000)
+    a, b = BYTES.encode_text("a")[0], BYTES.encode_text("b")[0]
+    assert checker.ends_with_stop([a, *[999] * 20, b])  # rows that a padded model has and its tokenizer has not
+    assert not checker.ends_with_stop([a, *[999] * 20, a])
+
+
+def test_a_stop_counts_once_when_its_last_character_comes_again() -> None:
+    ids = [BYTES.encode_text(character)[0] for character in "oiss"]
+    checker = StopChecker(BYTES, ["is"])
+    assert [checker.ends_with_stop(ids[: t + 1]) for t in range(4)] == [False, False, True, False]
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(ConfigError, match="stop string is empty"):
+        StopChecker(BYTES, ["\n", ""])
+
+
+# --- loading and saving -----------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_files_are_saved_byte_for_byte(tmp_path: Path) -> None:
+    folder = saved(byte_level(CHAT_TEMPLATE), tmp_path / "model")
+    config = folder / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("\n", "\n\n") + " ")  # nobody's serializer writes this
+    (folder / "model.safetensors").write_text("weights")
+    Codec.load(folder).save(tmp_path / "export")
+    names = {file.name for file in (tmp_path / "export").iterdir()}
+    assert names == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    for name in names:
+        assert (tmp_path / "export" / name).read_bytes() == (folder / name).read_bytes()
+    Codec.load(folder).save(folder)  # onto itself changes nothing
+    assert config.read_text().endswith(" ")
+
+
+def test_a_tokenizer_that_came_from_no_folder_is_saved_by_transformers(tmp_path: Path) -> None:
+    BYTES.save(tmp_path)
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert again("the answer 東京")["input_ids"] == list(BYTES.encode_prompt("the answer 東京"))
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./model", "a/b/c", Path("model")])
+def test_a_missing_folder_is_an_error(path: str | Path) -> None:
+    with pytest.raises(ModelError, match="is no folder with a model"):
+        Codec.load(path)
+
+
+def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "model").touch()
+    with pytest.raises(ModelError, match="is no folder with a model"):
+        Codec.load(str(tmp_path / "model"))
+
+
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot be loaded: .* A folder needs tokenizer\.json") as caught:
+        Codec.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_tokenizer_file_is_an_error(tmp_path: Path) -> None:
+    folder = saved(byte_level(), tmp_path)
+    (folder / "tokenizer.json").write_text('{"version": "1.0", ')
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        Codec.load(folder)
+
+
+def test_a_hub_id_without_a_connection_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=r"'nobody/nothing' cannot be loaded: .*filled cache"):
+        Codec.load("nobody/nothing")
+
+
+def test_a_hub_id_in_the_cache_is_loaded_with_its_end_tokens_and_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cached = tmp_path / "hub" / "models--org--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("c0ffee")
+    folder = saved(byte_level(), cached / "snapshots" / "c0ffee")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5]}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    codec = Codec.load("org/tiny")
+    assert codec.end_token_ids == {0, 5}
+    codec.save(tmp_path / "export")
+    assert (tmp_path / "export" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
