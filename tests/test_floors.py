@@ -10,7 +10,7 @@ FLOORS = {
     1: {"objective", "models"},
     2: {"data", "engines", "rewards", "learn", "watch"},
     3: {"run"},
-    4: {"cli", "recipes"},
+    4: {"cli", "recipes", "__main__"},
 }
 FLOOR_OF = {part: floor for floor, parts in FLOORS.items() for part in parts}
 
@@ -90,7 +90,7 @@ def outside_the_standard_library(text: str) -> list[str]:
 def part_of(name: str) -> str:
     """`"learn"` of `"groupwise.learn.pack.Batch"`; empty for what belongs to the package itself."""
     parts = name.split(".")
-    return parts[1] if len(parts) > 1 and parts[0] == "groupwise" and not parts[1].startswith("_") else ""
+    return parts[1] if len(parts) > 1 and parts[0] == "groupwise" and parts[1] != "__version__" else ""
 
 
 def within(name: str, *packages: str) -> bool:
