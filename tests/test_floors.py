@@ -10,7 +10,8 @@ FLOORS = {
     1: {"objective", "models"},
     2: {"data", "engines", "rewards", "learn", "watch"},
     3: {"run"},
-    4: {"cli", "recipes", "__main__"},
+    4: {"cli", "recipes"},
+    5: {"__main__"},
 }
 FLOOR_OF = {part: floor for floor, parts in FLOORS.items() for part in parts}
 
