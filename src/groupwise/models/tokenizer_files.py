@@ -31,15 +31,15 @@ def load_tokenizer(path: str | Path, revision: str | None, trust_remote_code: bo
         raise ModelError(
             f"{str(path)!r} is no folder with a model: give an existing folder, or a hub id as 'org/name'."
         )
+    advice = "There is no such folder here, and a hub id needs a connection or a filled cache."
+    if Path(path).is_dir():
+        advice = "The folder needs a tokenizer.json, or what the model's own tokenizer class reads."
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # the loader and the hub raise OSError, ValueError, ImportError and plain Exception
-        raise ModelError(
-            f"The tokenizer of {str(path)!r} cannot be loaded: {one_line(error)} A folder needs tokenizer.json (or what"
-            " the model's own tokenizer class reads); a hub id needs a connection or a filled cache."
-        ) from error
+        raise ModelError(f"The tokenizer of {str(path)!r} cannot be loaded: {one_line(error)} {advice}") from error
     return tokenizer
 
 
