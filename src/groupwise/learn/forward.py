@@ -33,8 +33,8 @@ def score_outputs(policy: Policy, batch: Batch, budget: int, members: Sequence[i
     Outputs that are not among `members` (all by default) get 0.
     """
     chosen = range(len(batch.outputs)) if members is None else members
-    logprobs_T = torch.zeros(len(batch.completion_T), device=policy.device)
-    for part in micro_batches(batch.outputs, list(chosen), budget, policy.layout == "shared"):
+    logprobs_T = torch.zeros_like(batch.sampled_logprobs_T)
+    for part in micro_batches(batch.outputs, chosen, budget, policy.layout == "shared"):
         stream, place = lay_out(policy, batch.outputs, part)
-        logprobs_T[place] = policy(stream, batch.temperature).logprobs_T.float()
+        logprobs_T[place] = policy(stream, batch.temperature).logprobs_T.to(logprobs_T)
     return logprobs_T
