@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ class Learner:
     def __init__(self, policy: Policy, objective: Objective, settings: LearnerSettings) -> None:
         self.policy, self.objective, self.settings = policy, objective, settings
         self.optimizer = MasterOptimizer(policy.model, settings.optimizer, settings.compute_dtype)
+        self._tally = _Tally()
 
     @property
     def version(self) -> int:
@@ -54,7 +57,7 @@ class Learner:
         """All outputs of a step as flat tensors."""
         return pack(
             scored, credit, temperature=self.settings.temperature, mask_truncated=self.settings.mask_truncated,
-            device=self.policy.device,
+            device=self.policy.device, dtype=torch.promote_types(self.policy.dtype, torch.float32),
         )  # fmt: skip
 
     def prepare(self, scored: Scored, credit: Credit, reference: Reference | NoReference) -> Batch:
@@ -62,10 +65,11 @@ class Learner:
         loss has a KL term. Both are fixed for all passes over the batch."""
         batch = self.pack(scored, credit)
         live = self._live(batch, range(len(batch.outputs)))
-        old = None
+        old = ref = None
         if self.settings.num_iterations * self.settings.updates_per_batch > 1:
             old = self.logprobs(batch, live)
-        ref = reference.logprobs(batch, self.settings.tokens_per_micro_batch) if self.objective.kl_in_loss else None
+        if self.objective.kl_in_loss:
+            ref = reference.logprobs(batch, self.settings.tokens_per_micro_batch, live)
         return batch.with_logprobs(old=old, ref=ref)
 
     def logprobs(self, batch: Batch, members: Sequence[int] | None = None) -> Tensor:
@@ -73,24 +77,28 @@ class Learner:
         return score_outputs(self.policy, batch, self.settings.tokens_per_micro_batch, members)
 
     def update(self, batch: Batch, passes_done: int = 0) -> Metrics:
-        """One pass over the batch in `updates_per_batch` optimizer updates; returns metrics averaged over the pass."""
+        """One pass over the batch in `updates_per_batch` optimizer updates; `passes_done` were made before.
+
+        Returns the metrics of all passes over this batch so far.
+        """
         groups = sorted({output.group for output in batch.outputs})
         seed = stable_hash(self.settings.seed, "updates", self.version, passes_done)
-        tally = _Tally(first=passes_done == 0)
+        if passes_done == 0:
+            self._tally = _Tally()
         for chosen in split_updates(groups, self.settings.updates_per_batch, seed):
-            self._update(batch, set(chosen), tally)
-        return tally.metrics() | {"memory/peak_bytes": float(peak_memory(self.policy.device))}
+            self._update(batch, set(chosen), first_pass=passes_done == 0)
+        return self._tally.metrics() | {"memory/peak_bytes": float(peak_memory(self.policy.device))}
 
-    def _update(self, batch: Batch, groups: set[int], tally: _Tally) -> None:
+    def _update(self, batch: Batch, groups: set[int], first_pass: bool) -> None:
         members = [i for i, output in enumerate(batch.outputs) if output.group in groups]
         live = self._live(batch, members)
         weights_T = self._weights(batch, members)
         parts = micro_batches(batch.outputs, live, self.settings.tokens_per_micro_batch, self.policy.layout == "shared")
         for part in parts:
-            self._accumulate(batch, part, weights_T, tally)
-        norm, rate, finite = self.optimizer.step()
-        tally.updated(norm, rate, finite)
-        tally.tokens_skipped += sum(len(batch.outputs[m].token_ids) for m in set(members) - set(live))
+            self._accumulate(batch, part, weights_T, first_pass)
+        self._tally.updated(*self.optimizer.step())
+        if first_pass:
+            self._tally.tokens_skipped += sum(len(batch.outputs[m].token_ids) for m in set(members) - set(live))
 
     def _weights(self, batch: Batch, members: Sequence[int]) -> Tensor:
         """The normalisation of one update: 0 on outputs that take no part in it."""
@@ -98,15 +106,16 @@ class Learner:
         chosen[list(members)] = True
         return token_weights(
             self.objective, completion_T=batch.completion_T, group_S=batch.group_S,
-            trained_T=batch.trained_T & chosen[batch.completion_T],
+            trained_T=batch.trained_T & chosen[batch.completion_T], dtype=batch.advantages_T.dtype,
         )  # fmt: skip
 
-    def _accumulate(self, batch: Batch, part: Sequence[int], weights_T: Tensor, tally: _Tally) -> None:
+    def _accumulate(self, batch: Batch, part: Sequence[int], weights_T: Tensor, first_pass: bool) -> None:
         """Forward and backward over one micro-batch; gradients add up in the masters."""
         stream, place = lay_out(self.policy, batch.outputs, part)
-        logprobs_T, entropy_T = self.policy(stream, batch.temperature, entropy=tally.first)
-        old = batch.old_logprobs_T
-        old_T = logprobs_T.detach() if old is None else old[place]
+        logprobs_T, entropy_T = self.policy(stream, batch.temperature, entropy=first_pass)
+        # Before the first update the policy is the old policy: taken from this very pass, the ratio is exactly 1.
+        on_policy = first_pass and not self._tally.norms
+        old_T = logprobs_T.detach() if on_policy or batch.old_logprobs_T is None else batch.old_logprobs_T[place]
         sampled_T, trained_T = batch.sampled_logprobs_T[place], batch.trained_T[place]
         losses = token_losses(
             self.objective, logprobs_T=logprobs_T, old_logprobs_T=old_T, advantages_T=batch.advantages_T[place],
@@ -115,13 +124,15 @@ class Learner:
             sampled_logprobs_T=sampled_T if self.settings.correct_sampler else None,
         )  # fmt: skip
         loss = (losses.loss_T * weights_T[place]).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        tally.add(loss, losses, trained_T, entropy_T, (old_T - sampled_T).abs())
+        loss.backward()
+        self._tally.add(loss, losses, trained_T)
+        if entropy_T is not None:
+            self._tally.add_first_pass(entropy_T, (old_T - sampled_T).abs(), trained_T)
 
     def _live(self, batch: Batch, members: Sequence[int]) -> list[int]:
         """Outputs that can have a gradient: skipping the others is exact, since weights are counted before."""
         skip = self.objective.may_skip_zero_advantages
-        return [m for m in members if not (skip and batch.silent_S[m])]
+        return [m for m in members if batch.trained_S[m] and not (skip and batch.silent_S[m])]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights that the policy computes with, by name."""
@@ -147,66 +158,71 @@ class Learner:
                     buffer.copy_(tensors["model"][name])
 
 
-@dataclass
 class _Tally:
-    """Sums over the trained tokens of one pass. Numbers leave the device once, at the end."""
+    """Sums over the trained tokens of all passes over a batch; they leave the device when metrics are asked for."""
 
-    first: bool
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    greatest: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
-    tokens_skipped: int = 0
-    micro_batches: int = 0
-    norms: list[float] = field(default_factory=list)
-    refused: int = 0
-    rate: float = 0.0
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.greatest: dict[str, Tensor] = {}
+        self.norms: list[float] = []
+        self.rate = 0.0
+        self.micro_batches = self.tokens_skipped = 0
 
-    def add(
-        self, loss: Tensor, losses: TokenLosses, trained_T: Tensor, entropy_T: Tensor | None, difference_T: Tensor
-    ) -> None:
+    def add(self, loss: Tensor, losses: TokenLosses, trained_T: Tensor) -> None:
         """Count one micro-batch."""
+        low_T, high_T = losses.clipped_low_T, losses.clipped_high_T
         self.micro_batches += 1
-        self.tokens += int(trained_T.sum())
-        self._sum("loss", loss.detach())
-        low, high = losses.clipped_low_T, losses.clipped_high_T
-        per_token: dict[str, Tensor | None] = {
-            "kl": losses.kl_T, "entropy": entropy_T, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high,
-            "clip_ratio/region_mean": low | high, "sampling/logp_difference/mean": difference_T if self.first else None,
-        }  # fmt: skip
-        for name, values_T in per_token.items():
-            if values_T is not None:
-                self._sum(name, values_T[trained_T].float().sum())
-        largest = {"ratio/max": losses.ratio_T}
-        if self.first:
-            largest["sampling/logp_difference/max"] = difference_T
-        for name, values_T in largest.items():
-            top = values_T[trained_T].max() if bool(trained_T.any()) else torch.zeros((), device=values_T.device)
-            self.greatest[name] = torch.maximum(self.greatest.get(name, top), top)
+        _add(self.sums, "loss", loss.detach())
+        self._mean("clip_ratio/low_mean", low_T, trained_T)
+        self._mean("clip_ratio/high_mean", high_T, trained_T)
+        self._mean("clip_ratio/region_mean", low_T | high_T, trained_T)
+        self._max("ratio/max", losses.ratio_T, trained_T)
+        if losses.kl_T is not None:
+            self._mean("kl", losses.kl_T, trained_T)
 
-    def updated(self, norm: float, rate: float, finite: bool) -> None:
+    def add_first_pass(self, entropy_T: Tensor, difference_T: Tensor, trained_T: Tensor) -> None:
+        """Count what only the first pass can tell: what the sampling policy was like, and how far the sampler is."""
+        self._mean("entropy", entropy_T, trained_T)
+        self._mean("sampling/logp_difference/mean", difference_T, trained_T)
+        self._max("sampling/logp_difference/max", difference_T, trained_T)
+        _add(self.sums, "tokens/trained", trained_T.sum())
+
+    def updated(self, norm: float, rate: float) -> None:
         """Count one optimizer update."""
         self.norms.append(norm)
         self.rate = rate
-        self.refused += not finite
 
     def metrics(self) -> Metrics:
-        """Means per trained token (per update for the loss and the gradient's norm)."""
-        found = {name: value.item() / max(1, self.tokens) for name, value in self.sums.items() if name != "loss"}
-        found |= {name: value.item() for name, value in self.greatest.items()}
-        updates = len(self.norms)
-        return found | {
-            "loss": self.sums["loss"].item() / updates if "loss" in self.sums else 0.0,
-            "grad_norm": sum(self.norms) / updates,
+        """Means per trained token; per update for the loss, and for the gradient's norm where it was applied."""
+        found = self.sums | self.greatest
+        found |= {name: self.sums[name] / count.clamp(min=1) for name, count in self.counts.items()}
+        values = torch.stack([value.double() for value in found.values()]).tolist() if found else []
+        metrics: Metrics = {"loss": 0.0, "tokens/trained": 0.0} | dict(zip(found, values, strict=True))
+        metrics["loss"] /= len(self.norms)
+        applied = [norm for norm in self.norms if math.isfinite(norm)]
+        return metrics | {
+            "grad_norm": fmean(applied) if applied else math.nan,
             "learning_rate": self.rate,
-            "updates": float(updates),
-            "updates/refused": float(self.refused),
+            "updates": float(len(self.norms)),
+            "updates/refused": float(len(self.norms) - len(applied)),
             "micro_batches": float(self.micro_batches),
-            "tokens/trained": float(self.tokens),
             "tokens/skipped": float(self.tokens_skipped),
         }
 
-    def _sum(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+    def _mean(self, name: str, values_T: Tensor, trained_T: Tensor) -> None:
+        # Selected by `where`: indexing by booleans would make the host wait for the device.
+        _add(self.sums, name, torch.where(trained_T, values_T, 0).sum(dtype=torch.float64))
+        _add(self.counts, name, trained_T.sum())
+
+    def _max(self, name: str, values_T: Tensor, trained_T: Tensor) -> None:
+        """For values that are not negative."""
+        top = torch.where(trained_T, values_T, 0).max()
+        self.greatest[name] = torch.maximum(self.greatest[name], top) if name in self.greatest else top
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value
 
 
 def peak_memory(device: torch.device) -> int:

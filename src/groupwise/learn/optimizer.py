@@ -1,4 +1,4 @@
-"""AdamW over float32 master weights, whatever the policy computes in, and the learning rate as a function of the update."""
+"""AdamW over float32 master weights, whatever the policy computes in, and the rate as a function of the update."""
 
 from __future__ import annotations
 
@@ -51,15 +51,20 @@ class MasterOptimizer:
     def __init__(
         self, module: nn.Module, settings: OptimizerSettings, compute_dtype: torch.dtype = torch.float32
     ) -> None:
-        """Take over a module in float32 and, where `compute_dtype` is narrower, cast its parameters to that."""
+        """Take over a module in float32 and, where `compute_dtype` is narrower, cast its parameters to that.
+
+        Only parameters are cast: buffers such as rotary frequencies lose too much.
+        """
         self.settings = settings
         self.update = 0
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        narrow = compute_dtype.itemsize < torch.float32.itemsize
-        self.masters: dict[str, Tensor] = {
-            name: _master_of(parameter, compute_dtype) if narrow else parameter
-            for name, parameter in self.parameters.items()
-        }
+        self.masters: dict[str, Tensor] = dict(self.parameters)
+        if compute_dtype.itemsize < torch.float32.itemsize:
+            self.masters = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(compute_dtype)
+            for name, parameter in self.parameters.items():
+                parameter.register_post_accumulate_grad_hook(_gather_into(self.masters[name]))
         decayed = [m for m in self.masters.values() if m.ndim > 1]
         others = [m for m in self.masters.values() if m.ndim <= 1]
         self.adam = torch.optim.AdamW(
@@ -77,24 +82,23 @@ class MasterOptimizer:
             else:
                 master.grad.zero_()
 
-    def step(self) -> tuple[float, float, bool]:
-        """One update from the gathered gradients: `(gradient norm before clipping, learning rate, whether it was done)`.
+    def step(self) -> tuple[float, float]:
+        """One update from the gathered gradients: `(gradient norm before clipping, learning rate)`.
 
-        A gradient that is not finite is not applied.
+        A gradient whose norm is not finite is not applied; it counts as an update all the same.
         """
         gradients = [m.grad for m in self.masters.values() if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        rate = learning_rate(self.settings, self.update)
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.settings.max_grad_norm, norm)
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm, rate = total.item(), learning_rate(self.settings, self.update)
+        if math.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.settings.max_grad_norm, total)
             for group in self.adam.param_groups:
                 group["lr"] = rate
             self.adam.step()
             self._cast()
         self.update += 1
         self.zero_grad()
-        return norm.item(), rate, finite
+        return norm, rate
 
     @torch.no_grad()
     def _cast(self) -> None:
@@ -116,11 +120,12 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def load(self, masters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], counters: Mapping[str, int]) -> None:
-        """Take up weights and state where `state` and the masters left them."""
+        """Take up weights and state where `state` and the masters left them; keeps `tensors` themselves."""
         for name, master in self.masters.items():
             master.copy_(masters[name])
         self._cast()
         self.update = counters["update"]
+        self.adam.state.clear()
         if not tensors:
             return
         for name, master in self.masters.items():
@@ -130,18 +135,10 @@ class MasterOptimizer:
             }
 
 
-def _master_of(parameter: nn.Parameter, compute_dtype: torch.dtype) -> Tensor:
-    """A float32 copy that gathers the parameter's gradients; the parameter itself becomes narrow.
-
-    Only parameters are cast: buffers such as rotary frequencies lose too much.
-    """
-    master = parameter.detach().float().clone()
-    parameter.data = parameter.data.to(compute_dtype)
-
+def _gather_into(master: Tensor) -> Callable[[Tensor], None]:
     def gather(narrow: Tensor) -> None:
         assert master.grad is not None and narrow.grad is not None
         master.grad += narrow.grad
         narrow.grad = None
 
-    parameter.register_post_accumulate_grad_hook(gather)
-    return master
+    return gather

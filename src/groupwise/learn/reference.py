@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Protocol
 
 import torch
@@ -21,7 +22,7 @@ class _Learner(Protocol):
     policy: Policy
 
     def pack(self, scored: Scored, credit: Sequence[Sequence[float]]) -> Batch: ...
-    def logprobs(self, batch: Batch) -> Tensor: ...
+    def logprobs(self, batch: Batch, members: Sequence[int] | None = None) -> Tensor: ...
 
 
 class Reference:
@@ -41,9 +42,12 @@ class Reference:
         for name, tensor in self.policy.model.state_dict().items():
             tensor.copy_(new[name])
 
-    def logprobs(self, batch: Batch, budget: int) -> Tensor:
-        """Log-probs `[T]` of a batch's output tokens under the reference, at the batch's temperature."""
-        return score_outputs(self.policy, batch, budget)
+    def logprobs(self, batch: Batch, budget: int, members: Sequence[int] | None = None) -> Tensor:
+        """Log-probs `[T]` of a batch's output tokens under the reference, at the batch's temperature.
+
+        Outputs that are not among `members` (all by default) get 0.
+        """
+        return score_outputs(self.policy, batch, budget, members)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The reference's weights."""
@@ -65,7 +69,7 @@ class NoReference:
     def refresh(self, learner: _Learner, iteration: int) -> None:
         """Nothing to copy to."""
 
-    def logprobs(self, batch: Batch, budget: int) -> Tensor:
+    def logprobs(self, batch: Batch, budget: int, members: Sequence[int] | None = None) -> Tensor:
         """Never asked for: the objective has no KL term."""
         raise AssertionError("log-probs of a reference were asked for, but the job has none")
 
@@ -84,20 +88,25 @@ class RewardPenalty:
         self.learner, self.reference, self.beta, self.budget = learner, reference, beta, budget
 
     def charge(self, scored: Scored, metrics: dict[str, float]) -> Scored:
-        """The same groups with lower rewards; each function's own value and the filter's view stay as they were."""
+        """The same groups with other rewards; each function's own value stays as it was.
+
+        An output that is kept out of the loss pays too: its reward is in the group's mean all the same.
+        """
         nothing = [[0.0] * len(group.scores) for group in scored]
         batch = self.learner.pack(scored, nothing)
-        penalty = k1_per_output(
+        k1_S = k1_per_output(
             self.learner.logprobs(batch), self.reference.logprobs(batch, self.budget), batch.completion_T,
-            outputs=len(batch.outputs), trained_T=batch.trained_T,
-        ).tolist()  # fmt: skip
-        metrics["reward/kl_penalty"] = self.beta * sum(penalty) / max(1, len(penalty))
-        remaining = iter(penalty)
-        charged = []
+            outputs=len(batch.outputs),
+        )  # fmt: skip
+        k1 = iter(k1_S.tolist())
+        charged, taken = [], []
         for group in scored:
-            rewards = less_kl(group.rewards, [next(remaining) for _ in group.scores], self.beta)
-            scores = [replace(s, reward=r) for s, r in zip(group.scores, rewards, strict=True)]
+            rewards = less_kl(group.rewards, [next(k1) for _ in group.scores], self.beta)
+            scores = [replace(score, reward=reward) for score, reward in zip(group.scores, rewards, strict=True)]
             charged.append(replace(group, scores=tuple(scores)))
+            pairs = zip(group.rewards, rewards, strict=True)
+            taken += [before - after for before, after in pairs if before is not None and after is not None]
+        metrics["reward/kl_penalty"] = fmean(taken) if taken else 0.0
         return charged
 
 
