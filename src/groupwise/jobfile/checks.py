@@ -48,7 +48,7 @@ def _sampling(sampling: SamplingSection) -> Iterator[str]:
             "`sampling.temperature` = 0: greedy outputs of one prompt are all the same, so there is nothing to "
             "compare. Train at 1, or anywhere above 0; `eval.temperature` may be 0."
         )
-    for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+    for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0), ("min_completion_length", 0)):
         if getattr(sampling, name) != off:
             yield (
                 f"`sampling.{name}` = {getattr(sampling, name)}: training draws from the whole distribution. What "
@@ -56,11 +56,6 @@ def _sampling(sampling: SamplingSection) -> Iterator[str]:
                 f"reference alike, which is not done yet; without it the ratios are biased. "
                 f"Leave it at {off:g}; evaluation may use top_p and top_k."
             )
-    if sampling.min_completion_length > sampling.max_completion_length:
-        yield (
-            f"`sampling.min_completion_length` = {sampling.min_completion_length} is more than "
-            f"`sampling.max_completion_length` = {sampling.max_completion_length}: no output can be both."
-        )
 
 
 def _objective(objective: ObjectiveSection) -> Iterator[str]:

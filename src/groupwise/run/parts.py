@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import psutil
 import torch
+import transformers
 
-from groupwise.config import BUILTIN, Job
+from groupwise.config import BUILTIN, DataSection, Job
 from groupwise.data import arithmetic
-from groupwise.data.files import PromptSet, load_prompts, read_rows
+from groupwise.data.files import PromptSet, load_prompts
 from groupwise.data.stream import PromptStream
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import ConfigError, DataError, ModelError, RewardError
@@ -23,7 +23,7 @@ from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardP
 from groupwise.models.codec import Codec
 from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, load_config, load_policy
 from groupwise.models.size import parameter_count
-from groupwise.objective import Objective, objective_named
+from groupwise.objective import PRESETS, Objective, objective_named
 from groupwise.rewards.adapters import load_reward
 from groupwise.run.evaluate import Evaluation, Evaluator, NoEvaluation, Schedule
 from groupwise.run.folder import RunFolder
@@ -40,6 +40,7 @@ from groupwise.watch.terminal import Terminal
 PYTHON = "python:"
 """Marks, in a job, what was handed over as a Python object and cannot be named in a file."""
 _CHECKED_PROMPTS = 64
+Rows = Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Given:
     """What a job file cannot hold: objects from Python, and the consent to run a model's own code."""
 
     rewards: Sequence[Callable[..., Any]] = ()
-    rows: Iterable[Mapping[str, Any]] | None = None
-    eval_rows: Iterable[Mapping[str, Any]] | None = None
+    rows: Rows | None = None
+    eval_rows: Rows | None = None
     trust_remote_code: bool = False
 
 
@@ -63,6 +64,8 @@ class Model:
 
 def open_model(job: Job, given: Given, say: Callable[[str], None]) -> Model:
     """Load the job's model and tokenizer; the built-in one is made, or taken from the cache."""
+    # Their bars would run through the panel, and say nothing that the next line does not.
+    transformers.utils.logging.disable_progress_bar()
     section = job.model
     source = str(ensure_warm(job.seed, say=say)) if section.path == BUILTIN else section.path
     check_memory(job, source, given.trust_remote_code)
@@ -110,8 +113,11 @@ def available_memory(device: torch.device) -> int:
 def objective_of(job: Job) -> Objective:
     """The job's preset with the job's changes. Raises ObjectiveError where they cannot go together."""
     section = job.objective
-    given = {"epsilon_high", "epsilon", "beta", "kl", "dual_clip"}
-    changes = {name: value for name in given if (value := getattr(section, name)) is not None}
+    given = ("epsilon", "epsilon_high", "beta", "kl", "dual_clip")
+    changes: dict[str, Any] = {name: value for name in given if (value := getattr(section, name)) is not None}
+    preset = PRESETS[section.preset]
+    if section.epsilon is not None and preset.epsilon == preset.epsilon_high:
+        changes.setdefault("epsilon_high", section.epsilon)
     if section.scale_rewards is not None:
         changes["scale"] = section.scale_rewards
     if section.importance_sampling != "none":
@@ -140,15 +146,9 @@ def eval_sampling_of(job: Job) -> Sampling:
 
 
 def training_prompts(job: Job, model: Model, given: Given) -> PromptSet:
-    """The job's prompts, encoded, the too long ones left out. The tokenizer is checked on some of them."""
-    section = job.data
-    if section.path.startswith(PYTHON):
-        rows = _handed_over(given.rows, section.path, "data")
-    elif section.path == BUILTIN:
-        rows = arithmetic.questions("train", seed=job.seed)
-    else:
-        rows = read_rows(section.path, revision=section.revision, subset=section.subset, split=section.split)
-    return _prompts(job, model, rows, job.sampling.max_completion_length, source=section.path)
+    """The job's prompts, encoded, the too long ones left out."""
+    rows = _rows(job.data.path, given.rows, "data", lambda: arithmetic.training(job.seed))
+    return _prompts(job, model, job.data, rows, job.sampling.max_completion_length, None)
 
 
 def held_out_prompts(job: Job, model: Model, given: Given) -> PromptSet | None:
@@ -157,36 +157,34 @@ def held_out_prompts(job: Job, model: Model, given: Given) -> PromptSet | None:
     if section.data is None and job.data.path != BUILTIN:
         return None
     path = section.data or BUILTIN
-    if path.startswith(PYTHON):
-        rows = _handed_over(given.eval_rows, path, "eval_data")
-    elif path == BUILTIN:
-        rows = arithmetic.questions("held_out", seed=0)
-    else:
-        rows = read_rows(path, split=section.split)
-    found = _prompts(job, model, rows, eval_sampling_of(job).max_tokens, source=path)
-    return dataclasses.replace(found, prompts=found.prompts[: section.limit])
+    rows = _rows(path, given.eval_rows, "eval_data", arithmetic.held_out)
+    data = job.data.model_copy(update={"path": path, "split": section.split, "revision": None, "subset": None})
+    return _prompts(job, model, data, rows, eval_sampling_of(job).max_tokens, section.limit)
 
 
-def _prompts(job: Job, model: Model, rows: Iterable[Mapping[str, Any]], completion: int, source: str) -> PromptSet:
+def _rows(path: str, handed: Rows | None, name: str, built_in: Callable[[], Rows]) -> Rows | None:
+    """Rows that are in memory already; None where `path` names them."""
+    if path == BUILTIN:
+        return built_in()
+    if not path.startswith(PYTHON):
+        return None
+    if handed is None:
+        raise DataError(f"This job's {name} ({path}) was handed over from Python; hand it over again: {name}=rows.")
+    return handed
+
+
+def _prompts(
+    job: Job, model: Model, data: DataSection, rows: Rows | None, completion: int, first: int | None
+) -> PromptSet:
     context, limit = model.loaded.context, job.data.max_prompt_length
     if context is not None:
         if completion >= context or (limit or 0) + completion > context:
             raise ConfigError(
-                f"data.max_prompt_length ({limit or 'at least 1'}) and {completion} tokens of output do not fit the model's "
-                f"context of {context} tokens. Lower one of them."
+                f"Prompts of {limit or 'any number of'} tokens and outputs of {completion} do not fit the model's context "
+                f"of {context} tokens. Lower data.max_prompt_length or max_completion_length."
             )
         limit = limit or context - completion
-    found = load_prompts(
-        rows, model.codec, prompt_column=job.data.prompt_column, max_prompt_length=limit,
-        long_prompts=job.data.long_prompts, source=source,
-    )  # fmt: skip
-    return found
-
-
-def _handed_over(rows: Iterable[Mapping[str, Any]] | None, path: str, name: str) -> Iterable[Mapping[str, Any]]:
-    if rows is None:
-        raise DataError(f"This job's {name} ({path}) was handed over from Python; hand it over again: {name}=rows.")
-    return rows
+    return load_prompts(data, model.codec, limit, rows=rows, limit=first)
 
 
 def open_scorer(job: Job, given: Given, folder: RunFolder | None, total_steps: int, warn: Callable[[str], None]) -> Scorer:

@@ -76,7 +76,7 @@ class Rollouts:
         with record.time("reward"):
             scored = self.scorer(groups, record)
         record.metrics |= summary(scored)
-        record.metrics["epoch"] = self.prompts.position / len(self.prompts)
+        record.metrics["epoch"] = self.prompts.epoch
         return scored
 
     def load_weights(self, learner: Learner) -> None:
