@@ -59,6 +59,12 @@ def test_a_resumed_stream_goes_on_as_if_it_had_never_stopped(before: int, after:
     assert ids(resumed, after) == ids(stream, after)
 
 
+def test_the_epoch_counts_fractions() -> None:
+    stream = PromptStream(prompts(4), seed=0, shuffle=True)
+    stream.take(6)
+    assert stream.epoch == 1.5
+
+
 def test_a_batch_longer_than_the_data_repeats_prompts() -> None:
     taken = ids(PromptStream(prompts(2), seed=0, shuffle=True), 5)
     assert sorted(taken[:4]) == [0, 0, 1, 1]

@@ -67,5 +67,5 @@ class PromptStream:
         """Names the prompts by their ids and tokens, in order."""
         digest = blake2b(digest_size=8)
         for prompt in self._prompts:
-            digest.update(json.dumps([prompt.prompt_id]).encode())
+            digest.update(json.dumps([prompt.prompt_id, prompt.token_ids]).encode())
         return digest.hexdigest()

@@ -226,12 +226,12 @@ class StopChecker:
         self._codec = codec
         self._stop = tuple(stop)
         self._longest = max(map(len, stop), default=0)
-        self.may_stop_V: NDArray[np.bool_] = np.zeros(vocab_size or codec.vocab_size, dtype=np.bool_)
+        self.may_stop_V: NDArray[np.bool_] = np.zeros(max(vocab_size or 0, codec.vocab_size), dtype=np.bool_)
         if not stop:
             return  # the vocabulary need not be decoded
         last_characters = {text[-1] for text in stop}
         if not all(character.isascii() for character in last_characters):
-            last_characters.add(BROKEN)  # bytes of one may complete it, while an ASCII character is never in parts
+            last_characters.add(BROKEN)  # part of a character may complete one, while ASCII never comes in parts
         for token_id in codec.tokenizer.get_vocab().values():
             piece = codec.piece([token_id], skip_special_tokens=False)
             self.may_stop_V[token_id] = not last_characters.isdisjoint(piece)
