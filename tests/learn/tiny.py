@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +33,14 @@ def tiny_policy(kind: str = "exact", layout: LayoutName = "shared", *, tied: boo
 
     `exact` is in float64 and has no RMS norm, which transformers computes in float32 whatever the model's type.
     """
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+    }
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "tie_word_embeddings": tied}
+    ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "tie_word_embeddings": tied}
     make: dict[str, Callable[[], PreTrainedModel]] = {
         "exact": lambda: Starcoder2ForCausalLM(Starcoder2Config(**sizes, **ids, sliding_window=None)).double(),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes, **ids)),
@@ -91,16 +97,16 @@ def some_credit(groups: Sequence[ScoredGroup], seed: int = 1) -> list[list[float
         row: list[float | list[float]] = []
         for number, output in enumerate(group.group.completions):
             per_token = [draw.gauss(0, 1) for _ in output.token_ids]
-            row.append([draw.gauss(0, 1), per_token, 0.0][number % 3])
+            row.append((draw.gauss(0, 1), per_token, 0.0)[number % 3])
         credit.append([0.0] * len(row) if group.group.key.slot == 3 else row)
     return credit
 
 
-def make_learner(policy: Policy, preset: str | Objective = "grpo", rate: float = 1e-3, **settings: object) -> Learner:
+def make_learner(policy: Policy, preset: str | Objective = "grpo", rate: float = 1e-3, **settings: Any) -> Learner:
     """A learner with the settings that matter to a test."""
     objective = objective_named(preset, max_completion_length=LENGTH)
     optimizer = OptimizerSettings(rate, total_updates=10)
-    return Learner(policy, objective, LearnerSettings(**{"optimizer": optimizer, **settings}))  # type: ignore[arg-type]
+    return Learner(policy, objective, LearnerSettings(**{"optimizer": optimizer, **settings}))
 
 
 def with_past(batch: Batch, objective: Objective) -> Batch:
@@ -109,12 +115,17 @@ def with_past(batch: Batch, objective: Objective) -> Batch:
     return batch.with_logprobs(old=old, ref=old + 0.2 * torch.sin(100 * old) if objective.kl_in_loss else None)
 
 
+def gathered(learner: Learner) -> Gradient:
+    """A copy of the gradient as it is now."""
+    return {name: master.grad.clone() for name, master in learner.optimizer.masters.items() if master.grad is not None}
+
+
 def gradients(learner: Learner, batch: Batch, passes_done: int = 1) -> list[Gradient]:
     """The gradient of each update of a pass, taken before the optimizer; the weights stay as they are."""
     found = []
 
     def keep() -> tuple[float, float]:
-        found.append({name: master.grad.clone() for name, master in learner.optimizer.masters.items()})
+        found.append(gathered(learner))
         learner.optimizer.zero_grad()
         return 1.0, 0.0
 

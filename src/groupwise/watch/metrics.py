@@ -61,8 +61,8 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
     ),
     "Tokens": (
         Metric("tokens/sampled", "tokens", "Output tokens sampled in this step."),
-        Metric("tokens/trained", "tokens", "Output tokens with a weight in the loss."),
-        Metric("tokens/skipped", "tokens", "Tokens of zero-advantage outputs that were not forwarded."),
+        Metric("tokens/trained", "tokens", "Output tokens that were forwarded and have a weight in the loss."),
+        Metric("tokens/skipped", "tokens", "Tokens of outputs not forwarded: advantage 0, or kept out of the loss."),
         Metric("tokens/per_second", "tokens/s", "`tokens/sampled` divided by `time/step`."),
     ),
     "Time and memory": (
