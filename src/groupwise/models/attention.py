@@ -1,7 +1,7 @@
 """The attention function that reads a layout, registered with transformers' public `AttentionInterface`.
 
-A model loaded with `attn_implementation=NAME` calls `attend` in every layer. The layout travels as a keyword argument of
-the model's forward; a call without one raises, because silently plain attention over a forest would be wrong."""
+A model loaded with `attn_implementation=NAME` calls `attend` in every layer. The layout travels as a keyword argument
+of the model's forward; a call without one raises, because silently plain attention over a forest would be wrong."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from groupwise.models.layout import Forest, Level
+from groupwise.models.precision import wide
 
 NAME = "groupwise"
 KEYWORD = "groupwise_layout"
@@ -41,7 +42,7 @@ def attend(
     """Attention over the layout in `keywords`; the signature is transformers'. Returns `[B, L, H, d_v]` and None."""
     layout: AttentionLayout | None = keywords.get(KEYWORD)
     if layout is None:
-        raise RuntimeError(f"attention `{NAME}` was called without a layout; the model's forward must be given {KEYWORD}")
+        raise RuntimeError(f"attention `{NAME}` was called without a layout: the model's forward needs {KEYWORD}")
     scale = keywords.get("scaling")
     options = Options(
         query.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -87,14 +88,14 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, opt
     """Attention written out, for what stock kernels lack (soft cap, sinks). `[R, H, L, d]`; mask True = visible."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(-1, -2)).float() * options.scale
+    scores = wide(q @ k.transpose(-1, -2)) * options.scale
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~mask, float("-inf"))
     if options.sinks is not None:
-        sink = options.sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        sink = options.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], -1)
     weights = torch.softmax(scores, -1)[..., : k.shape[2]]
     return weights.to(v.dtype) @ v

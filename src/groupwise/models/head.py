@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groupwise.models.precision import wide, wide_dtype
+
 _CHUNK_ELEMENTS = 1 << 24
 
 
@@ -35,10 +37,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_T: Tensor, options: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_T: Tensor,
+        options: tuple[HeadShape, float, bool],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         shape, temperature, want_entropy = options
-        logprobs_T = torch.empty(len(target_T), dtype=_wide(hidden_TD.dtype), device=hidden_TD.device)
+        logprobs_T = torch.empty(len(target_T), dtype=wide_dtype(hidden_TD.dtype), device=hidden_TD.device)
         lse_T, entropy_T = torch.empty_like(logprobs_T), torch.zeros_like(logprobs_T)
         for rows in _chunks(len(target_T), weight_VD.shape[0]):
             scaled = _logits(hidden_TD[rows], weight_VD, bias_V, shape).div_(temperature)
@@ -46,14 +49,14 @@ class _ChunkedLogProbs(torch.autograd.Function):
             logprobs_T[rows] = scaled.gather(-1, target_T[rows, None])[:, 0] - lse
             if want_entropy:
                 probs = (scaled - lse[:, None]).exp_()
-                entropy_T[rows] = lse - (probs.mul_(scaled)).sum(-1)
+                entropy_T[rows] = lse - probs.mul_(_finite(scaled)).sum(-1)
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_T, lse_T)
         ctx.shape, ctx.temperature = shape, temperature
         ctx.mark_non_differentiable(entropy_T)
         return logprobs_T, entropy_T
 
     @staticmethod
-    def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, bias_V, target_T, lse_T = ctx.saved_tensors
         wide = lse_T.dtype
         grad_hidden = torch.empty_like(hidden_TD)
@@ -88,7 +91,7 @@ def chunked_logprobs(
     Both are `[T]`, float32 or wider. Memory beside the inputs: one chunk of logits.
     """
     if len(target_T) == 0:
-        empty = hidden_TD.sum(-1).to(_wide(hidden_TD.dtype))
+        empty = wide(hidden_TD.sum(-1))
         return empty, empty.detach() if entropy else None
     options = (shape, temperature, entropy)
     logprobs_T, entropy_T = _ChunkedLogProbs.apply(hidden_TD, weight_VD, bias_V, target_T, options)  # type: ignore[no-untyped-call]
@@ -97,19 +100,22 @@ def chunked_logprobs(
 
 def dense_logprobs(logits_TV: Tensor, target_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """The same from whole logits `[T, V]`, by autograd: for heads that are not a matrix product, and as an oracle."""
-    log_softmax = torch.log_softmax(logits_TV.to(_wide(logits_TV.dtype)) / temperature, -1)
+    log_softmax = torch.log_softmax(wide(logits_TV) / temperature, -1)
     logprobs_T = log_softmax.gather(-1, target_T[:, None])[:, 0]
-    return logprobs_T, -(log_softmax.detach().exp() * log_softmax.detach()).sum(-1)
+    with torch.no_grad():
+        entropy_T = -(log_softmax.exp() * _finite(log_softmax)).sum(-1)
+    return logprobs_T, entropy_T
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: HeadShape) -> Tensor:
-    return shape.apply(torch.nn.functional.linear(hidden, weight, bias).to(_wide(hidden.dtype)))
+    return shape.apply(wide(torch.nn.functional.linear(hidden, weight, bias)))
+
+
+def _finite(logits: Tensor) -> Tensor:
+    # An impossible token adds 0 to the entropy; 0 * -inf would add nan.
+    return logits.clamp_min(torch.finfo(logits.dtype).min)
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
     size = max(16, _CHUNK_ELEMENTS // vocabulary)
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from groupwise.errors import ModelError
 from groupwise.models.attention import NAME
 from groupwise.models.policy import LayoutName, Policy
 from groupwise.models.probe import Findings, probe
+from groupwise.models.tokenizer_files import looks_local
+from groupwise.wording import one_line
 
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A policy, one line that says how it is run, and what its source was stored in."""
+    """A policy, one line that says how it is run, and what its source was stored in.
+
+    `context` is the longest row in tokens, None where the model names no limit.
+    """
 
     policy: Policy
     line: str
@@ -29,11 +37,16 @@ class LoadedPolicy:
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a model folder or hub id. Raises ModelError."""
+    if (looks_local(path) or Path(path).exists()) and not Path(path).is_dir():
+        raise ModelError(f"The model {path} is no folder: give an existing folder, or a hub id as 'org/name'.")
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
     except Exception as error:
         # Named boundary: whatever the hub, the disk or the library raises, the user's question is the same.
         raise _unreadable(path, error) from error
+    return config
 
 
 def load_policy(
@@ -49,16 +62,22 @@ def load_policy(
     where = choose_device(device)
     compute = choose_dtype(dtype, where)
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
-    findings = _quiet_probe(config, trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"The model {path} is quantized, and such weights cannot be trained: use what it came from.")
+    with _quiet_transformers():
+        findings = probe(config, trust_remote_code)
+    if findings.unfit:
+        raise ModelError(f"The model {path} ({config.model_type}) cannot be trained: {findings.unfit}.")
     chosen = _choose_layout(layout, findings, path)
-    source_dtype = _source_dtype(config)
-    model = _load_weights(path, config, chosen, revision, trust_remote_code)
+    with _quiet_transformers():
+        model, unused = _load_weights(path, chosen, revision, trust_remote_code)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(model.to(where), chosen, findings.head)
+        _checkpoint_gradients(model, path)
+    policy = Policy(model, chosen, findings.head).to(where)
     line = _describe(policy, findings, layout, compute)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return LoadedPolicy(policy, line, compute, source_dtype, context)
+    if unused:
+        line += f"; {len(unused)} weights of the folder are not used ({', '.join(unused[:3])})"
+    return LoadedPolicy(policy, line, compute, _source_dtype(config), context_length(config))
 
 
 def choose_device(name: str) -> torch.device:
@@ -81,44 +100,78 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The longest row in tokens that the model computes as it does any shorter one; None where it names no limit.
+
+    For longrope that is where its frequencies change: beyond it a long row would change the others of its batch.
+    """
+    text = config.get_text_config()
+    longest: int | None = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    limits = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min([limit for limit in [longest, *limits] if limit is not None], default=None)
+
+
 def _choose_layout(asked: str, findings: Findings, path: str) -> LayoutName:
-    usable = findings.shared and findings.head is not None
-    if asked == "shared" and not usable:
+    if asked == "shared" and not findings.shared:
         raise ModelError(
             f"model.layout is 'shared', but {path} cannot take it: {findings.reason}. Use 'auto' or 'plain'."
         )
-    return "shared" if usable and asked != "plain" else "plain"
+    return "shared" if findings.shared and asked != "plain" else "plain"
+
+
+def _checkpoint_gradients(model: PreTrainedModel, path: str) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"model.gradient_checkpointing is on, but {path} ({type(model).__name__}) has none: turn it off."
+        )
+    # The first name is the newer one, and the older warns where both exist.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _load_weights(
-    path: str, config: PreTrainedConfig, layout: LayoutName, revision: str | None, trust_remote_code: bool
-) -> PreTrainedModel:
+    path: str, layout: LayoutName, revision: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model in float32, and the names of stored weights that it has no place for."""
     attention: dict[str, Any] = {"attn_implementation": NAME} if layout == "shared" else {}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code,
-            output_loading_info=True, **attention,
+            output_loading_info=True, ignore_mismatched_sizes=True, **attention,
         )  # fmt: skip
     except Exception as error:
         # Named boundary, as above.
         raise _unreadable(path, error) from error
+    model, report = loaded
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise ModelError(
+            f"The weights of {path} do not fit its config.json: {name} is stored as {list(stored)}, and the "
+            f"configuration asks for {list(wanted)} (and {len(report['mismatched_keys']) - 1} more)."
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
             f"{path} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}, ..): training would start "
             "from random numbers. Is it a causal language model of this class, and whole?"
         )
-    return model  # type: ignore[no-any-return]
+    return model, sorted(report["unexpected_keys"])
 
 
-def _quiet_probe(config: PreTrainedConfig, trust_remote_code: bool) -> Findings:
-    # Tiny clones make transformers say things about models that nobody asked for.
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No remarks about tiny clones that nobody asked for, no bars: what matters is an error here, or in the line."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
     try:
-        return probe(config, trust_remote_code)
+        yield
     finally:
-        transformers.logging.set_verbosity(level)
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 def _describe(policy: Policy, findings: Findings, asked: str, compute: torch.dtype) -> str:
@@ -141,7 +194,12 @@ def _source_dtype(config: PreTrainedConfig) -> torch.dtype:
 
 
 def _unreadable(path: str, error: Exception) -> ModelError:
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
-        return ModelError(f"The model {path} does not exist. Name a Hugging Face folder or a hub id.")
-    text = " ".join(str(error).split())
-    return ModelError(f"The model {path} cannot be loaded: {text[:400]}")
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"The model {path} brings code of its own, which runs only where that is asked for: read the code, then "
+            "add --trust-remote-code (in Python trust_remote_code=True)."
+        )
+    advice = "There is no such folder here, and a hub id needs a connection or a filled cache."
+    if Path(path).is_dir():
+        advice = "The folder needs a config.json of a known model_type and whole weights."
+    return ModelError(f"The model {path} cannot be loaded: {one_line(error, 300)} {advice}")

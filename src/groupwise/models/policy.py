@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from groupwise.models.attention import KEYWORD, AttentionLayout, ForestAttention
 from groupwise.models.head import HeadShape, chunked_logprobs, dense_logprobs
 from groupwise.models.layout import Stream, Tokens, plain_stream, shared_stream
+from groupwise.models.precision import wide
 
 LayoutName = Literal["shared", "plain"]
 
@@ -79,8 +81,7 @@ class Policy(nn.Module):
         """Logits `[.., V]` in float32 or wider from hidden states `[.., D]`; needs a head that is a matrix."""
         assert self.head is not None
         weight, bias = self.head_parameters()
-        raw = nn.functional.linear(hidden, weight, bias)
-        return self.head.apply(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        return self.head.apply(wide(nn.functional.linear(hidden, weight, bias)))
 
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         """The head's matrix `[V, D]` and its bias `[V]`, if it has one."""
@@ -97,11 +98,18 @@ class Policy(nn.Module):
         )  # fmt: skip
 
 
+# Not every jitter: PhiMoE's router computes with it in eval mode too.
+_CHANCE = re.compile(r"dropout|layerdrop|pdrop|attn_drop|^jitter_noise$|^moe_jitter_eps$")
+
+
 def silence_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0: the modules, and the attributes that functional dropout reads."""
+    """Set every dropout of a model to 0: the modules, and the attributes that functional dropout and routers read.
+
+    Its configuration, which is exported, stays as it was.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if ("dropout" in name or "layerdrop" in name) and isinstance(value, float):
+            if _CHANCE.search(name) and isinstance(value, float):
                 setattr(module, name, 0.0)

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from groupwise.errors import ModelError
+from groupwise.wording import one_line
 
 
 def parameter_count(config: PreTrainedConfig, trust_remote_code: bool = False) -> int:
@@ -14,6 +15,8 @@ def parameter_count(config: PreTrainedConfig, trust_remote_code: bool = False) -
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        # Named boundary: transformers knows no causal class for this configuration.
-        raise ModelError(f"There is no causal language model of type {config.model_type}: {error}") from error
+        # Named boundary: transformers knows no causal class for this configuration, or its values do not fit together.
+        raise ModelError(
+            f"No causal language model can be made from a configuration of type {config.model_type}: {one_line(error)}"
+        ) from error
     return sum(parameter.numel() for parameter in model.parameters())

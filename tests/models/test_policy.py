@@ -1,0 +1,174 @@
+"""Shared stream = plain stream = the stock model, one output at a time: in log-probs and in every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from groupwise.models.head import HeadShape
+from groupwise.models.load import _checkpoint_gradients
+from groupwise.models.policy import LayoutName, Policy, silence_dropout
+from tests.tiny_models import (
+    GROUPS,
+    KEYS,
+    clone_of,
+    exact_model,
+    gradients,
+    largest_difference,
+    policy_of,
+    stock_logprobs,
+)
+
+LAYOUTS: list[LayoutName] = ["shared", "plain"]
+OTHERS = {
+    "mistral": HeadShape(), "gemma2": HeadShape(softcap=30.0), "gpt_oss": HeadShape(), "phi": HeadShape(),
+    "cohere": HeadShape(scale=0.0625), "granite": HeadShape(), "gpt2": HeadShape(), "opt": HeadShape(),
+    "deepseek_v3": HeadShape(), "gemma3_text": HeadShape(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KEYS)
+def test_log_probs_and_gradients_are_the_stock_models(kind: str, layout: LayoutName, checkpointing: bool) -> None:
+    model = exact_model(kind, tied=kind == "qwen3")
+    expected, _ = stock_logprobs(model, GROUPS)
+    policy = policy_of(model, layout)
+    if checkpointing:
+        _checkpoint_gradients(policy.model, "a model")
+    found = policy(policy.stream(GROUPS)).logprobs_T
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    assert largest_difference(gradients(policy.model, found), gradients(model, expected)) < 1e-10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KEYS)
+def test_in_float32_they_agree_to_five_digits(kind: str, layout: LayoutName) -> None:
+    model = clone_of(kind)
+    expected, _ = stock_logprobs(model, GROUPS)
+    policy = policy_of(model, layout)
+    found = policy(policy.stream(GROUPS)).logprobs_T
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert largest_difference(gradients(policy.model, found), gradients(model, expected)) < 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_agree_too(kind: str, layout: LayoutName) -> None:
+    model = clone_of(kind)
+    expected, _ = stock_logprobs(model, GROUPS)
+    policy = policy_of(model, layout, OTHERS[kind])
+    found = policy(policy.stream(GROUPS)).logprobs_T
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    for parameter in (*model.parameters(), *policy.model.parameters()):
+        parameter.grad = torch.zeros_like(parameter)  # what a router's unchosen experts and position tables get
+    model.zero_grad(set_to_none=False)
+    uneven = torch.linspace(-1, 2, len(found))
+    (found * uneven).sum().backward()
+    (expected * uneven).sum().backward()
+    left, right = ({n: p.grad for n, p in m.named_parameters()} for m in (policy.model, model))
+    assert largest_difference(left, right) < 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_temperature_divides_the_logits_and_entropy_comes_on_request(layout: LayoutName) -> None:
+    model = exact_model("llama")
+    policy = policy_of(model, layout)
+    expected, entropy = stock_logprobs(model, GROUPS, temperature=0.7)
+    found = policy(policy.stream(GROUPS), temperature=0.7, entropy=True)
+    torch.testing.assert_close(found.logprobs_T, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(found.entropy_T, entropy, atol=1e-10, rtol=0)
+    assert policy(policy.stream(GROUPS)).entropy_T is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_head_that_is_more_than_a_matrix_is_the_models_own(layout: LayoutName) -> None:
+    model = clone_of("cohere")  # as if its scale were unknown
+    policy = policy_of(model, layout, head=None)
+    expected, entropy = stock_logprobs(model, GROUPS, temperature=0.7)
+    found = policy(policy.stream(GROUPS), temperature=0.7, entropy=True)
+    torch.testing.assert_close(found.logprobs_T, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.entropy_T, entropy, atol=1e-5, rtol=0)
+    assert largest_difference(gradients(policy.model, found.logprobs_T), gradients(model, expected)) < 1e-4
+
+
+def test_a_prompt_is_computed_once_per_group() -> None:
+    policies = {layout: policy_of(exact_model("llama"), layout) for layout in LAYOUTS}
+    tokens = {layout: policy.stream(GROUPS[:1]).tokens for layout, policy in policies.items()}
+    assert tokens == {"shared": 7 + 8 + 0 + 1, "plain": 3 * (7 + 8)}
+
+
+def test_checkpointing_recomputes_the_layers_though_nothing_is_dropped() -> None:
+    policy = policy_of(exact_model("llama"), "shared")
+    _checkpoint_gradients(policy.model, "a model")
+    calls = []
+    policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    policy(policy.stream(GROUPS)).logprobs_T.sum().backward()
+    assert len(calls) == 2, "in eval mode, checkpointing would switch itself off"
+
+
+DROPOUTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
+    "opt": {"dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.5},
+    "llama": {"attention_dropout": 0.1},
+    "mixtral": {"router_jitter_noise": 0.1, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", DROPOUTS)
+def test_there_is_no_chance_in_train_mode_and_the_config_keeps_its_dropout(kind: str, layout: LayoutName) -> None:
+    small = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"intermediate_size": 48, "num_local_experts": 4} if kind in ("llama", "mixtral") else {}
+    small |= {"ffn_dim": 48, "word_embed_proj_dim": 32} if kind == "opt" else {}
+    config = CONFIG_MAPPING[kind](**small, **DROPOUTS[kind])
+    written = config.to_dict()
+    model = AutoModelForCausalLM.from_config(config)
+    expected, _ = stock_logprobs(model.eval(), GROUPS)
+    policy = policy_of(model, layout)
+    stream = policy.stream(GROUPS)
+    assert policy.training
+    assert policy.model.training
+    first, second = policy(stream).logprobs_T, policy(stream).logprobs_T
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, expected, atol=1e-5, rtol=0)
+    kept = policy.model.config.to_dict()
+    assert {k: v for k, v in kept.items() if "attn_impl" not in k} == written
+
+
+def test_silenced_modules_stay_silent_and_nothing_else_changes() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.resid_pdrop, self.layerdrop = torch.nn.Dropout(0.5), 0.1, 0.2
+            self.scale, self.dropouts = 0.3, 4
+
+    layer = Layer()
+    silence_dropout(layer)
+    assert (layer.inner.p, layer.resid_pdrop, layer.layerdrop, layer.scale, layer.dropouts) == (0.0, 0.0, 0.0, 0.3, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("kind", [*KEYS, "mistral", "gemma2", "gpt_oss"])
+def test_on_cuda_the_layouts_agree(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = clone_of(kind)
+    expected, _ = stock_logprobs(model, GROUPS)
+    head = OTHERS.get(kind, HeadShape())
+    policies: list[Policy] = [policy_of(model, layout, head).to("cuda", dtype) for layout in LAYOUTS]
+    shared, plain = (policy(policy.stream(GROUPS)).logprobs_T for policy in policies)
+    assert shared.dtype == torch.float32
+    torch.testing.assert_close(shared.cpu(), expected, atol=tolerance, rtol=0)
+    torch.testing.assert_close(shared, plain, atol=tolerance, rtol=0)
+    if dtype == torch.float32:
+        uneven = torch.linspace(-1, 2, len(shared), device="cuda")
+        for logprobs in (shared, plain):
+            (logprobs * uneven).sum().backward()
+        left, right = ({n: p.grad for n, p in q.named_parameters() if p.grad is not None} for q in policies)
+        assert largest_difference(left, right) < 1e-3

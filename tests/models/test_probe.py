@@ -1,0 +1,149 @@
+"""What the probe says about architectures, and that it finds the faults it is there for."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config
+from transformers.models.llama import modeling_llama
+
+from groupwise.models import probe as probing
+from groupwise.models.attention import Options
+from groupwise.models.clone import WINDOW, tiny_clone
+from groupwise.models.head import HeadShape
+from groupwise.models.probe import Findings, probe
+
+SHARED = {
+    "llama": HeadShape(), "qwen2": HeadShape(), "qwen3": HeadShape(), "mistral": HeadShape(), "phi3": HeadShape(),
+    "gemma2": HeadShape(softcap=30.0), "gemma3_text": HeadShape(), "gpt_oss": HeadShape(), "phi": HeadShape(),
+    "cohere": HeadShape(scale=0.0625), "granite": HeadShape(), "gpt2": HeadShape(), "opt": HeadShape(),
+    "gpt_neox": HeadShape(), "qwen3_moe": HeadShape(), "mixtral": HeadShape(), "deepseek_v3": HeadShape(),
+}  # fmt: skip
+PLAIN = {
+    "stablelm": "does not take another attention function",
+    "llama4_text": "layers of type chunked_attention",
+    "qwen3_next": "layers of type full_attention, linear_attention",
+    "bloom": "0 of 2 layers",
+    "gptj": "0 of 2 layers",
+    "falcon": "0 of 2 layers",
+    "mamba": "layers of type linear_attention",
+    "deepseek_v32": "layers of type indexed_attention",
+}
+
+
+def timed(config: PreTrainedConfig) -> tuple[Findings, float]:
+    start = time.process_time()
+    return probe(config), time.process_time() - start
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_the_shared_layout_is_taken_where_it_is_right(kind: str) -> None:
+    findings, seconds = timed(CONFIG_MAPPING[kind]())
+    assert findings.shared, findings.reason
+    assert findings.error < 1e-5
+    assert findings.head == SHARED[kind]
+    assert findings.unfit == ""
+    assert seconds < 5, "default configurations are those of large models: the clone is not small"
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_the_plain_layout_is_taken_elsewhere_and_the_reason_is_given(kind: str) -> None:
+    findings, seconds = timed(CONFIG_MAPPING[kind]())
+    assert not findings.shared
+    assert PLAIN[kind] in findings.reason
+    assert findings.unfit == ""
+    assert seconds < 5
+
+
+def test_probing_leaves_torchs_generator_as_it_was() -> None:
+    before = torch.get_rng_state()
+    probe(CONFIG_MAPPING["llama"]())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_window_that_only_later_layers_have_is_reached() -> None:
+    config = Qwen2Config(use_sliding_window=True, sliding_window=4096, max_window_layers=3, num_hidden_layers=6)
+    clone = tiny_clone(config)
+    assert clone.config.layer_types == ["full_attention"] * 3 + ["sliding_attention"]
+    assert clone.config.sliding_window == WINDOW
+    assert config.sliding_window == 4096
+    assert probe(config).shared
+
+
+def test_longrope_is_shrunk_with_its_heads() -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48, "rope_theta": 1e4}
+    config = CONFIG_MAPPING["phi3"](rope_parameters=rope)
+    assert probe(config).shared
+    assert len(config.rope_parameters["short_factor"]) == 48
+
+
+def test_a_window_that_were_ignored_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    level = probing.ForestAttention._level
+
+    def without_window(*inputs: Any) -> torch.Tensor:
+        return level(*inputs[:-1], Options(inputs[-1].scale))
+
+    monkeypatch.setattr(probing.ForestAttention, "_level", staticmethod(without_window))
+    assert probe(CONFIG_MAPPING["llama"]()).shared
+    for kind in ("mistral", "gemma2", "gpt_oss"):
+        findings = probe(CONFIG_MAPPING[kind]())
+        assert "differ by" in findings.reason
+
+
+def test_a_layer_that_bypasses_the_function_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = modeling_llama.LlamaAttention.forward
+
+    def second_layer_is_stock(self: Any, *inputs: Any, **keywords: Any) -> Any:
+        if self.layer_idx == 1:
+            self.config = LlamaConfig(**self.config.to_dict(), attn_implementation="eager")
+        return forward(self, *inputs, **keywords)
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", second_layer_is_stock)
+    assert probe(CONFIG_MAPPING["llama"]()).reason == "1 of 2 layers call the attention function"
+
+
+def test_a_head_with_a_scale_that_nobody_told_us_of_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LlamaForCausalLM.forward
+
+    def halved(self: Any, *inputs: Any, **keywords: Any) -> Any:
+        out = forward(self, *inputs, **keywords)
+        out.logits = out.logits / 2
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", halved)
+    findings = probe(CONFIG_MAPPING["llama"]())
+    assert findings.head is None
+    assert (findings.shared, findings.reason) == (False, "its head is more than a matrix")
+
+
+def test_a_model_that_sees_the_future_is_unfit() -> None:
+    assert "no causal language model" in probe(CONFIG_MAPPING["bert"]()).unfit
+    assert probe(CONFIG_MAPPING["bert"](is_decoder=True)).unfit == ""
+
+
+def test_a_model_with_chance_in_its_forward_is_unfit() -> None:
+    assert "in train mode it computes something else" in probe(CONFIG_MAPPING["phimoe"]()).unfit
+    assert "in train mode it computes something else" in probe(CONFIG_MAPPING["falcon"](hidden_dropout=0.5)).unfit
+    assert probe(CONFIG_MAPPING["gpt2"](attn_pdrop=0.1)).unfit == ""
+
+
+def test_what_cannot_be_shrunk_is_served_by_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nested(PreTrainedConfig):
+        model_type = "nested"
+
+        def get_text_config(self, *_: Any, **__: Any) -> PreTrainedConfig:
+            return LlamaConfig()
+
+    findings = probe(Nested())
+    assert (findings.shared, findings.head) == (False, None)
+    assert "nests a text model" in findings.reason
+
+
+def test_a_clone_that_stays_large_is_not_made() -> None:
+    config = CONFIG_MAPPING["xlstm"]()  # names its widths as nobody else does
+    findings, seconds = timed(config)
+    assert "no tiny clone of xlstm" in findings.reason
+    assert seconds < 5
