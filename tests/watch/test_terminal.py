@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from groupwise.watch.panel import Progress, draw_svg, panel
-from groupwise.watch.terminal import JsonLines, LivePanel, Plain, Quiet, eval_table, make_terminal
+from groupwise.watch.terminal import JsonLines, LivePanel, Mode, Plain, Quiet, eval_table, make_terminal
 
 EVENT = {
     "step": 42,
@@ -217,6 +217,23 @@ def test_the_live_panel_ends_standing_with_messages_around_it() -> None:
     assert "12+34=46" in last
     assert "accuracy, at the start" in last
     assert screen.getvalue().count("\x1b[?25l") == screen.getvalue().count("\x1b[?25h") == 1, "the cursor is back"
+
+
+@pytest.mark.parametrize("mode", ["plain", "quiet"])
+def test_the_last_message_is_the_last_line(mode: Mode, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = make_terminal(mode, total_steps=120, title="demo")
+    terminal.write(EVENT)
+    terminal.close("the end")
+    terminal.close()
+    assert capsys.readouterr().out.splitlines()[-1] == "the end"
+
+
+def test_the_last_message_stands_below_the_panel() -> None:
+    screen = Screen()
+    terminal = live(screen)
+    terminal.write(EVENT)
+    terminal.close("the end")
+    assert screen.getvalue().rindex("the end") > screen.getvalue().rindex("╰")
 
 
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,8 @@ class Terminal(Protocol):
     def sample(self, text: str, reward: float | None = None) -> None:
         """Show one output of the step, shortened, with its reward."""
 
-    def close(self) -> None:
-        """Leave the terminal as it was found. Calling it twice is fine."""
+    def close(self, message: str | None = None) -> None:
+        """Leave the terminal as it was found; `message` is the last line of all. Calling it twice is fine."""
 
 
 def make_terminal(
@@ -94,8 +94,10 @@ class Plain:
     def sample(self, text: str, reward: float | None = None) -> None:
         """Samples are left to `rollouts.jsonl`: lines stay one per step."""
 
-    def close(self) -> None:
-        """Nothing is held."""
+    def close(self, message: str | None = None) -> None:
+        """Write the last line."""
+        if message is not None:
+            self.say(message)
 
     def _put(self, line: str) -> None:
         _put(self._out, line)
@@ -117,8 +119,9 @@ class Quiet(Plain):
         """Remember a sentence: the last one is shown at the end."""
         self._last = message
 
-    def close(self) -> None:
+    def close(self, message: str | None = None) -> None:
         """Write the last line, once."""
+        super().close(message)
         if self._last is not None:
             self._put(self._last)
         self._last = None
@@ -144,7 +147,7 @@ class JsonLines:
     def sample(self, text: str, reward: float | None = None) -> None:
         """Samples are in `rollouts.jsonl`."""
 
-    def close(self) -> None:
+    def close(self, message: str | None = None) -> None:
         """Nothing is held."""
 
 
@@ -189,9 +192,11 @@ class LivePanel:
         with self._lock:
             self._progress.sample = (text, reward)
 
-    def close(self) -> None:
-        """Draw the panel a last time and leave it standing. Calling it twice is fine."""
+    def close(self, message: str | None = None) -> None:
+        """Draw the panel a last time and leave it standing, `message` below it. Calling it twice is fine."""
         self._live.stop()
+        if message is not None:
+            self.say(message)
 
 
 def step_line(event: Mapping[str, Any], total_steps: int) -> str:
