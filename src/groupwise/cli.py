@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from groupwise import __version__
 from groupwise.errors import ConfigError, GroupwiseError
 from groupwise.jobfile import json_schema, load_job, template
 from groupwise.jobfile import show as show_job
+
+if TYPE_CHECKING:
+    from groupwise.watch.terminal import Mode
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -38,10 +41,11 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")]
+
+
 @app.callback()
-def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")] = False,
-) -> None:
+def _main(version: Version = False) -> None:
     """Group Relative Policy Optimization for language models."""
 
 
@@ -105,9 +109,8 @@ def sample(
     from groupwise.run import api
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    warmer = [] if temperature is None else [f"eval.temperature={temperature}"]
     outputs = api.sample(
-        target, text, n=n, seed=seed, which=which, overrides=[*(set_ or ()), *warmer],
+        target, text, n=n, temperature=temperature, seed=seed, which=which, overrides=set_ or (),
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     for output in outputs:
@@ -137,7 +140,7 @@ def show(
     if schema:
         typer.echo(json.dumps(json_schema(), indent=2))
         return
-    options: dict[str, Any] = {"model": model, "data": data, "reward": reward or None, "eval_data": eval_data, "run": run}
+    options = {"model": model, "data": data, "reward": reward or None, "eval_data": eval_data, "run": run}
     typer.echo(show_job(load_job(job, set_ or (), options)))
 
 
@@ -152,7 +155,7 @@ def init(path: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to w
     typer.echo(f"wrote {path}; edit it, look at it with `groupwise show {path}`, run it with `groupwise train {path}`")
 
 
-def _mode(quiet: bool, json_: bool) -> Any:
+def _mode(quiet: bool, json_: bool) -> Mode:
     if quiet and json_:
         raise ConfigError("--quiet and --json cannot go together: --json already prints nothing but events.")
     return "quiet" if quiet else "json" if json_ else "auto"
@@ -168,7 +171,5 @@ def main() -> None:
     try:
         app()
     except GroupwiseError as error:
-        typer.echo(f"groupwise: {error}", err=True)
+        typer.echo(" ".join([f"groupwise: {error}", *getattr(error, "__notes__", ())]), err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -2,61 +2,44 @@
 
 from __future__ import annotations
 
-import platform
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from groupwise import __version__
 from groupwise.config import Job
 from groupwise.engines.base import generate
-from groupwise.engines.native import NativeEngine
-from groupwise.errors import ConfigError, RunFolderError
-from groupwise.jobfile import differences, load_job, resumable_keys, to_toml
+from groupwise.errors import ConfigError, DataError, RunFolderError
+from groupwise.jobfile import Difference, differences, load_job, resumable_keys
 from groupwise.learn import checkpoint
-from groupwise.run import loop
+from groupwise.learn.checkpoint import Checkpoint
 from groupwise.run.evaluate import Evaluation
-from groupwise.run.export import export as write_export
-from groupwise.run.export import model_card
-from groupwise.run.folder import RunFolder, git_commit
-from groupwise.run.parts import PYTHON, Given, Model, build, eval_sampling_of, open_evaluation, open_model, open_scorer
-from groupwise.run.progress import StopSignals
+from groupwise.run.export import model_card, write_folder
+from groupwise.run.folder import RunFolder
+from groupwise.run.parts import (
+    PYTHON,
+    Given,
+    Model,
+    eval_sampling_of,
+    open_engine,
+    open_evaluation,
+    open_model,
+    open_scorer,
+)
 from groupwise.run.record import Record
-from groupwise.run.saving import Clock, Stateful
+from groupwise.run.saving import Clock, check_shapes
+from groupwise.run.session import Result, Start, run_job
 from groupwise.types import Completion, Message, Request
-from groupwise.watch import events
-from groupwise.watch.terminal import Mode, Terminal, make_terminal
-from groupwise.watch.words import duration
+from groupwise.watch.terminal import Mode
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
 RewardFunction = str | Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to. Accuracies are shares of held-out outputs whose reward is at least `eval.threshold`.
-
-    `stopped_by` is the signal that ended the run before its last step, or None.
-    """
-
-    run: str
-    steps: int
-    eval_before: float | None
-    eval_after: float | None
-    eval_reward_before: float | None
-    eval_reward_after: float | None
-    seconds: float
-    seed: int
-    commit: str | None
-    machine: str
-    version: str
-    stopped_by: int | None = None
+WHICH = ("latest", "best", "base")
+"""A run's weights: of the last checkpoint, of the best evaluation, or as they were before training."""
 
 
 def train(
@@ -72,13 +55,12 @@ def train(
     name (`learning_rate=1e-5`) or in `overrides` (`"train.steps=10"`). `show` is auto, plain, quiet or json. Raises
     GroupwiseError where the job cannot be run.
     """
-    start = time.perf_counter()
+    clock = Clock()
     given, named = _hand_over(data, eval_data, reward, trust_remote_code)
     resolved = load_job(job, overrides, {"model": model, "run": run, **named, **options})
     folder = RunFolder.create(Path(resolved.job.run))
     with folder.lock():
-        folder.write_job(to_toml(resolved.job))
-        return _run(resolved.job, folder, given, show, Clock(start=start), None)
+        return run_job(resolved.job, folder, given, show, clock, Start())
 
 
 def resume(
@@ -92,25 +74,25 @@ def resume(
     Only resumable keys may be overridden; `fork` names a new folder and lifts that. Objects that were handed over from
     Python are handed over again. Raises GroupwiseError.
     """
-    start = time.perf_counter()
+    clock = Clock()
     given, _ = _hand_over(data, eval_data, reward, trust_remote_code)
     folder = RunFolder.open(Path(run))
-    terminal = make_terminal("quiet", total_steps=0, title="")
-    old = _read_job(folder)
+    old = load_job(folder.job).job
     new = load_job(folder.job, overrides, {"run": str(fork or run)}).job
-    _check_changes(old, new, fork is not None, terminal.say if show == "json" else print)
-    saved = checkpoint.latest(folder.checkpoints, terminal.warn)
-    if fork is None:
-        with folder.lock():
-            folder.write_job(to_toml(new))
-            folder.cut_back(saved.step if saved else None)
-            return _run(new, folder, given, show, Clock(start=start), saved)
-    if saved is None:
-        raise RunFolderError(f"{run} has no checkpoint to fork from; start again with `groupwise train`.")
-    forked = RunFolder.create(Path(fork))
-    with forked.lock():
-        forked.write_job(to_toml(new))
-        return _run(new, forked, given, show, Clock(start=start), saved)
+    changed = differences(old, new)
+    if fork is not None:
+        start = _start(folder, changed, forked=True)
+        if start.saved is None:
+            raise RunFolderError(f"{run} has no checkpoint to fork from; start again with `groupwise train`.")
+        forked = RunFolder.create(Path(fork))
+        with forked.lock():
+            return run_job(new, forked, given, show, clock, start)
+    _refuse_changes(changed)
+    with folder.lock():
+        start = _start(folder, changed, forked=False)
+        _refuse_other_iterations(old, new, start.saved)
+        folder.cut_back(start.saved.step if start.saved else None)
+        return run_job(new, folder, given, show, clock, start)
 
 
 def evaluate(
@@ -122,115 +104,58 @@ def evaluate(
     Returns `reward`, `accuracy`, `pass@k`, their intervals and `mean_length`. Raises GroupwiseError.
     """
     given, named = _hand_over(None, eval_data, reward, trust_remote_code)
-    job, model, step = _opened(target, overrides, which, given, named)
-    scorer = open_scorer(job, given, None, 0, _to_stderr)
-    engine = NativeEngine(model.loaded.policy, model.codec, max_live=job.sampling.max_live_outputs)
-    try:
-        evaluation = open_evaluation(job, model, given, engine, scorer)
+    job, model, saved = _opened(target, overrides, which, given, named)
+    _narrow(model)
+    with ExitStack() as closing:
+        scorer = open_scorer(job, given, None, _to_stderr, closing)
+        evaluation = open_evaluation(job, model, given, open_engine(job, model, closing), scorer)
         if not isinstance(evaluation, Evaluation):
-            raise ConfigError("There is nothing to evaluate on: name held-out prompts with --data or eval.data.")
-        evaluation.run(Record(step))
-    finally:
-        scorer.close()
+            raise ConfigError("There is nothing to evaluate on: name held-out prompts with --data, or in eval.data.")
+        evaluation.run(Record(saved.step if saved else 0))
     assert evaluation.last is not None
     return evaluation.last
 
 
 def sample(
-    target: str | Path, prompt: str | list[Message], *, n: int = 1, seed: int = 0, which: str = "latest",
-    overrides: Sequence[str] = (), trust_remote_code: bool = False,
+    target: str | Path, prompt: str | list[Message], *, n: int = 1, temperature: float | None = None, seed: int = 0,
+    which: str = "latest", overrides: Sequence[str] = (), trust_remote_code: bool = False,
 ) -> list[Completion]:  # fmt: skip
-    """Continue a prompt `n` times with a run's weights, by the job's evaluation settings. Raises GroupwiseError."""
+    """Continue a prompt `n` times with a run's weights, by the job's evaluation settings.
+
+    `temperature` replaces theirs; 0 is greedy. Raises GroupwiseError.
+    """
     given = Given(trust_remote_code=trust_remote_code)
     job, model, _ = _opened(target, overrides, which, given, {})
-    engine = NativeEngine(model.loaded.policy, model.codec, max_live=job.sampling.max_live_outputs)
-    request = Request("sample", model.codec.encode_prompt(prompt), n, eval_sampling_of(job), seed)
-    return list(generate(engine, [request])[0])
+    _narrow(model)
+    model.codec.check([model.codec.render(prompt)])
+    token_ids = model.codec.encode_prompt(prompt)
+    sampling = eval_sampling_of(job)
+    if temperature is not None:
+        sampling = replace(sampling, temperature=temperature)
+    if n > 1 and sampling.temperature == 0:
+        raise ConfigError(f"At temperature 0 all {n} outputs would be the same: give a temperature above 0.")
+    if model.loaded.context is not None:
+        room = model.loaded.context - len(token_ids)
+        if room < 1 or not token_ids:
+            raise DataError(f"The prompt has {len(token_ids)} tokens; the model's context is {model.loaded.context}.")
+        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
+    with ExitStack() as closing:
+        return list(generate(open_engine(job, model, closing), [Request("sample", token_ids, n, sampling, seed)])[0])
 
 
-def export(
-    run: str | Path, target: str | Path, *, which: str = "latest", trust_remote_code: bool = False
-) -> Path:
-    """Write a run's weights as a Hugging Face folder and return it. Raises GroupwiseError."""
-    folder = RunFolder.open(Path(run))
-    job, model, step = _opened(run, (), which, Given(trust_remote_code=trust_remote_code), {})
-    result = folder.read_result()
-    card = model_card(job.model_dump(mode="json"), result, step)
-    masters = {name: p.detach() for name, p in model.loaded.policy.model.named_parameters()}
-    write_export(
-        model.loaded.policy, model.codec, masters, Path(target), source=model.source,
-        dtype=model.loaded.source_dtype, card=card,
+def export(run: str | Path, target: str | Path, *, which: str = "latest", trust_remote_code: bool = False) -> Path:
+    """Write a run's weights (`which`: latest, best or base) as a Hugging Face folder and return it.
+
+    Raises GroupwiseError.
+    """
+    RunFolder.open(Path(run))
+    job, model, saved = _opened(run, (), which, Given(trust_remote_code=trust_remote_code), {})
+    card = model_card(job.model_dump(mode="json"), saved)
+    write_folder(
+        model.loaded.policy.model, model.codec, Path(target), source=model.source, dtype=model.loaded.source_dtype,
+        card=card,
     )  # fmt: skip
     return Path(target)
-
-
-def _run(
-    job: Job, folder: RunFolder, given: Given, show: Mode, clock: Clock, saved: checkpoint.Checkpoint | None
-) -> Result:
-    history = list(events.read(folder.events)) if saved else []
-    total = job.train.iterations * job.train.steps
-    terminal = make_terminal(show, total_steps=total, title=str(folder.path), history=history)
-    try:
-        parts, stateful = build(job, folder, given, terminal, clock)
-        if saved is not None:
-            stateful.restore(saved)
-            parts.rollouts.load_weights(parts.learner)
-            terminal.say(f"resumed after step {saved.step} of {total}")
-        with _closing(parts), StopSignals(parts.progress, terminal.say):
-            if parts.progress.step == 0:
-                _baseline(parts)
-            loop.train(parts)
-        result = _result(job, folder, stateful)
-        if result.stopped_by is None:
-            folder.write_result(asdict(result))
-        terminal.say(_closing_line(result, total))
-        return result
-    finally:
-        terminal.close()
-
-
-def _baseline(parts: loop.Parts) -> None:
-    """Where the run starts from, as step 0."""
-    with parts.watch.step(0) as record:
-        parts.evaluation.run(record)
-
-
-@contextmanager
-def _closing(parts: loop.Parts) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        parts.rollouts.scorer.close()
-        parts.rollouts.engine.close()
-        parts.watch.close()
-
-
-def _result(job: Job, folder: RunFolder, stateful: Stateful) -> Result:
-    first, last = stateful.evaluation.first or {}, stateful.evaluation.last or {}
-    stopped = stateful.progress.stopped
-    return Result(
-        run=str(folder.path),
-        steps=stateful.progress.step,
-        eval_before=first.get("accuracy"),
-        eval_after=last.get("accuracy"),
-        eval_reward_before=first.get("reward"),
-        eval_reward_after=last.get("reward"),
-        seconds=round(stateful.clock.seconds, 1),
-        seed=job.seed,
-        commit=git_commit(),
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        version=__version__,
-        stopped_by=None if stopped is None or stateful.progress.step == stateful.progress.total else int(stopped),
-    )
-
-
-def _closing_line(result: Result, total: int) -> str:
-    if result.stopped_by is not None:
-        return f"stopped after step {result.steps} of {total}; go on with: groupwise resume {result.run}"
-    took = f"{duration(result.seconds)} · run: {result.run}"
-    if result.eval_before is None or result.eval_after is None:
-        return f"done in {took}"
-    return f"held-out accuracy {result.eval_before:.2f} -> {result.eval_after:.2f} in {took}"
 
 
 def _hand_over(
@@ -251,41 +176,79 @@ def _hand_over(
     return Given(handed, objects.get("data"), objects.get("eval_data"), trust), named
 
 
-def _opened(
-    target: str | Path, overrides: Sequence[str], which: str, given: Given, named: Mapping[str, Any]
-) -> tuple[Job, Model, int]:
-    """A job and its model, with a run's weights where the target is a run. Also the step that they are from."""
-    folder = RunFolder(Path(target))
-    in_run = folder.job.is_file()
-    job = load_job(folder.job if in_run else target, overrides, named).job
-    model = open_model(job.model_copy(update={"objective": job.objective.model_copy(update={"beta": 0.0})}), given, _to_stderr)
-    if not in_run or which == "base":
-        return job, model, 0
-    saved = checkpoint.load(folder.best) if which == "best" else checkpoint.latest(folder.checkpoints, _to_stderr)
+def _start(folder: RunFolder, changed: Sequence[Difference], forked: bool) -> Start:
+    """The last whole checkpoint, and what there is to say about it and about the changes."""
+    warnings: list[str] = []
+    saved = checkpoint.latest(folder.checkpoints, warnings.append)
+    notes = [_in_words(one) for one in changed]
     if saved is None:
-        raise RunFolderError(f"{target} has no checkpoint yet.")
-    own = dict(model.loaded.policy.model.named_parameters()) | dict(model.loaded.policy.model.named_buffers())
-    with torch.no_grad():
-        for name, tensor in saved.tensors("model").items():
-            own[name].copy_(tensor)
-    return job, model, saved.step
+        notes.append("there is no checkpoint yet: starting over")
+    return Start(saved, forked, notes, warnings)
 
 
-def _read_job(folder: RunFolder) -> Job:
-    return load_job(folder.job).job
+def _in_words(one: Difference) -> str:
+    return f"{one.key}: {one.old!r} -> {one.new!r}"
 
 
-def _check_changes(old: Job, new: Job, fork: bool, say: Callable[[str], None]) -> None:
-    changed = differences(old, new)
-    for one in changed:
-        say(f"{one.key}: {one.old!r} -> {one.new!r}")
-    fixed = [one.key for one in changed if not one.resumable]
-    if fixed and not fork:
+def _refuse_changes(changed: Sequence[Difference]) -> None:
+    fixed = [one for one in changed if not one.resumable]
+    if fixed:
         raise ConfigError(
-            f"A resumed run cannot change {', '.join(fixed)}: it would no longer be the same run. Keys that may change: "
-            f"{', '.join(resumable_keys())}. Use --fork NEW_FOLDER to start a new run from the checkpoint."
+            f"A resumed run would not be the same run with {', '.join(map(_in_words, fixed))}. Keys that may change: "
+            f"{', '.join(resumable_keys())}. Use --fork FOLDER to start a new run from the checkpoint."
         )
 
 
+def _refuse_other_iterations(old: Job, new: Job, saved: Checkpoint | None) -> None:
+    """An iteration that is over, and the refresh of the reference after it, cannot move any more."""
+    before, after = old.train, new.train
+    several = max(before.iterations, after.iterations) > 1
+    if several and before.steps != after.steps and saved and saved.step > min(before.steps, after.steps):
+        raise ConfigError(
+            f"`train.steps` counts the steps of one iteration. This run is at step {saved.step}, so with {after.steps} "
+            f"instead of {before.steps} iterations that are over would have ended elsewhere. Change train.iterations, "
+            "or use --fork FOLDER."
+        )
+
+
+def _opened(
+    target: str | Path, overrides: Sequence[str], which: str, given: Given, named: Mapping[str, Any]
+) -> tuple[Job, Model, Checkpoint | None]:
+    """A job and its model, with a run's weights where the target is a run, and the checkpoint that they are from."""
+    if which not in WHICH:
+        raise ConfigError(f"There are no weights called {which!r}: name {', '.join(WHICH)}.")
+    in_run = Path(target).is_dir()
+    folder = RunFolder.open(Path(target)) if in_run else RunFolder(Path(target))
+    if which == "best" and not in_run:
+        raise ConfigError(f"{target} is a job and no run, so it has no best weights.")
+    job = load_job(folder.job if in_run else target, overrides, named).job
+    saved = None
+    if in_run and which != "base":
+        saved = checkpoint.load(folder.best) if which == "best" else checkpoint.latest(folder.checkpoints, _to_stderr)
+        if saved is None:
+            raise RunFolderError(f"{target} has no checkpoint yet. Its model before training is --which base.")
+    model = open_model(job, given, _to_stderr, training=False)
+    if saved is not None:
+        _load(model, saved)
+    return job, model, saved
+
+
+@torch.no_grad()
+def _load(model: Model, saved: Checkpoint) -> None:
+    found = saved.tensors("model")
+    own: dict[str, torch.Tensor] = dict(model.loaded.policy.model.named_parameters())
+    own |= {name: buffer for name, buffer in model.loaded.policy.model.named_buffers() if name in found}
+    check_shapes(own, found, saved)
+    for name, tensor in found.items():
+        own[name].copy_(tensor)
+
+
+def _narrow(model: Model) -> None:
+    """Compute as training does, which evaluates in the narrow type."""
+    for parameter in model.loaded.policy.model.parameters():
+        parameter.data = parameter.data.to(model.loaded.compute_dtype)
+
+
 def _to_stderr(message: str) -> None:
-    print(message, file=sys.stderr)
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()

@@ -44,11 +44,12 @@ class Evaluation:
     """Samples held-out prompts with settings of its own and scores them with the job's rewards.
 
     Seeds do not depend on the step, so two evaluations differ by the policy alone. `first` and `last` are what `judge`
-    found, `at_step` is when `last` was found by this process.
+    found, `at_step` is the step that `last` was found at.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], engine: Engine, scorer: Scorer, draw: Draw, schedule: Schedule, threshold: float
+        self, prompts: Sequence[Prompt], engine: Engine, scorer: Scorer, draw: Draw, schedule: Schedule,
+        threshold: float,
     ) -> None:  # fmt: skip
         self.prompts, self.engine, self.scorer, self.draw = prompts, engine, scorer, draw
         self.schedule, self.threshold = schedule, threshold
@@ -88,34 +89,33 @@ class NoEvaluation:
 
 
 def judge(scored: Scored, threshold: float) -> dict[str, float]:
-    """`reward`, `accuracy` (each with a 95 % interval's half-width over prompts), `pass@k`, `mean_length`, `unscored`.
+    """`reward`, `accuracy` (each with the half-width of its 95 % interval over prompts), `mean_length`, `unscored`,
+    and `pass@k` for k = 1, 2, 4 ..
 
-    An output without a score counts as wrong in accuracy and pass@k, and is left out of the mean reward.
+    An output without a score counts as wrong in accuracy and pass@k, and is left out of the mean reward. What cannot
+    be said is absent: the reward where no output was scored, an interval from a single prompt.
     """
-    outputs = min(len(group.scores) for group in scored)
     right = [[r is not None and r >= threshold for r in group.rewards] for group in scored]
     rewards = [[r for r in group.rewards if r is not None] for group in scored]
-    per_prompt = [fmean(known) for known in rewards if known]
-    found = {
-        "reward": fmean(per_prompt) if per_prompt else float("nan"),
-        "reward_ci95": half_width(per_prompt),
-        "accuracy": fmean([fmean(group) for group in right]),
-        "accuracy_ci95": half_width([fmean(group) for group in right]),
-        "mean_length": fmean([len(c.token_ids) for group in scored for c in group.group.completions]),
-        "unscored": float(sum(r is None for group in scored for r in group.rewards)),
-    }
-    k = 1
+    found = mean_with_interval("reward", [fmean(known) for known in rewards if known])
+    found |= mean_with_interval("accuracy", [fmean(group) for group in right])
+    found["mean_length"] = fmean([len(c.token_ids) for group in scored for c in group.group.completions])
+    found["unscored"] = float(sum(r is None for group in scored for r in group.rewards))
+    k, outputs = 1, min(map(len, right))
     while k <= outputs:
         found[f"pass@{k}"] = fmean([pass_at(k, len(group), sum(group)) for group in right])
         k *= 2
     return found
 
 
+def mean_with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The mean of one value per prompt, and half its 95 % confidence interval by the normal approximation."""
+    found = {name: fmean(values)} if values else {}
+    if len(values) > 1:
+        found[f"{name}_ci95"] = 1.96 * stdev(values) / math.sqrt(len(values))
+    return found
+
+
 def pass_at(k: int, n: int, right: int) -> float:
     """Chance that at least one of `k` outputs is right, unbiased from `n` of which `right` are (arXiv:2107.03374)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half the 95 % confidence interval of a mean, by the normal approximation."""
-    return 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")

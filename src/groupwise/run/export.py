@@ -9,41 +9,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
+from groupwise.disk import cannot_write
 from groupwise.errors import RunFolderError
+from groupwise.learn.checkpoint import Checkpoint
 from groupwise.models.codec import Codec
-from groupwise.models.policy import Policy
+from groupwise.models.tokenizer_files import looks_local
 
-_GENERATION = "generation_config.json"
+GENERATION = "generation_config.json"
 
 
-def export(
-    policy: Policy, codec: Codec, masters: Mapping[str, Tensor], target: Path, *, source: str, dtype: torch.dtype,
-    card: str,
-) -> None:  # fmt: skip
-    """Write `target` as a Hugging Face folder with these weights, in the data type that the source was stored in.
+def write_folder(
+    model: PreTrainedModel, codec: Codec, target: Path, *, source: str, dtype: torch.dtype, card: str
+) -> None:
+    """Write a model as a Hugging Face folder, in the data type that its source was stored in; the model is cast to it.
 
-    Tokenizer files and the generation config are copied as they came. Raises RunFolderError where `target` is not empty.
+    Tokenizer files and the generation config are copied as they came. Raises RunFolderError where `target` is not an
+    empty or new folder, or cannot be written.
     """
-    if target.exists() and any(target.iterdir()):
-        raise RunFolderError(f"{target} is not empty. Choose another folder to export to.")
-    target.mkdir(parents=True, exist_ok=True)
-    model = policy.model
-    with torch.no_grad():
-        own = dict(model.named_parameters()) | dict(model.named_buffers())
-        for name, tensor in masters.items():
-            own[name].copy_(tensor)
+    try:
+        if target.exists() and any(target.iterdir()):
+            raise RunFolderError(f"{target} is not empty. Choose another folder to export to.")
+        target.mkdir(parents=True, exist_ok=True)
+        _write(model, target, dtype)
+        if (Path(source) / GENERATION).is_file():
+            shutil.copyfile(Path(source) / GENERATION, target / GENERATION)
+        codec.save(target)
+        (target / "README.md").write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    except SafetensorError as error:
+        raise RunFolderError(f"Cannot write the weights into {target}: {error}") from error
+
+
+def _write(model: PreTrainedModel, target: Path, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-    model.set_attn_implementation("eager") if policy.layout == "shared" else None
     model.save_pretrained(target)
-    _write_both_rope_forms(target / "config.json", dtype)
-    if (Path(source) / _GENERATION).is_file():
-        shutil.copy(Path(source) / _GENERATION, target / _GENERATION)
-    codec.save(target)
-    (target / "README.md").write_text(card)
+    path = target / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = str(dtype).removeprefix("torch.")
+    config |= older_rope_keys(config) | {"dtype": name, "torch_dtype": name}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def older_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,26 +73,33 @@ def older_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
-def _write_both_rope_forms(path: Path, dtype: torch.dtype) -> None:
-    config = json.loads(path.read_text())
-    name = str(dtype).removeprefix("torch.")
-    config |= older_rope_keys(config) | {"dtype": name, "torch_dtype": name}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+def model_card(job: Mapping[str, Any], saved: Checkpoint | None) -> str:
+    """The README of an exported model: base, data, job and result. Without a checkpoint it is the base itself."""
+    base, data, preset = job["model"]["path"], job["data"]["path"], job["objective"]["preset"]
+    rewards = ", ".join(f"`{name}`" for name in job["reward"]["functions"])
+    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [grpo, groupwise]"]
+    if not (base.startswith("builtin:") or looks_local(base) or Path(base).exists()):
+        header.append(f"base_model: {base}")
+    steps = saved.step if saved else 0
+    return "\n".join([
+        "---", *header, "---", "", f"# {Path(base).name}, trained by GRPO", "",
+        f"Trained with groupwise from `{base}` on `{data}`: {steps} steps, objective `{preset}`, rewards {rewards}.",
+        "", *_found(saved), "## Job", "", "```json", json.dumps(job, indent=2, ensure_ascii=False), "```", "",
+    ])  # fmt: skip
 
 
-def model_card(job: Mapping[str, Any], result: Mapping[str, Any] | None, step: int) -> str:
-    """The README of an exported model: base, data, job and result."""
-    base, data = job["model"]["path"], job["data"]["path"]
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [grpo, groupwise]"]
-    if not base.startswith(("builtin:", "/", ".")):
-        lines.append(f"base_model: {base}")
-    lines += [
-        "---", "", f"# {Path(base).name}, trained by GRPO", "",
-        f"Trained with groupwise from `{base}` on `{data}`, {step} steps, objective `{job['objective']['preset']}`.", "",
-        f"Rewards: {', '.join(f'`{name}`' for name in job['reward']['functions'])}.", "",
-    ]  # fmt: skip
-    if result and result.get("eval_before") is not None:
-        before, after = result["eval_before"], result["eval_after"]
-        lines += [f"Held-out accuracy: {before:.3f} before, {after:.3f} after ({result['seconds']:.0f} s).", ""]
-    lines += ["## Job", "", "```json", json.dumps(job, indent=2), "```", ""]
-    return "\n".join(lines)
+def _found(saved: Checkpoint | None) -> list[str]:
+    """What evaluation found of these very weights, as far as it is known."""
+    if saved is None:
+        return []
+    if "value" in saved.state:
+        return [f"Held-out reward: {saved.state['value']:.3f}, the best of its run.", ""]
+    found = saved.state["evaluation"]
+    if not found["first"] or not found["last"]:
+        return []
+    words = [
+        f"{name} {found['first'][name]:.3f} before and {found['last'][name]:.3f} after {found['at_step']} steps"
+        for name in ("accuracy", "reward")
+        if name in found["first"] and name in found["last"]
+    ]
+    return [f"Held-out {', '.join(words)}; {saved.state['seconds']:.0f} s in all.", ""]

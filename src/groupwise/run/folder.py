@@ -45,7 +45,7 @@ class RunFolder:
             found = {entry.name for entry in path.iterdir() if entry.is_dir() or entry.stat().st_size}
         except OSError as error:
             raise cannot_write(path, error) from error
-        if found <= {folder.job.name, folder.lock_file.name}:
+        if found <= {place.name for place in (folder.job, folder.lock_file, folder.rewards_log, folder.tensorboard)}:
             return folder
         if folder.job.name in found:
             advice = f"Continue it with `groupwise resume {path}`, or choose another folder with --run."
@@ -90,6 +90,11 @@ class RunFolder:
     def tensorboard(self) -> Path:
         """TensorBoard's files."""
         return self.path / "tensorboard"
+
+    @property
+    def rewards_log(self) -> Path:
+        """What reward functions print."""
+        return self.path / "rewards.log"
 
     @property
     def result(self) -> Path:

@@ -20,6 +20,9 @@ class Checkpoints(Protocol):
     def maybe(self, step: int) -> None:
         """Save after this step, where it is due."""
 
+    def finish(self) -> None:
+        """Save the last step, where that has not been done."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -38,7 +41,7 @@ class Parts:
 
 
 def train(parts: Parts) -> None:
-    """Run the iterations and steps that are left."""
+    """Run the iterations and steps that are left, or until the run is asked to stop."""
     p = parts
     for iteration in p.progress.iterations():
         p.reference.refresh(p.learner, iteration)  # reference <- policy
@@ -57,3 +60,4 @@ def train(parts: Parts) -> None:
                 record.metrics |= {"iteration": iteration, "policy_version": p.learner.version}
                 p.watch.groups(record, scored, credit)
             p.checkpoints.maybe(step)
+    p.checkpoints.finish()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import transformers
 
-from groupwise.config import BUILTIN, DataSection, Job
+from groupwise.config import BUILTIN, Job
 from groupwise.data import arithmetic
 from groupwise.data.files import PromptSet, load_prompts
 from groupwise.data.stream import PromptStream
+from groupwise.disk import in_words
+from groupwise.engines.base import Engine
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import ConfigError, DataError, ModelError, RewardError
 from groupwise.learn.learner import Learner, LearnerSettings
@@ -25,7 +27,7 @@ from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, loa
 from groupwise.models.size import parameter_count
 from groupwise.objective import PRESETS, Objective, objective_named
 from groupwise.rewards.adapters import load_reward
-from groupwise.run.evaluate import Evaluation, Evaluator, NoEvaluation, Schedule
+from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.folder import RunFolder
 from groupwise.run.loop import Parts
 from groupwise.run.progress import Progress
@@ -39,7 +41,10 @@ from groupwise.watch.terminal import Terminal
 
 PYTHON = "python:"
 """Marks, in a job, what was handed over as a Python object and cannot be named in a file."""
-_CHECKED_PROMPTS = 64
+TRAINING_QUESTIONS = 8192
+"""How many of the built-in questions are an epoch."""
+CHECKED_PROMPTS = 64
+"""How many prompts the tokenizer is tried on."""
 Rows = Iterable[Mapping[str, Any]]
 
 
@@ -62,16 +67,17 @@ class Model:
     source: str
 
 
-def open_model(job: Job, given: Given, say: Callable[[str], None]) -> Model:
+def open_model(job: Job, given: Given, say: Callable[[str], None], *, training: bool) -> Model:
     """Load the job's model and tokenizer; the built-in one is made, or taken from the cache."""
     # Their bars would run through the panel, and say nothing that the next line does not.
     transformers.utils.logging.disable_progress_bar()
     section = job.model
     source = str(ensure_warm(job.seed, say=say)) if section.path == BUILTIN else section.path
-    check_memory(job, source, given.trust_remote_code)
+    if training:
+        check_memory(job, source, given.trust_remote_code)
     loaded = load_policy(
         source, revision=section.revision, device=section.device, dtype=section.dtype, layout=section.layout,
-        gradient_checkpointing=section.gradient_checkpointing, trust_remote_code=given.trust_remote_code,
+        gradient_checkpointing=section.gradient_checkpointing and training, trust_remote_code=given.trust_remote_code,
     )  # fmt: skip
     codec = Codec.load(
         source, revision=section.revision, trust_remote_code=given.trust_remote_code,
@@ -93,13 +99,13 @@ def check_memory(job: Job, source: str, trust_remote_code: bool) -> None:
     training = count * (16 + (narrow if narrow < 4 else 0))
     reference = count * narrow if objective.needs_reference else 0
     free = available_memory(device)
-    room = f"{count / 1e9:.2f}B parameters need {training / 1e9:.1f} GB to train; {free / 1e9:.1f} GB are free on {device}"
+    room = f"{in_words(training)} are needed to train its {count / 1e6:,.1f}M parameters, {in_words(free)} are free"
     if training > free:
-        raise ModelError(f"The model does not fit: {room}. Use a smaller model or a larger device.")
+        raise ModelError(f"{source} does not fit on {device}: {room}. Use a smaller model or a larger device.")
     if training + reference > free:
         raise ConfigError(
-            f"objective.beta is {objective.beta:g}, so a reference model must be held beside the policy, and there is no "
-            f"room for it: {room}, and the reference takes {reference / 1e9:.1f} GB more. Set objective.beta to 0."
+            f"`objective.beta` = {objective.beta:g} needs a reference model beside the policy, and there is no room "
+            f"for its {in_words(reference)} on {device}: {room}. Set objective.beta to 0, or use a smaller model."
         )
 
 
@@ -128,12 +134,15 @@ def objective_of(job: Job) -> Objective:
     return objective_named(section.preset, max_completion_length=job.sampling.max_completion_length, **changes)
 
 
+def total_steps(job: Job) -> int:
+    """Steps of all outer iterations."""
+    return job.train.iterations * job.train.steps
+
+
 def sampling_of(job: Job) -> Sampling:
     """How training outputs are drawn."""
     section = job.sampling
-    return Sampling(
-        temperature=section.temperature, max_tokens=section.max_completion_length, stop=tuple(section.stop)
-    )
+    return Sampling(temperature=section.temperature, max_tokens=section.max_completion_length, stop=tuple(section.stop))
 
 
 def eval_sampling_of(job: Job) -> Sampling:
@@ -147,8 +156,9 @@ def eval_sampling_of(job: Job) -> Sampling:
 
 def training_prompts(job: Job, model: Model, given: Given) -> PromptSet:
     """The job's prompts, encoded, the too long ones left out."""
-    rows = _rows(job.data.path, given.rows, "data", lambda: arithmetic.training(job.seed))
-    return _prompts(job, model, job.data, rows, job.sampling.max_completion_length, None)
+    rows = _rows(job.data.path, given.rows, "data", lambda: arithmetic.questions("train", job.seed, TRAINING_QUESTIONS))
+    longest = _room(job, model, job.sampling.max_completion_length, "sampling.max_completion_length")
+    return load_prompts(job.data, model.codec, longest, rows=rows)
 
 
 def held_out_prompts(job: Job, model: Model, given: Given) -> PromptSet | None:
@@ -158,8 +168,12 @@ def held_out_prompts(job: Job, model: Model, given: Given) -> PromptSet | None:
         return None
     path = section.data or BUILTIN
     rows = _rows(path, given.eval_rows, "eval_data", arithmetic.held_out)
-    data = job.data.model_copy(update={"path": path, "split": section.split, "revision": None, "subset": None})
-    return _prompts(job, model, data, rows, eval_sampling_of(job).max_tokens, section.limit)
+    # Another split of the same data set is of the same revision; another data set has none of its own.
+    other = {} if path == job.data.path else {"revision": None, "subset": None}
+    data = job.data.model_copy(update={"path": path, "split": section.split, **other})
+    own = "eval" if section.max_completion_length else "sampling"
+    longest = _room(job, model, eval_sampling_of(job).max_tokens, f"{own}.max_completion_length")
+    return load_prompts(data, model.codec, longest, rows=rows, limit=section.limit)
 
 
 def _rows(path: str, handed: Rows | None, name: str, built_in: Callable[[], Rows]) -> Rows | None:
@@ -173,101 +187,127 @@ def _rows(path: str, handed: Rows | None, name: str, built_in: Callable[[], Rows
     return handed
 
 
-def _prompts(
-    job: Job, model: Model, data: DataSection, rows: Rows | None, completion: int, first: int | None
-) -> PromptSet:
+def _room(job: Job, model: Model, completion: int, key: str) -> int | None:
+    """The longest prompt, in tokens, that leaves an output its length. Raises ConfigError where none does."""
     context, limit = model.loaded.context, job.data.max_prompt_length
-    if context is not None:
-        if completion >= context or (limit or 0) + completion > context:
-            raise ConfigError(
-                f"Prompts of {limit or 'any number of'} tokens and outputs of {completion} do not fit the model's context "
-                f"of {context} tokens. Lower data.max_prompt_length or max_completion_length."
-            )
-        limit = limit or context - completion
-    return load_prompts(data, model.codec, limit, rows=rows, limit=first)
+    if context is None:
+        return limit
+    if completion + (limit or 1) > context:
+        prompts = f"prompts of up to {limit} tokens (data.max_prompt_length)" if limit else "any prompt"
+        raise ConfigError(
+            f"`{key}` = {completion} leaves no room for {prompts} in the model's context of {context} tokens. Lower it."
+        )
+    return limit or context - completion
 
 
-def open_scorer(job: Job, given: Given, folder: RunFolder | None, total_steps: int, warn: Callable[[str], None]) -> Scorer:
-    """Load the job's reward functions; files start their workers now, so that a broken one is found before training."""
+def open_scorer(
+    job: Job, given: Given, folder: RunFolder | None, warn: Callable[[str], None], closing: ExitStack
+) -> Scorer:
+    """Load the job's reward functions; files start their workers now, so that a broken one is found at once."""
     handed = iter(given.rewards)
     rewards = []
     for spec in job.reward.functions:
-        function: str | Callable[..., Any] = spec
-        if spec.startswith(PYTHON):
-            try:
-                function = next(handed)
-            except StopIteration:
-                raise RewardError(
-                    f"The reward function {spec} was handed over from Python; hand it over again, as in "
-                    "groupwise.resume(run, reward=function)."
-                ) from None
-        rewards.append(
-            load_reward(
-                function, timeout=job.reward.timeout, output_timeout=job.reward.output_timeout,
-                log=folder.path / "rewards.log" if folder else None,
+        function = next(handed, None) if spec.startswith(PYTHON) else spec
+        if function is None:
+            raise RewardError(
+                f"The reward function {spec} was handed over from Python, not by name. Hand it over again, as in "
+                "groupwise.resume(run, reward=function), or name one with --reward where that is offered."
             )
+        reward = load_reward(
+            function, timeout=job.reward.timeout, output_timeout=job.reward.output_timeout,
+            log=folder.rewards_log if folder else None,
         )  # fmt: skip
-    return Scorer(rewards, job.reward.weights, total_steps, warn)
+        closing.callback(reward.close)
+        rewards.append(reward)
+    return Scorer(rewards, job.reward.weights, total_steps(job), warn)
 
 
-def open_evaluation(job: Job, model: Model, given: Given, engine: NativeEngine, scorer: Scorer) -> Evaluator:
+def open_evaluation(job: Job, model: Model, given: Given, engine: Engine, scorer: Scorer) -> Evaluation | NoEvaluation:
     """Held-out evaluation, or its stand-in where the job names no data for it."""
     held_out = held_out_prompts(job, model, given)
     if held_out is None:
         return NoEvaluation()
+    if held_out.dropped_long:
+        scorer.warn(f"{held_out.dropped_long} held-out prompts are too long and were left out")
     draw = Draw(eval_sampling_of(job), job.eval.num_generations, job.seed, "eval")
-    schedule = Schedule(job.eval.every, job.train.iterations * job.train.steps)
+    schedule = Schedule(job.eval.every, total_steps(job))
     return Evaluation(held_out.prompts, engine, scorer, draw, schedule, job.eval.threshold)
 
 
-def build(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: Clock) -> tuple[Parts, Stateful]:
-    """Everything the loop needs, and those of it that a checkpoint holds."""
-    total = job.train.iterations * job.train.steps
+def open_engine(job: Job, model: Model, closing: ExitStack) -> Engine:
+    """What samples."""
+    engine = NativeEngine(model.loaded.policy, model.codec, max_live=job.sampling.max_live_outputs)
+    closing.callback(engine.close)
+    return engine
+
+
+def open_watch(job: Job, folder: RunFolder, terminal: Terminal, last_step: int | None, closing: ExitStack) -> Watch:
+    """What writes events and rollouts, after those of `last_step` where a run is resumed."""
+    sinks: list[Sink] = [EventsFile(folder.events)]
+    if job.watch.tensorboard:
+        from groupwise.watch.tensorboard import TensorBoardSink
+
+        sinks.append(TensorBoardSink(folder.tensorboard, last_step))
+    rollouts = RolloutsFile(folder.rollouts, job.watch.rollouts_max_bytes) if job.watch.rollouts else None
+    watch = Watch(sinks, terminal, rollouts)
+    closing.callback(watch.close)
+    return watch
+
+
+def build(
+    job: Job, folder: RunFolder, given: Given, watch: Watch, clock: Clock, closing: ExitStack
+) -> tuple[Parts, Stateful, Saver]:
+    """Everything the loop needs, and what saves and restores it; what holds something is closed by `closing`.
+
+    What is quick to refuse is opened first.
+    """
     objective = objective_of(job)
-    model = open_model(job, given, terminal.say)
+    scorer = open_scorer(job, given, folder, watch.terminal.warn, closing)
+    model = open_model(job, given, watch.terminal.say, training=True)
     prompts = training_prompts(job, model, given)
-    texts = [model.codec.render(prompt.content) for prompt in prompts.prompts[:_CHECKED_PROMPTS]]
-    for warning in model.codec.check(texts):
-        terminal.warn(warning)
-    if prompts.dropped_long:
-        terminal.warn(f"{prompts.dropped_long} prompts are too long and were left out")
-    stream = PromptStream(prompts.prompts, seed=job.seed, shuffle=job.data.shuffle)
-    scorer = open_scorer(job, given, folder, total, terminal.warn)
-    policy = model.loaded.policy
-    learner = Learner(policy, objective, _learner_settings(job, total, model.loaded.compute_dtype))
-    reference = Reference(policy) if objective.needs_reference else NoReference()
+    _check_prompts(prompts, model.codec, watch.terminal.warn)
+    engine = open_engine(job, model, closing)
+    evaluation = open_evaluation(job, model, given, engine, scorer)
+    learner = Learner(model.loaded.policy, objective, _learner_settings(job, model.loaded.compute_dtype))
+    reference = Reference(learner.policy) if objective.needs_reference else NoReference()
     penalty = (
         RewardPenalty(learner, reference, objective.beta, job.train.tokens_per_micro_batch)
         if objective.kl_in_reward and isinstance(reference, Reference)
         else NoPenalty()
     )
-    engine = NativeEngine(policy, model.codec, max_live=job.sampling.max_live_outputs)
-    draw = Draw(sampling_of(job), job.sampling.num_generations, job.seed, "sample")
-    evaluation = open_evaluation(job, model, given, engine, scorer)
+    stream = PromptStream(prompts.prompts, seed=job.seed, shuffle=job.data.shuffle)
+    draw = Draw(sampling_of(job), job.sampling.num_generations, job.seed, "train")
     progress = Progress(job.train.iterations, job.train.steps)
-    watch = Watch(_sinks(job, folder), terminal, _rollouts_file(job, folder))
-    watch.carry({"data/dropped_long": float(prompts.dropped_long)})
     stateful = Stateful(progress, stream, learner, reference, evaluation, clock)
+    saver = Saver(folder, job.checkpoint, stateful, watch)
     parts = Parts(
         progress=progress,
-        rollouts=Rollouts(stream, engine, scorer, draw, job.train.prompts_per_step),
+        rollouts=Rollouts(stream, engine, scorer, draw, job.train.prompts_per_step, prompts.dropped_long),
         objective=objective,
         learner=learner,
         reference=reference,
         penalty=penalty,
         evaluation=evaluation,
-        checkpoints=Saver(folder, job.checkpoint, stateful, watch),
+        checkpoints=saver,
         watch=watch,
         num_iterations=job.train.num_iterations,
     )
-    return parts, stateful
+    return parts, stateful, saver
 
 
-def _learner_settings(job: Job, total_steps: int, compute_dtype: torch.dtype) -> LearnerSettings:
+def _check_prompts(prompts: PromptSet, codec: Codec, warn: Callable[[str], None]) -> None:
+    """Say what was left out, and hold the tokenizer against what is left. Raises ModelError where it loses text."""
+    if prompts.dropped_long:
+        warn(f"{prompts.dropped_long} prompts are too long and were left out")
+    for warning in codec.check([codec.render(prompt.content) for prompt in prompts.prompts[:CHECKED_PROMPTS]]):
+        warn(warning)
+
+
+def _learner_settings(job: Job, compute_dtype: torch.dtype) -> LearnerSettings:
     section = job.train
     optimizer = OptimizerSettings(
         learning_rate=section.learning_rate,
-        total_updates=total_steps * section.num_iterations * section.updates_per_batch,
+        total_updates=total_steps(job) * section.num_iterations * section.updates_per_batch,
         lr_scheduler_type=section.lr_scheduler_type, warmup_steps=section.warmup_steps,
         weight_decay=section.weight_decay, adam_beta1=section.adam_beta1, adam_beta2=section.adam_beta2,
         adam_epsilon=section.adam_epsilon, max_grad_norm=section.max_grad_norm,
@@ -278,16 +318,3 @@ def _learner_settings(job: Job, total_steps: int, compute_dtype: torch.dtype) ->
         mask_truncated=job.objective.mask_truncated_completions,
         correct_sampler=job.objective.importance_sampling != "none", compute_dtype=compute_dtype, seed=job.seed,
     )  # fmt: skip
-
-
-def _sinks(job: Job, folder: RunFolder) -> list[Sink]:
-    sinks: list[Sink] = [EventsFile(folder.events)]
-    if job.watch.tensorboard:
-        from groupwise.watch.tensorboard import TensorBoardSink
-
-        sinks.append(TensorBoardSink(folder.tensorboard))
-    return sinks
-
-
-def _rollouts_file(job: Job, folder: RunFolder) -> RolloutsFile | None:
-    return RolloutsFile(folder.rollouts, job.watch.rollouts_max_bytes) if job.watch.rollouts else None

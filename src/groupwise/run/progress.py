@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-EXIT_BY_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
-"""Exit status after a run was asked to stop and has saved itself."""
+STOPPING = "stopping after this step; once more to stop at once, back to the last checkpoint"
 
 
 class Progress:
-    """Counts steps from 1; `step` is the last one begun. Ends early once `stop` is called."""
+    """Counts steps from 1; `step` is the last one begun. Once `stopped` is set, the step under way is the last."""
 
     def __init__(self, iterations: int, steps: int, done: int = 0) -> None:
         self.total = iterations * steps
@@ -32,11 +32,6 @@ class Progress:
             self.step += 1
             yield self.step
 
-    @property
-    def ending(self) -> bool:
-        """Whether the step under way is the last one of this process."""
-        return self.stopped is not None or self.step == self.total
-
 
 class StopSignals:
     """While active, Ctrl-C and SIGTERM let the step under way finish; a second one ends it at once."""
@@ -46,11 +41,9 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        try:
-            self._before = {number: signal.signal(number, self._handle) for number in EXIT_BY_SIGNAL}
-        except ValueError:
-            # Not in the main thread: whoever runs us there handles signals.
-            self._before = {}
+        # Elsewhere than in the main thread Python takes no handlers: whoever runs us there has their own.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,6 +52,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.progress.stopped:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.progress.stopped = signal.Signals(number)
-        self.say("stopping after this step; once more to stop at once, back to the last checkpoint")
+        # The signal may have come in the middle of a line, or of a lock that the terminal holds.
+        threading.Thread(target=self.say, args=(STOPPING,), daemon=True).start()

@@ -48,8 +48,10 @@ class Watch:
         seconds = record.metrics["time/step"]
         if "tokens/sampled" in record.metrics:
             record.metrics["tokens/per_second"] = record.metrics["tokens/sampled"] / seconds
+        # A reward may log a metric under any name, but the step is the step.
+        event = {"step": step} | record.metrics | {"step": step}
         for sink in (*self.sinks, self.terminal):
-            sink.write({"step": record.step, **record.metrics})
+            sink.write(event)
 
     def groups(self, record: Record, scored: Scored, credit: Credit) -> None:
         """Keep a step's groups for reading, and show one output."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isclose, nan
 from statistics import fmean, stdev
-from typing import Any
 
 from groupwise.data.stream import PromptStream
 from groupwise.engines.base import Engine, generate
@@ -32,11 +32,6 @@ class Scorer:
         record.metrics |= context.metrics
         record.extras |= context.extras
         return scored
-
-    def close(self) -> None:
-        """End the rewards' workers."""
-        for reward in self.rewards:
-            reward.close()
 
 
 @dataclass(frozen=True)
@@ -65,9 +60,12 @@ class Draw:
 class Rollouts:
     """Gives the loop scored groups, in the order of their prompts."""
 
-    def __init__(self, prompts: PromptStream, engine: Engine, scorer: Scorer, draw: Draw, prompts_per_step: int) -> None:
+    def __init__(
+        self, prompts: PromptStream, engine: Engine, scorer: Scorer, draw: Draw, prompts_per_step: int,
+        dropped_long: int = 0,
+    ) -> None:  # fmt: skip
         self.prompts, self.engine, self.scorer, self.draw = prompts, engine, scorer, draw
-        self.prompts_per_step = prompts_per_step
+        self.prompts_per_step, self.dropped_long = prompts_per_step, dropped_long
 
     def collect(self, step: int, record: Record) -> Scored:
         """Sample and score a step's groups."""
@@ -76,7 +74,7 @@ class Rollouts:
         with record.time("reward"):
             scored = self.scorer(groups, record)
         record.metrics |= summary(scored)
-        record.metrics["epoch"] = self.prompts.epoch
+        record.metrics |= {"epoch": self.prompts.epoch, "data/dropped_long": float(self.dropped_long)}
         return scored
 
     def load_weights(self, learner: Learner) -> None:
@@ -90,15 +88,18 @@ def summary(scored: Scored) -> dict[str, float]:
     cut = [c.finish == "length" for group in scored for c in group.group.completions]
     known = [[r for r in group.rewards if r is not None] for group in scored]
     rewards = [r for group in known for r in group]
-    spreads = [stdev(group) if len(group) > 1 else 0.0 for group in known]
-    metrics: dict[str, Any] = {
-        "reward": fmean(rewards) if rewards else float("nan"),
-        "reward_std": fmean(spreads),
-        "frac_reward_zero_std": fmean([max(group, default=0.0) == min(group, default=0.0) for group in known]),
+    return {
+        "reward": fmean(rewards) if rewards else nan,
+        "reward_std": fmean([stdev(group) if len(group) > 1 else 0.0 for group in known]),
+        "frac_reward_zero_std": fmean(map(_all_equal, known)),
         "completions/mean_length": fmean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": fmean(cut),
         "tokens/sampled": float(sum(lengths)),
     }
-    return metrics
+
+
+def _all_equal(rewards: Sequence[float]) -> bool:
+    """By the rule that makes their advantages exactly 0."""
+    return not rewards or isclose(min(rewards), max(rewards), rel_tol=1e-9, abs_tol=1e-9)

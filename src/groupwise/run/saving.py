@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from groupwise.config import CheckpointSection
 from groupwise.data.stream import PromptStream
+from groupwise.errors import RunFolderError
 from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoReference, Reference
-from groupwise.run.evaluate import Evaluator
+from groupwise.run.evaluate import Evaluation, Evaluator
 from groupwise.run.folder import RunFolder
 from groupwise.run.progress import Progress
 from groupwise.run.record import Watch
@@ -42,6 +46,11 @@ class Stateful:
     clock: Clock
     best: float | None = None
 
+    @property
+    def lacks_baseline(self) -> bool:
+        """Whether held-out prompts were never evaluated: the run, or the fork, is at its start."""
+        return isinstance(self.evaluation, Evaluation) and self.evaluation.first is None
+
     def tensors(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Tensors by file, and what goes into `state.json`."""
         files, counters = self.learner.state_dict()
@@ -51,47 +60,84 @@ class Stateful:
             "prompts": self.prompts.state_dict(),
             "learner": counters,
             "reference_iteration": self.reference.iteration,
-            "evaluation": {"first": self.evaluation.first, "last": self.evaluation.last},
+            "evaluation": {name: getattr(self.evaluation, name) for name in ("first", "last", "at_step")},
             "seconds": self.clock.seconds,
             "best": self.best,
         }
         return {**files, **({"reference": reference} if reference else {})}, state
 
     def restore(self, saved: Checkpoint) -> None:
-        """Take up where `saved` left off."""
+        """Take up where `saved` left off. Raises RunFolderError or DataError where it is of another model or data."""
         state = saved.state
-        stems = ["model", "optimizer"] + (["reference"] if self.reference.state_dict() else [])
-        tensors = {stem: saved.tensors(stem) for stem in stems}
-        self.learner.load_state_dict(tensors, state["learner"])
-        self.reference.load_state_dict(tensors.get("reference", {}), state["reference_iteration"])
+        self.restore_policy(saved)
         self.prompts.load_state_dict(state["prompts"])
-        self.progress.step = state["step"]
-        self.evaluation.first, self.evaluation.last = state["evaluation"]["first"], state["evaluation"]["last"]
+        for name, value in state["evaluation"].items():
+            setattr(self.evaluation, name, value)
         self.clock.before, self.best = state["seconds"], state["best"]
+
+    def fork(self, saved: Checkpoint) -> None:
+        """Begin a new run from `saved`, with an evaluation and a clock of its own.
+
+        Other prompts are drawn from their beginning. Raises RunFolderError where the checkpoint is of another model.
+        """
+        self.restore_policy(saved)
+        if saved.state["prompts"]["fingerprint"] == self.prompts.state_dict()["fingerprint"]:
+            self.prompts.load_state_dict(saved.state["prompts"])
+
+    def restore_policy(self, saved: Checkpoint) -> None:
+        """Weights, optimizer and reference. A reference where there was none becomes the policy as it is now."""
+        state, model = saved.state, saved.tensors("model")
+        check_shapes(self.learner.masters(), model, saved)
+        self.learner.load_state_dict({"model": model, "optimizer": saved.tensors("optimizer")}, state["learner"])
+        if "reference" in saved.aliases:
+            self.reference.load_state_dict(saved.tensors("reference"), state["reference_iteration"])
+        self.progress.step = state["step"]
+
+
+def check_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor], saved: Checkpoint) -> None:
+    """Raise RunFolderError unless a checkpoint's weights are of this model."""
+    for name in sorted(own.keys() | found.keys()):
+        ours, theirs = (list(side[name].shape) if name in side else None for side in (own, found))
+        if ours != theirs:
+            raise RunFolderError(
+                f"Checkpoint {saved.path} is of another model: its {name} has the shape {theirs or 'of nothing'}, but "
+                f"the model of this job has {ours or 'none'}. Put model.path back to what it was."
+            )
 
 
 class Saver:
     """Saves by the job's schedule, and always when the run ends or is asked to stop."""
 
-    def __init__(
-        self, folder: RunFolder, schedule: CheckpointSection, stateful: Stateful, watch: Watch
-    ) -> None:
+    def __init__(self, folder: RunFolder, schedule: CheckpointSection, stateful: Stateful, watch: Watch) -> None:
         self.folder, self.schedule, self.stateful, self.watch = folder, schedule, stateful, watch
+        self.saved_step = 0
 
     def maybe(self, step: int) -> None:
         """See `Checkpoints`."""
         start = time.perf_counter()
-        evaluation = self.stateful.evaluation
-        if evaluation.at_step == step and evaluation.last is not None and self.schedule.best:
-            self._best(step, evaluation.last["reward"])
+        self._best(step)
         every = self.schedule.every
-        if self.stateful.progress.ending or (every > 0 and step % every == 0):
-            tensors, state = self.stateful.tensors()
-            checkpoint.save(self.folder.checkpoints, step, tensors=tensors, state=state)
-            checkpoint.prune(self.folder.checkpoints, self.schedule.keep)
-        self.watch.carry({"time/checkpoint": time.perf_counter() - start})
+        if every > 0 and step % every == 0:
+            self.save(step)
+            self.watch.carry({"time/checkpoint": time.perf_counter() - start})
 
-    def _best(self, step: int, value: float) -> None:
-        if self.stateful.best is None or value > self.stateful.best:
+    def finish(self) -> None:
+        """See `Checkpoints`."""
+        if self.stateful.progress.step != self.saved_step:
+            self.save(self.stateful.progress.step)
+
+    def save(self, step: int) -> None:
+        """Save now."""
+        tensors, state = self.stateful.tensors()
+        checkpoint.save(self.folder.checkpoints, step, tensors=tensors, state=state)
+        checkpoint.prune(self.folder.checkpoints, self.schedule.keep)
+        self.saved_step = step
+
+    def _best(self, step: int) -> None:
+        evaluation = self.stateful.evaluation
+        if not self.schedule.best or evaluation.at_step != step or evaluation.last is None:
+            return
+        value = evaluation.last.get("reward")  # there is none where no output was scored
+        if value is not None and (self.stateful.best is None or value > self.stateful.best):
             self.stateful.best = value
             checkpoint.save_best(self.folder.checkpoints, step, value, self.stateful.learner.masters())

@@ -1,0 +1,153 @@
+"""One run of a job in its folder, from its parts to its result."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+
+import torch
+
+from groupwise import __version__
+from groupwise.config import Job
+from groupwise.errors import GroupwiseError
+from groupwise.jobfile import to_toml
+from groupwise.learn.checkpoint import Checkpoint
+from groupwise.run import loop
+from groupwise.run.folder import RunFolder, git_commit
+from groupwise.run.parts import Given, build, open_watch, total_steps
+from groupwise.run.progress import StopSignals
+from groupwise.run.saving import Clock, Saver, Stateful
+from groupwise.watch import events
+from groupwise.watch.terminal import Mode, Terminal, make_terminal
+from groupwise.watch.words import duration
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. Accuracies are shares of held-out outputs whose reward is at least `eval.threshold`.
+
+    `stopped_by` is the signal that ended the run before its last step, or None.
+    """
+
+    run: str
+    steps: int
+    eval_before: float | None
+    eval_after: float | None
+    eval_reward_before: float | None
+    eval_reward_after: float | None
+    seconds: float
+    seed: int
+    commit: str | None
+    machine: str
+    version: str
+    stopped_by: int | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at nothing, at its own checkpoint or, as a fork, at that of another run.
+
+    `notes` and `warnings` are what there is to say about it.
+    """
+
+    saved: Checkpoint | None = None
+    forked: bool = False
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
+def run_job(job: Job, folder: RunFolder, given: Given, show: Mode, clock: Clock, start: Start) -> Result:
+    """Run the steps that are left of a job in its locked folder. Raises GroupwiseError."""
+    resumed = start.saved is not None and not start.forked
+    history = list(events.read(folder.events)) if resumed else []
+    terminal = make_terminal(show, total_steps=total_steps(job), title=str(folder.path), history=history)
+    try:
+        for note in start.notes:
+            terminal.say(note)
+        for warning in start.warnings:
+            terminal.warn(warning)
+        result = _run(job, folder, given, terminal, clock, start)
+        terminal.close(_closing_line(result, total_steps(job)))
+        return result
+    finally:
+        terminal.close()
+
+
+def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: Clock, start: Start) -> Result:
+    with ExitStack() as closing:
+        if not start.forked:
+            folder.write_job(to_toml(job))
+        watch = open_watch(job, folder, terminal, start.saved.step if start.saved else None, closing)
+        parts, stateful, saver = build(job, folder, given, watch, clock, closing)
+        _begin(job, start, stateful, saver)
+        parts.rollouts.load_weights(parts.learner)
+        try:
+            with StopSignals(parts.progress, terminal.say):
+                if start.saved is None or stateful.lacks_baseline:
+                    _baseline(parts)
+                loop.train(parts)
+        except GroupwiseError as error:
+            error.add_note(_way_on(folder, saver.saved_step))
+            raise
+    result = _result(job, folder, stateful)
+    if result.stopped_by is None:
+        folder.write_result(asdict(result))
+    return result
+
+
+def _begin(job: Job, start: Start, stateful: Stateful, saver: Saver) -> None:
+    """Take up the checkpoint where there is one. A fork is a run of its own once it has saved its start."""
+    if start.saved is None:
+        return
+    word, step, terminal = "resumed", start.saved.step, saver.watch.terminal
+    if start.forked:
+        word = "forked"
+        stateful.fork(start.saved)
+        saver.save(step)
+        saver.folder.write_job(to_toml(job))
+    else:
+        stateful.restore(start.saved)
+        saver.saved_step = step
+    terminal.say(f"{word} after step {step} of {stateful.progress.total}")
+
+
+def _baseline(parts: loop.Parts) -> None:
+    """Where the run starts from, as an event of its own: step 0, or the step of a fork."""
+    with parts.watch.step(parts.progress.step) as record:
+        parts.evaluation.run(record)
+
+
+def _result(job: Job, folder: RunFolder, stateful: Stateful) -> Result:
+    first, last = stateful.evaluation.first or {}, stateful.evaluation.last or {}
+    progress = stateful.progress
+    return Result(
+        run=str(folder.path),
+        steps=progress.step,
+        eval_before=first.get("accuracy"),
+        eval_after=last.get("accuracy"),
+        eval_reward_before=first.get("reward"),
+        eval_reward_after=last.get("reward"),
+        seconds=round(stateful.clock.seconds, 1),
+        seed=job.seed,
+        commit=git_commit(),
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        version=__version__,
+        stopped_by=int(progress.stopped) if progress.stopped and progress.step < progress.total else None,
+    )
+
+
+def _closing_line(result: Result, total: int) -> str:
+    if result.stopped_by is not None:
+        return f"stopped after step {result.steps} of {total}; go on with: groupwise resume {result.run}"
+    took = f"{duration(result.seconds)} · run: {result.run}"
+    if result.eval_before is None or result.eval_after is None:
+        return f"done in {took}"
+    return f"held-out accuracy {result.eval_before:.2f} -> {result.eval_after:.2f} in {took}"
+
+
+def _way_on(folder: RunFolder, saved_step: int) -> str:
+    if not saved_step:
+        return "Nothing was saved yet."
+    return f"The run is saved up to step {saved_step}: mend this and go on with `groupwise resume {folder.path}`."
