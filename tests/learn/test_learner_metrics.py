@@ -31,12 +31,14 @@ from tests.learn.tiny import (
 TEMPERATURE = 0.7
 
 
-def off_policy(preset: str | Objective, **settings: Any) -> tuple[Learner, Batch]:
-    """A learner with a batch of an older policy, several micro-batches a pass."""
+def off_policy(preset: str | Objective, masked: bool = False, **settings: Any) -> tuple[Learner, Batch]:
+    """A learner with a batch of an older policy, several micro-batches a pass; or every third token not its own."""
     policy = tiny_policy()
     groups = some_groups(policy, TEMPERATURE)
     learner = make_learner(policy, preset, temperature=TEMPERATURE, tokens_per_micro_batch=21, **settings)
-    return learner, with_past(learner.pack(groups, some_credit(groups)), learner.objective)
+    batch = with_past(learner.pack(groups, some_credit(groups)), learner.objective)
+    own_T = torch.arange(len(batch.completion_T)) % 3 > 0
+    return learner, replace(batch, trained_T=batch.trained_T & own_T) if masked else batch
 
 
 def live(batch: Batch, objective: Objective) -> Tensor:
@@ -45,10 +47,10 @@ def live(batch: Batch, objective: Objective) -> Tensor:
     return batch.trained_T & forwarded[batch.completion_T]
 
 
-@pytest.mark.parametrize("mask_truncated", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo", "cispo", "sapo"])
-def test_means_are_over_trained_tokens_whatever_the_micro_batches(preset: str, mask_truncated: bool) -> None:
-    learner, batch = off_policy(preset, mask_truncated=mask_truncated)
+def test_means_are_over_trained_tokens_whatever_the_micro_batches(preset: str, masked: bool) -> None:
+    learner, batch = off_policy(preset, masked, mask_truncated=masked)
     keep_T = live(batch, learner.objective)
     with torch.no_grad():
         logprobs_T = stock_logprobs(stock_model(learner.policy), batch)
@@ -75,7 +77,9 @@ def test_means_are_over_trained_tokens_whatever_the_micro_batches(preset: str, m
 
 @pytest.mark.parametrize("preset", ["grpo", "dapo"])
 def test_the_first_pass_tells_entropy_and_the_distance_of_the_sampler(preset: str) -> None:
-    learner, batch = off_policy(preset, mask_truncated=True)
+    learner, batch = off_policy(preset, masked=True, mask_truncated=True)
+    stray_T = torch.where(batch.trained_T, 0.0, -9.0)
+    batch = replace(batch, sampled_logprobs_T=batch.sampled_logprobs_T + stray_T)
     keep_T = live(batch, learner.objective)
     stock = stock_model(learner.policy)
     entropy: list[Tensor] = []
@@ -90,7 +94,11 @@ def test_the_first_pass_tells_entropy_and_the_distance_of_the_sampler(preset: st
     assert found["sampling/logp_difference/mean"] == pytest.approx(differences.mean().item(), abs=1e-10)
     assert found["sampling/logp_difference/max"] == pytest.approx(differences.max().item(), abs=1e-10)
     assert found["tokens/trained"] == keep_T.sum()
-    assert found["tokens/skipped"] == len(keep_T) - keep_T.sum()
+    assert found["tokens/skipped"] == sum(
+        len(output.token_ids)
+        for output, trained, silent in zip(batch.outputs, batch.trained_S, batch.silent_S, strict=True)
+        if not trained or (silent and learner.objective.may_skip_zero_advantages)
+    )
 
 
 def test_the_metrics_of_a_step_are_of_all_its_passes() -> None:
