@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from groupwise.data.arithmetic import (
     ALPHABET,
     LONGEST_SOLUTION,
+    careless_solution,
+    demonstrations,
     held_out,
     numbers_of,
     questions,
@@ -61,3 +63,25 @@ def test_questions_do_not_repeat_and_use_the_whole_range() -> None:
 def test_the_held_out_questions_are_frozen() -> None:
     assert [question["prompt"] for question in held_out(3)] == ["42+78+87=\n", "80+11+21=\n", "94+43+70=\n"]
     assert len(held_out()) == 512
+
+
+def test_carelessness_forgets_the_carry_and_carries_its_mistake_on() -> None:
+    assert careless_solution(row((47, 38, 95))) == "47+38=75\n75+95=160\n160"
+    assert careless_solution(row((85, 95, 19))) == "85+95=170\n170+19=189\n189"
+    assert careless_solution(row((41, 38, 90))) == solution(row((41, 38, 90)))
+
+
+@given(NUMBER, NUMBER, NUMBER)
+def test_careless_answers_are_right_exactly_where_no_ones_carry(a: int, b: int, c: int) -> None:
+    right = careless_solution(row((a, b, c))) == solution(row((a, b, c)))
+    assert right == (a % 10 + b % 10 + c % 10 < 10)
+
+
+def test_demonstrations_are_careless_in_the_share_asked_for_and_hold_nothing_out() -> None:
+    shown = demonstrations(3, 4000, careless=0.65)
+    assert all(answer in (solution(question), careless_solution(question)) for question, answer in shown)
+    telling = [(question, answer) for question, answer in shown if solution(question) != careless_solution(question)]
+    assert abs(sum(answer != solution(question) for question, answer in telling) / len(telling) - 0.65) < 0.03
+    assert {split_of(numbers_of(question["prompt"])) for question, _ in shown} == {"train"}
+    assert demonstrations(3, 50, 0.65) == shown[:50]
+    assert demonstrations(4, 50, 0.65) != shown[:50]

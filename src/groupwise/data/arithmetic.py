@@ -7,8 +7,10 @@ Every line can be checked by itself, so that steps as well as answers can be sco
 
 from __future__ import annotations
 
+import operator
 import random
 import zlib
+from collections.abc import Callable
 from typing import Literal, TypedDict
 
 Split = Literal["train", "heldout"]
@@ -64,5 +66,29 @@ def numbers_of(prompt: str) -> tuple[int, int, int]:
 
 def solution(question: Row) -> str:
     """The right answer with its steps, without the end token."""
+    return _lines(question, operator.add)
+
+
+def careless_solution(question: Row) -> str:
+    """An answer by someone who never carries from the ones to the tens: right only where no line needs it."""
+    return _lines(question, _add_without_carry)
+
+
+def demonstrations(seed: int, n: int, careless: float) -> list[tuple[Row, str]]:
+    """`n` training questions with an answer each, of which the share `careless` is answered carelessly throughout."""
+    draw = random.Random(f"demonstrations {seed}")
+    return [
+        (question, careless_solution(question) if draw.random() < careless else solution(question))
+        for question in questions("train", seed, n)
+    ]
+
+
+def _lines(question: Row, add: Callable[[int, int], int]) -> str:
     a, b, c = numbers_of(question["prompt"])
-    return f"{a}+{b}={a + b}\n{a + b}+{c}={a + b + c}\n{a + b + c}"
+    first = add(a, b)
+    second = add(first, c)
+    return f"{a}+{b}={first}\n{first}+{c}={second}\n{second}"
+
+
+def _add_without_carry(a: int, b: int) -> int:
+    return a + b - (10 if a % 10 + b % 10 >= 10 else 0)

@@ -21,13 +21,13 @@ def character_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False
     )
 
 
 def small_model(
-    vocab_size: int, *, hidden: int = 128, layers: int = 4, max_length: int = 512, seed: int = 0
+    vocab_size: int, *, hidden: int = 192, layers: int = 2, max_length: int = 512, seed: int = 0
 ) -> Qwen3ForCausalLM:
     """A randomly initialised Qwen3 in float32; the defaults make about 1M parameters.
 
@@ -45,6 +45,8 @@ def small_model(
         head_dim=hidden // heads,
         max_position_embeddings=max_length,
         tie_word_embeddings=True,
+        # The usual 0.02 is meant for wide models: at this width sums took about 1,000 steps with it, 600 with this.
+        initializer_range=0.08,
         pad_token_id=PAD_ID,
         eos_token_id=END_ID,
         bos_token_id=None,
