@@ -6,7 +6,7 @@ import itertools
 import math
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from statistics import fmean, stdev
 
@@ -65,18 +65,27 @@ def _run(
             context.warn(message)
 
     reports = [replace(context, metrics={}, extras={}, warn=warn) for _ in rewards]
-    values: dict[int, Values] = {}
-    with ThreadPoolExecutor(max_workers=len(rewards)) as pool:
-        beside = {
-            index: pool.submit(reward, groups, reports[index])
-            for index, reward in enumerate(rewards)
-            if getattr(reward, "own_process", False)
-        }
-        for index, reward in enumerate(rewards):
-            if index not in beside:
-                values[index] = reward(groups, reports[index])
-        values |= {index: future.result() for index, future in beside.items()}
+    own_process = [index for index, reward in enumerate(rewards) if getattr(reward, "own_process", False)]
+    # This thread has time for one of them where it has nothing else to do.
+    beside = own_process[:-1] if len(own_process) == len(rewards) else own_process
+    futures = {index: _begin(rewards[index], groups, reports[index]) for index in beside}
+    values = {i: reward(groups, reports[i]) for i, reward in enumerate(rewards) if i not in futures}
+    values |= {index: future.result() for index, future in futures.items()}
     return [(values[index], report) for index, report in enumerate(reports)]
+
+
+def _begin(reward: Reward, groups: Sequence[Group], report: RewardContext) -> Future[Values]:
+    """Call a reward in a thread that keeps nobody from ending: an executor's would be waited for after Ctrl-C."""
+    future: Future[Values] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(reward(groups, report))
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="groupwise-reward").start()
+    return future
 
 
 def _publish(

@@ -97,11 +97,11 @@ class Stateful:
 def check_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor], saved: Checkpoint) -> None:
     """Raise RunFolderError unless a checkpoint's weights are of this model."""
     for name in sorted(own.keys() | found.keys()):
-        ours, theirs = (list(side[name].shape) if name in side else None for side in (own, found))
+        ours, theirs = (str(list(side[name].shape)) if name in side else "absent" for side in (own, found))
         if ours != theirs:
             raise RunFolderError(
-                f"Checkpoint {saved.path} is of another model: its {name} has the shape {theirs or 'of nothing'}, but "
-                f"the model of this job has {ours or 'none'}. Put model.path back to what it was."
+                f"Checkpoint {saved.path} is of another model: its {name} is {theirs}, that of this job's model is "
+                f"{ours}. Put model.path back to what it was."
             )
 
 
@@ -125,6 +125,7 @@ class Saver:
         """See `Checkpoints`."""
         if self.stateful.progress.step != self.saved_step:
             self.save(self.stateful.progress.step)
+        checkpoint.prune(self.folder.checkpoints, self.schedule.keep)  # a kill may have come before it
 
     def save(self, step: int) -> None:
         """Save now."""

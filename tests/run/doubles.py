@@ -1,0 +1,103 @@
+"""Parts of a run that do as they are told, and write down what they were asked to do."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from groupwise.learn.checkpoint import Checkpoint
+from groupwise.rewards.base import RewardContext, Scope, Values
+from groupwise.types import Completion, Finish, Group, GroupKey, Prompt, Request, Sampled, Score, ScoredGroup
+
+Log = list[tuple[Any, ...]]
+
+
+class ScriptedEngine:
+    """Writes a number that its seed decides, and gives outputs back in the wrong order."""
+
+    def __init__(self, log: Log | None = None) -> None:
+        self.log: Log = [] if log is None else log
+        self.requests: list[Request] = []
+        self.version = 0
+        self._waiting: list[Request] = []
+
+    def submit(self, request: Request) -> None:
+        self.log.append(("sample", request.uid, f"version {self.version}"))
+        self.requests.append(request)
+        self._waiting.append(request)
+
+    def completed(self) -> Iterator[Sampled]:
+        for request in reversed(self._waiting):
+            for index in reversed(range(request.n)):
+                yield Sampled(request.uid, index, completion(str(random.Random(request.seed + index).randrange(10**6))))
+        self._waiting.clear()
+
+    def cancel(self, uid: str) -> None:
+        raise AssertionError("nothing is cancelled in this test")
+
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        self.log.append(("load", f"version {version}"))
+        self.version = version
+
+    def close(self) -> None:
+        pass
+
+
+class ScriptedReward:
+    """Scores an output by a function of its text."""
+
+    scope: Scope = "output"
+
+    def __init__(self, value: Callable[[str], float | None], name: str = "scripted", log: Log | None = None) -> None:
+        self.value, self.name = value, name
+        self.log: Log = [] if log is None else log
+        self.metrics: dict[str, float] = {}
+
+    def __call__(self, groups: Sequence[Group], context: RewardContext) -> Values:
+        self.log.append(("score", [group.key for group in groups]))
+        context.metrics |= self.metrics
+        return [[self.value(output.text) for output in group.completions] for group in groups]
+
+    def close(self) -> None:
+        pass
+
+
+class MemorySink:
+    """Keeps events."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        self.events.append(dict(event))
+
+    def close(self) -> None:
+        pass
+
+
+def completion(text: str, finish: Finish = "stop") -> Completion:
+    """An output of one token per character."""
+    return Completion(tuple(range(2, 2 + len(text))), text, tuple([-1.0] * len(text)), finish)
+
+
+def prompts(*contents: str) -> list[Prompt]:
+    """Prompts of three tokens."""
+    return [Prompt(str(index), content, (2, 3, 4)) for index, content in enumerate(contents)]
+
+
+def scored(*rewards: Sequence[float | None], texts: Sequence[str] = ("ab",)) -> list[ScoredGroup]:
+    """Groups with these rewards; output `i` has the text `texts[i % len(texts)]`."""
+    groups = []
+    for slot, values in enumerate(rewards):
+        outputs = tuple(completion(texts[i % len(texts)]) for i in range(len(values)))
+        group = Group(GroupKey(1, slot, str(slot)), Prompt(str(slot), "?", (2,)), outputs)
+        groups.append(ScoredGroup(group, tuple(Score(value) for value in values)))
+    return groups
+
+
+def a_checkpoint(state: Mapping[str, Any], step: int = 12) -> Checkpoint:
+    """A checkpoint's state, with no files behind it."""
+    from pathlib import Path
+
+    return Checkpoint(Path("nowhere"), step, dict(state), {})

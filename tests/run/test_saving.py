@@ -1,0 +1,162 @@
+"""When a run is saved, and what becomes of the best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from groupwise.config import CheckpointSection
+from groupwise.errors import RunFolderError
+from groupwise.learn import checkpoint
+from groupwise.run.folder import RunFolder
+from groupwise.run.progress import Progress
+from groupwise.run.record import Watch
+from groupwise.run.saving import Clock, Saver, Stateful, check_shapes
+from groupwise.watch.terminal import make_terminal
+from tests.run.doubles import MemorySink, a_checkpoint
+
+
+class Evaluations:
+    first: dict[str, float] | None = None
+    last: dict[str, float] | None = None
+    at_step: int | None = None
+
+
+class Counter:
+    """Stands for learner, reference and prompts: something with a little state."""
+
+    iteration = 0
+
+    def state_dict(self) -> Any:
+        return {"model": {"w": torch.ones(2)}, "optimizer": {}}, {"update": 1}
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        return {"w": torch.ones(2)}
+
+
+class Prompts:
+    def state_dict(self) -> dict[str, int]:
+        return {"position": 3}
+
+
+class Nothing:
+    iteration = -1
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+class Bench:
+    def __init__(self, path: Path, **schedule: Any) -> None:
+        self.folder = RunFolder.create(path / "run")
+        self.progress, self.evaluation, self.sink = Progress(1, 10), Evaluations(), MemorySink()
+        self.watch = Watch([self.sink], make_terminal("quiet", total_steps=10, title=""), None)
+        parts: Any = (self.progress, Prompts(), Counter(), Nothing(), self.evaluation, Clock())
+        self.stateful = Stateful(*parts)
+        self.saver = Saver(self.folder, CheckpointSection(**schedule), self.stateful, self.watch)
+
+    def step(self, number: int, reward: float | None = None, evaluated: bool = True) -> None:
+        self.progress.step = number
+        if evaluated:
+            self.evaluation.at_step, self.evaluation.last = number, {} if reward is None else {"reward": reward}
+        self.saver.maybe(number)
+
+    @property
+    def saved(self) -> list[int]:
+        return sorted(int(path.name[5:]) for path in self.folder.checkpoints.glob("step-*"))
+
+
+def test_checkpoints_come_by_the_schedule_and_at_the_end(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, every=3, keep=9)
+    for number in range(1, 8):
+        bench.step(number, evaluated=False)
+    assert bench.saved == [3, 6]
+    bench.saver.finish()
+    assert bench.saved == [3, 6, 7]
+
+
+def test_what_is_saved_is_not_saved_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, every=3)
+    bench.step(3, evaluated=False)
+    before = (bench.folder.checkpoints / "step-00000003").stat().st_ino
+    bench.saver.finish()
+    assert (bench.folder.checkpoints / "step-00000003").stat().st_ino == before
+
+
+def test_a_run_that_made_no_step_saves_nothing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, every=3)
+    bench.saver.finish()
+    assert bench.saved == []
+
+
+def test_with_every_0_only_the_end_is_saved(tmp_path: Path) -> None:
+    """Also where the stop comes after the step's own chance to be saved."""
+    bench = Bench(tmp_path, every=0)
+    bench.step(1, evaluated=False)
+    assert bench.saved == []
+    bench.saver.finish()
+    assert bench.saved == [1]
+
+
+def test_only_so_many_are_kept_beside_the_best(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, every=1, keep=2)
+    for number in range(1, 6):
+        bench.step(number, reward=-float(number))
+    assert bench.saved == [4, 5]
+    assert checkpoint.load(bench.folder.best).step == 1
+
+
+def test_the_best_is_that_of_the_best_evaluation(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, every=0)
+    for number, reward in enumerate([0.1, 0.3, 0.3, 0.2], start=1):
+        bench.step(number, reward)
+    best = checkpoint.load(bench.folder.best)
+    assert (best.step, best.state["value"]) == (2, 0.3)
+    bench.step(9, evaluated=False)
+    assert checkpoint.load(bench.folder.best).step == 2, "a step without an evaluation is no better"
+
+
+def test_an_evaluation_without_a_score_is_never_the_best(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, every=0)
+    bench.step(1, reward=None)
+    assert not bench.folder.best.exists()
+    bench.step(2, reward=-5.0)
+    assert checkpoint.load(bench.folder.best).step == 2
+
+
+def test_the_best_may_be_left_out(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, best=False)
+    bench.step(1, reward=1.0)
+    assert not bench.folder.best.exists()
+
+
+def test_the_time_of_a_checkpoint_goes_into_the_next_event(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, every=2)
+    for number in (1, 2, 3):
+        with bench.watch.step(number):
+            pass
+        bench.step(number, evaluated=False)
+    assert ["time/checkpoint" in event for event in bench.sink.events] == [False, False, True]
+
+
+def test_seconds_are_those_of_all_processes() -> None:
+    clock = Clock(before=100.0)
+    assert 100 < clock.seconds < 110
+
+
+@pytest.mark.parametrize(
+    "own, found, said",
+    [
+        ({"a": (2, 3)}, {"a": (2, 4)}, r"its a is \[2, 4\], that of this job's model is \[2, 3\]"),
+        ({"a": (2,)}, {"a": (2,), "b": (1,)}, r"its b is \[1\], that of this job's model is absent"),
+        ({"a": (2,), "b": ()}, {"a": (2,)}, r"its b is absent, that of this job's model is \[\]"),
+    ],
+)
+def test_weights_of_another_model_are_refused(own: Any, found: Any, said: str) -> None:
+    tensors = [{name: torch.zeros(shape) for name, shape in side.items()} for side in (own, found)]
+    with pytest.raises(RunFolderError, match=said):
+        check_shapes(*tensors, a_checkpoint({}))
+    check_shapes(tensors[0], tensors[0], a_checkpoint({}))
