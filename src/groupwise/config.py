@@ -162,9 +162,9 @@ class TrainSection(Section):
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up; `linear` and `cosine` fall to 0 at the last step."""
+    """What follows the warm-up; `linear` and `cosine` would reach 0 at the update after the last."""
     warmup_steps: int = Field(0, ge=0)
-    """Updates over which the learning rate rises from 0."""
+    """Updates over which the learning rate rises to its peak."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled decay; not applied to biases and norms."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)

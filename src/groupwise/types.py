@@ -76,10 +76,10 @@ class Completion:
 
 
 class Sampled(NamedTuple):
-    """An engine's answer: output `index` of request `uid`."""
+    """An engine's answer: output number `output` of request `uid`."""
 
     uid: str
-    index: int
+    output: int
     completion: Completion
 
 
