@@ -180,7 +180,7 @@ def _start(folder: RunFolder, changed: Sequence[Difference], forked: bool) -> St
     """The last whole checkpoint, and what there is to say about it and about the changes."""
     warnings: list[str] = []
     saved = checkpoint.latest(folder.checkpoints, warnings.append)
-    notes = [_in_words(one) for one in changed]
+    notes = [_in_words(one) for one in changed if one.key != "run"]  # that one was typed just now
     if saved is None:
         notes.append("there is no checkpoint yet: starting over")
     return Start(saved, forked, notes, warnings)

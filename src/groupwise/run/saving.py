@@ -16,7 +16,7 @@ from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoReference, Reference
-from groupwise.run.evaluate import Evaluation, Evaluator
+from groupwise.run.evaluate import Evaluator
 from groupwise.run.folder import RunFolder
 from groupwise.run.progress import Progress
 from groupwise.run.record import Watch
@@ -45,11 +45,6 @@ class Stateful:
     evaluation: Evaluator
     clock: Clock
     best: float | None = None
-
-    @property
-    def lacks_baseline(self) -> bool:
-        """Whether held-out prompts were never evaluated: the run, or the fork, is at its start."""
-        return isinstance(self.evaluation, Evaluation) and self.evaluation.first is None
 
     def tensors(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Tensors by file, and what goes into `state.json`."""

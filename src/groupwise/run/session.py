@@ -81,12 +81,17 @@ def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: C
             folder.write_job(to_toml(job))
         watch = open_watch(job, folder, terminal, start.saved.step if start.saved else None, closing)
         parts, stateful, saver = build(job, folder, given, watch, clock, closing)
-        _begin(job, start, stateful, saver)
+        if start.saved is not None:
+            _take_up(start.saved, start.forked, stateful, saver)
         parts.rollouts.load_weights(parts.learner)
         try:
             with StopSignals(parts.progress, terminal.say):
-                if start.saved is None or stateful.lacks_baseline:
+                if start.saved is None or start.forked:
                     _baseline(parts)
+                if start.forked:
+                    # Only now is it a run: killed before, it must not be resumed from the base model.
+                    saver.save(parts.progress.step)
+                    folder.write_job(to_toml(job))
                 loop.train(parts)
         except GroupwiseError as error:
             error.add_note(_way_on(folder, saver.saved_step))
@@ -97,20 +102,14 @@ def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: C
     return result
 
 
-def _begin(job: Job, start: Start, stateful: Stateful, saver: Saver) -> None:
-    """Take up the checkpoint where there is one. A fork is a run of its own once it has saved its start."""
-    if start.saved is None:
-        return
-    word, step, terminal = "resumed", start.saved.step, saver.watch.terminal
-    if start.forked:
-        word = "forked"
-        stateful.fork(start.saved)
-        saver.save(step)
-        saver.folder.write_job(to_toml(job))
+def _take_up(saved: Checkpoint, forked: bool, stateful: Stateful, saver: Saver) -> None:
+    word = "forked" if forked else "resumed"
+    if forked:
+        stateful.fork(saved)
     else:
-        stateful.restore(start.saved)
-        saver.saved_step = step
-    terminal.say(f"{word} after step {step} of {stateful.progress.total}")
+        stateful.restore(saved)
+        saver.saved_step = saved.step
+    saver.watch.terminal.say(f"{word} after step {saved.step} of {stateful.progress.total}")
 
 
 def _baseline(parts: loop.Parts) -> None:
