@@ -63,12 +63,17 @@ def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def policy_of(model: PreTrainedModel, layout: LayoutName, head: HeadShape | None = HeadShape()) -> Policy:  # noqa: B008
+def policy_of(
+    model: PreTrainedModel,
+    layout: LayoutName,
+    head: HeadShape | None = HeadShape(),  # noqa: B008
+    cached: bool = True,
+) -> Policy:
     """A policy with weights of its own, equal to the model's."""
     own = copy.deepcopy(model)
     if layout == "shared":
         own.set_attn_implementation(NAME)
-    return Policy(own, layout, head)
+    return Policy(own, layout, head, cached)
 
 
 def stock_logprobs(model: PreTrainedModel, groups: Groups, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

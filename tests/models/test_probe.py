@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config
+from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
 
 from groupwise.models import probe as probing
@@ -30,8 +31,9 @@ PLAIN = {
     "gptj": "0 of 2 layers",
     "falcon": "0 of 2 layers",
     "mamba": "layers of type linear_attention",
-    "deepseek_v32": "layers of type indexed_attention",
 }
+
+WITHOUT_CACHE = {"qwen3_next", "mamba"}
 
 
 def timed(config: PreTrainedConfig) -> tuple[Findings, float]:
@@ -45,6 +47,7 @@ def test_the_shared_layout_is_taken_where_it_is_right(kind: str) -> None:
     assert findings.shared, findings.reason
     assert findings.error < 1e-5
     assert findings.head == SHARED[kind]
+    assert findings.cached
     assert findings.unfit == ""
     assert seconds < 5, "default configurations are those of large models: the clone is not small"
 
@@ -54,6 +57,7 @@ def test_the_plain_layout_is_taken_elsewhere_and_the_reason_is_given(kind: str) 
     findings, seconds = timed(CONFIG_MAPPING[kind]())
     assert not findings.shared
     assert PLAIN[kind] in findings.reason
+    assert findings.cached == (kind not in WITHOUT_CACHE)
     assert findings.unfit == ""
     assert seconds < 5
 
@@ -119,27 +123,53 @@ def test_a_head_with_a_scale_that_nobody_told_us_of_is_the_models_own(monkeypatc
     assert (findings.shared, findings.reason) == (False, "its head is more than a matrix")
 
 
-def test_a_model_that_sees_the_future_is_unfit() -> None:
-    assert "no causal language model" in probe(CONFIG_MAPPING["bert"]()).unfit
+@pytest.mark.parametrize("kind, other", [("bert", "tokens after it"), ("doge", "tokens after it")])
+def test_a_model_that_sees_more_than_the_past_is_unfit(kind: str, other: str) -> None:
+    assert f"depends on {other}" in probe(CONFIG_MAPPING[kind]()).unfit
+
+
+def test_so_is_one_whose_padding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LlamaForCausalLM.forward
+
+    def leaking(self: Any, *inputs: Any, **keywords: Any) -> Any:
+        out = forward(self, *inputs, **keywords)
+        out.logits = out.logits + 0.1 * (keywords["input_ids"][:, :1, None] == 10) * keywords["input_ids"].shape[1]
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", leaking)
+    assert "depends on the padding beside it" in probe(CONFIG_MAPPING["llama"]()).unfit
+
+
+def test_a_model_that_is_asked_to_be_causal_is_fit() -> None:
     assert probe(CONFIG_MAPPING["bert"](is_decoder=True)).unfit == ""
 
 
 def test_a_model_with_chance_in_its_forward_is_unfit() -> None:
-    assert "in train mode it computes something else" in probe(CONFIG_MAPPING["phimoe"]()).unfit
+    assert "router_jitter_noise in its PhimoeTopKRouter is chance" in probe(CONFIG_MAPPING["phimoe"]()).unfit
     assert "in train mode it computes something else" in probe(CONFIG_MAPPING["falcon"](hidden_dropout=0.5)).unfit
     assert probe(CONFIG_MAPPING["gpt2"](attn_pdrop=0.1)).unfit == ""
 
 
-def test_what_cannot_be_shrunk_is_served_by_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Nested(PreTrainedConfig):
-        model_type = "nested"
+def test_what_cannot_be_shrunk_is_served_by_its_own_forward() -> None:
+    findings = probe(CONFIG_MAPPING["musicgen"]())
+    assert (findings.shared, findings.head, findings.cached, findings.unfit) == (False, None, False, "")
+    assert "no tiny clone of musicgen could be made" in findings.reason
 
-        def get_text_config(self, *_: Any, **__: Any) -> PreTrainedConfig:
-            return LlamaConfig()
 
-    findings = probe(Nested())
-    assert (findings.shared, findings.head) == (False, None)
-    assert "nests a text model" in findings.reason
+def test_a_text_model_inside_another_is_found() -> None:
+    findings = probe(CONFIG_MAPPING["gemma3"]())
+    assert findings.shared
+    assert findings.cached
+
+
+def test_a_cache_that_forgets_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = DynamicLayer.update
+
+    def forgetful(self: Any, key: torch.Tensor, *rest: Any) -> Any:
+        return update(self, key if self.get_seq_length() < 6 else torch.zeros_like(key), *rest)
+
+    monkeypatch.setattr(DynamicLayer, "update", forgetful)
+    assert not probe(CONFIG_MAPPING["llama"]()).cached
 
 
 def test_a_clone_that_stays_large_is_not_made() -> None:

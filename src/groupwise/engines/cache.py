@@ -14,6 +14,7 @@ from torch import Tensor
 from groupwise.models.attention import ForestAttention, Options
 from groupwise.models.layout import Forest, build_forest
 from groupwise.models.policy import Policy
+from groupwise.models.precision import wide
 
 
 class Store:
@@ -96,9 +97,10 @@ class _Step:
         own_k[self.row_R, :, self.length_R] = key[:, :, 0]
         own_v[self.row_R, :, self.length_R] = value[:, :, 0]
         grouped = (query[:, :, 0] * options.scale).view(rows, kv_heads, heads // kv_heads, width)
-        own = _part(grouped, own_k[:rows, :, : self.reach], own_v[:rows, :, : self.reach], self._own_mask(options), options)
+        own_k, own_v = (stored[:rows, :, : self.reach] for stored in (own_k, own_v))
+        own = _part(grouped, own_k, own_v, self._own_mask(options), options)
         prompt = self._prompt_part(layer, grouped, options)
-        sink = None if options.sinks is None else options.sinks.float().view(1, kv_heads, -1, 1)
+        sink = None if options.sinks is None else options.sinks.view(1, kv_heads, -1, 1)
         return _merge(own, prompt, sink).view(rows, 1, heads, -1).to(query.dtype)
 
     def _prompt_part(self, layer: int, grouped: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -107,16 +109,22 @@ class _Step:
         key, value = (x[:prompts, :, :reach] for x in self.decoder.prompts.layers[layer])
         # [R, H_kv, r, d] -> [Q, M, H_kv, r, d] -> [Q, H_kv, M * r, d]
         folded = grouped[fold.row_QM].transpose(1, 2).flatten(2, 3)
-        column = torch.arange(reach, device=lengths_Q.device)
+        visible = self._prompt_mask(options, grouped.shape[2])
+        out, lse = (x.unflatten(2, (fold.width, -1)) for x in _part(folded, key, value, visible, options))
+        return out.transpose(1, 2).flatten(0, 1)[fold.place_R], lse.transpose(1, 2).flatten(0, 1)[fold.place_R]
+
+    def _prompt_mask(self, options: Options, heads_per_key: int) -> Tensor | None:
+        """What the folded rows may see of their prompts, `[Q, 1, 1 or M * r, P]`; None where that is all of it."""
+        lengths_Q = self.decoder.prompt_length_Q
+        if not self.decoder.ragged and options.window is None:
+            return None
+        column = torch.arange(self.decoder.prompt_reach, device=lengths_Q.device)
         visible = (column < lengths_Q[:, None])[:, None, None]
         if options.window is not None:
-            position_QM = lengths_Q[:, None] + self.length_R[fold.row_QM]
+            position_QM = lengths_Q[:, None] + self.length_R[self.fold.row_QM]
             near = position_QM[:, :, None] - column < options.window
-            visible = visible & near[:, None].repeat_interleave(grouped.shape[2], 2)
-        out, lse = _part(folded, key, value, visible if self.decoder.ragged or options.window is not None else None, options)
-        return tuple(  # type: ignore[return-value]
-            x.unflatten(2, (fold.width, -1)).transpose(1, 2).flatten(0, 1)[fold.place_R] for x in (out, lse)
-        )
+            visible = visible & near[:, None].repeat_interleave(heads_per_key, 2)
+        return visible
 
     def _own_mask(self, options: Options) -> Tensor:
         column = torch.arange(self.reach, device=self.length_R.device)
@@ -128,7 +136,7 @@ class _Step:
 
 def _part(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """Attention of scaled queries `[B, H, M, d]` over one store: result `[B, H, M, d_v]` and log-sum-exp `[.., 1]`."""
-    scores = (q @ k.transpose(-1, -2)).float()
+    scores = wide(q @ k.transpose(-1, -2))
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     if visible is not None:
@@ -137,7 +145,7 @@ def _part(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, options: Opti
     top = scores.amax(-1, keepdim=True).clamp_min(-1e30)
     weights = (scores - top).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = (weights.to(v.dtype) @ v).float() / total.clamp_min(1e-30)
+    out = wide(weights.to(v.dtype) @ v) / total.clamp_min(1e-30)
     return out, top + total.log()
 
 
@@ -209,9 +217,10 @@ class SharedDecoder:
         return self.policy.logits(hidden[:, 0])
 
     def keep(self, order: Sequence[int]) -> None:
-        """Keep only these rows: new row `i` is old row `order[i]`."""
+        """Keep only these rows: new row `i` is old row `order[i]`, which stays where it is or comes from the end."""
         for target, source in enumerate(order):
             if target != source:
+                assert source >= len(order), "a row that is kept would be overwritten before it is read"
                 self.outputs.move(target, source)
         self.row_uid = [self.row_uid[i] for i in order]
         self.lengths = [self.lengths[i] for i in order]

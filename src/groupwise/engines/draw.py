@@ -37,7 +37,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 def uniforms(seed_R: Tensor, index_R: Tensor) -> Tensor:
     """One number in (0, 1) per row, float64 `[R]`, a function of the row's seed and token index (both int64) only."""
     bits = _mix(_mix(seed_R + _GOLDEN) + (index_R + 1) * _GOLDEN)
-    return (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    # 52 bits and a half are exact in float64: the largest is less than 1.
+    return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
 
 
 class Filters(NamedTuple):
@@ -78,14 +79,15 @@ def draw(logits_RV: Tensor, uniform_R: Tensor, filters: Filters, cut_support: bo
 
 def _cut(scaled_RV: Tensor, filters: Filters) -> Tensor:
     """Keep the top k, then the smallest set that holds top p, then what has min p of the likeliest's probability."""
-    ordered, order = scaled_RV.sort(-1, descending=True)
+    ordered, order = scaled_RV.sort(dim=-1, descending=True, stable=True)
     probs = torch.softmax(ordered, -1)
     rank = torch.arange(scaled_RV.shape[-1], device=scaled_RV.device)
     top_k = torch.where(filters.top_k_R > 0, filters.top_k_R, float(scaled_RV.shape[-1]))
     keep = rank < top_k[:, None]
     probs = probs * keep
     probs = probs / probs.sum(-1, keepdim=True)
-    keep &= probs.cumsum(-1) - probs < filters.top_p_R[:, None]
+    # Rounding takes the sum above 1 before the last token: 1 means "all", not "all that lie below 1".
+    keep &= (probs.cumsum(-1) - probs < filters.top_p_R[:, None]) | (filters.top_p_R >= 1)[:, None]
     keep &= probs >= filters.min_p_R[:, None] * probs[:, :1]
     ordered = ordered.masked_fill(~keep, float("-inf"))
     return torch.empty_like(scaled_RV).scatter_(-1, order, ordered)
@@ -101,16 +103,20 @@ def inverse_cdf(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(probs_RV, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
     block_RB = padded.sum(-1).double()
     upper_RB = block_RB.cumsum(-1)
-    goal_R1 = (uniform_R * upper_RB[:, -1])[:, None]
+    goal_R1 = _below(uniform_R[:, None] * upper_RB[:, -1:], upper_RB[:, -1:])
     block_R1 = _first_above(upper_RB, goal_R1)
     inside = padded.gather(1, block_R1[:, :, None].expand(-1, 1, _BLOCK))[:, 0].double()
     upper = inside.cumsum(-1)
-    rest = goal_R1 - (upper_RB - block_RB).gather(1, block_R1)
-    # Rounding may push the goal past the block's own sum: stay on its last possible token.
-    rest = torch.minimum(rest, upper[:, -1:] * (1 - 1e-12))
-    return (block_R1 * _BLOCK + _first_above(upper, rest))[:, 0]
+    # Rounding may push the rest outside the block's own sum: stay on its first or last possible token.
+    rest = _below((goal_R1 - (upper_RB - block_RB).gather(1, block_R1)).clamp_min(0), upper[:, -1:])
+    # Where probabilities are nan any token is as wrong as another, but it has to be one: the caller sees its log-prob.
+    return (block_R1 * _BLOCK + _first_above(upper, rest))[:, 0].clamp_max(vocabulary - 1)
+
+
+def _below(goal: Tensor, total: Tensor) -> Tensor:
+    return torch.minimum(goal, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def _first_above(upper: Tensor, goal: Tensor) -> Tensor:
-    """Index of the first entry of a rising row that exceeds the goal, `[R, 1]`."""
+    """Index of the first entry of a rising row that exceeds the goal, `[R, 1]`; some entry has to."""
     return torch.searchsorted(upper, goal, right=True).clamp_max(upper.shape[-1] - 1)

@@ -5,17 +5,20 @@ distribution only, so it does not matter which rows run beside it."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from groupwise.engines.cache import SharedDecoder
 from groupwise.engines.draw import Filters, draw, uniforms
 from groupwise.engines.plain import PlainDecoder
+from groupwise.errors import ModelError
 from groupwise.models.codec import Codec, StopChecker
 from groupwise.models.policy import Policy
 from groupwise.types import Completion, Finish, Request, Sampled, Sampling
@@ -52,10 +55,21 @@ class _Row:
             self.versions.append([version, 1])
 
 
+@dataclass(slots=True)
+class _Flight:
+    """A request under way: how many of its outputs are still to be drawn, and how many to be handed over."""
+
+    undrawn: int
+    undelivered: int
+    begun: bool = False
+
+
 class NativeEngine:
     """An `Engine` over a policy in this process. At most `max_live` outputs are decoded together.
 
-    `on_tokens(n)`, where given, is told of every `n` tokens that were drawn, for a progress display.
+    `on_tokens(n)`, where given, is told of every `n` tokens that were drawn, for a progress display. An error while
+    decoding drops all that is in flight; the engine can be used again. A consumer may leave `completed()` and come
+    back: nothing is lost.
     """
 
     def __init__(
@@ -64,28 +78,37 @@ class NativeEngine:
         self.policy, self.codec, self.max_live = policy, codec, max_live
         self.version = 0
         self.on_tokens = on_tokens
-        self.decoder: Decoder = SharedDecoder(policy) if policy.layout == "shared" else PlainDecoder(policy)
-        self._waiting: deque[tuple[Request, int]] = deque()
-        self._rows: list[_Row] = []
-        self._unfinished: dict[str, int] = {}
-        self._begun: set[str] = set()
-        self._settings: _Settings | None = None
         self._checkers: dict[tuple[str, ...], StopChecker] = {}
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        make = SharedDecoder if self.policy.layout == "shared" else PlainDecoder
+        self.decoder: Decoder = make(self.policy)
+        self._flights: dict[str, _Flight] = {}
+        self._waiting: deque[_Row] = deque()
+        self._rows: list[_Row] = []
+        self._ready: deque[Sampled] = deque()
+        self._settings: _Settings | None = None
 
     def submit(self, request: Request) -> None:
-        """See `Engine`."""
-        assert request.uid not in self._unfinished, f"request {request.uid} is in flight already"
-        assert request.token_ids and request.n > 0
-        self._unfinished[request.uid] = request.n
-        self._waiting.extend((request, i) for i in range(request.n))
+        """See `Engine`. Raises ConfigError for an empty stop string."""
+        assert request.uid not in self._flights, f"request {request.uid} is in flight already"
+        assert request.token_ids and request.n > 0 and request.sampling.max_tokens > 0
+        self._checker(request.sampling.stop)
+        self._flights[request.uid] = _Flight(request.n, request.n)
+        self._waiting.extend(_Row(request, i) for i in range(request.n))
 
     def cancel(self, uid: str) -> None:
         """See `Engine`."""
-        if uid not in self._unfinished:
+        flight = self._flights.pop(uid, None)
+        if flight is None:
             return
-        self._waiting = deque(item for item in self._waiting if item[0].uid != uid)
-        self._drop([i for i, row in enumerate(self._rows) if row.request.uid == uid])
-        self._forget(uid)
+        self._waiting = deque(row for row in self._waiting if row.request.uid != uid)
+        self._ready = deque(sampled for sampled in self._ready if sampled.uid != uid)
+        with torch.inference_mode():
+            self._drop([i for i, row in enumerate(self._rows) if row.request.uid == uid])
+            if flight.begun and flight.undrawn:
+                self.decoder.end(uid)
 
     def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
         """See `Engine`. Tensors that already are the policy's own are not copied; an unknown name is a KeyError."""
@@ -98,20 +121,31 @@ class NativeEngine:
 
     def close(self) -> None:
         """See `Engine`."""
-        for uid in list(self._unfinished):
-            self.cancel(uid)
-        self.decoder = SharedDecoder(self.policy) if self.policy.layout == "shared" else PlainDecoder(self.policy)
+        self._start_empty()
 
     def completed(self) -> Iterator[Sampled]:
-        """See `Engine`."""
-        self.policy.eval()  # gradient checkpointing would switch caches off
+        """See `Engine`. Raises ModelError where the policy's logits are not finite."""
+        while self._ready or self._waiting or self._rows:
+            if not self._ready:
+                self._decode()
+                continue
+            sampled = self._ready.popleft()
+            flight = self._flights[sampled.uid]
+            flight.undelivered -= 1
+            if flight.undelivered == 0:
+                del self._flights[sampled.uid]
+            yield sampled
+
+    def _decode(self) -> None:
+        """Decode until an output ends. Between calls the policy is in the mode that the caller left it in."""
         try:
-            while self._waiting or self._rows:
-                with torch.inference_mode():
-                    finished = self._draw(self._advance())
-                yield from finished
-        finally:
-            self.policy.train()
+            with _evaluating(self.policy), torch.inference_mode():
+                while not self._ready and (self._waiting or self._rows):
+                    self._draw(self._advance())
+        except BaseException:
+            # Some rows have their token and others have not: whoever goes on after an error starts from nothing.
+            self._start_empty()
+            raise
 
     def _advance(self) -> Tensor:
         """Logits of the next token of every live row, after new rows have taken the free slots."""
@@ -132,49 +166,60 @@ class NativeEngine:
         free = self.max_live - len(self._rows)
         if not self._waiting or (self._rows and (not self.decoder.refills or free < self.max_live // 8)):
             return []
-        new = [_Row(*self._waiting.popleft()) for _ in range(min(max(free, 0), len(self._waiting)))]
+        new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         fresh: dict[str, Request] = {}
         for row in new:
-            if row.request.uid not in self._begun or not self.decoder.refills:
+            flight = self._flights[row.request.uid]
+            if not flight.begun or not self.decoder.refills:
                 fresh[row.request.uid] = row.request
+            flight.begun = True
         if fresh:
             self.decoder.begin([(uid, request.token_ids) for uid, request in fresh.items()])
-            self._begun |= set(fresh)
         return new
 
-    def _draw(self, logits_RV: Tensor) -> list[Sampled]:
-        """Draw a token for every live row; returns the outputs that ended with it."""
+    def _draw(self, logits_RV: Tensor) -> None:
+        """Draw a token for every live row; outputs that end with it become ready."""
         if self._settings is None:
             self._settings = _Settings(self._rows, self.codec.end_token_ids, logits_RV.device)
         settings = self._settings
         index = torch.tensor([len(row.token_ids) for row in self._rows], device=logits_RV.device)
         settings.forbid_early_end(logits_RV, index)
         tokens, logprobs = draw(logits_RV, uniforms(settings.seed_R, index), settings.filters, settings.cut_support)
-        finished: list[Sampled] = []
         ended: list[int] = []
         for i, (row, token, logprob) in enumerate(zip(self._rows, tokens.tolist(), logprobs.tolist(), strict=True)):
+            if not math.isfinite(logprob):
+                raise ModelError(
+                    f"The policy's logits are not finite any more (weights of version {self.version}): it has "
+                    "diverged. Lower train.learning_rate, and go on from an earlier checkpoint."
+                )
             row.add(token, logprob, self.version)
             finish = self._finish(row)
             if finish is not None:
                 ended.append(i)
-                finished.append(self._complete(row, finish))
-        if self.on_tokens is not None:
-            self.on_tokens(len(self._rows))
+                self._ready.append(self._complete(row, finish))
+        drawn = len(self._rows)
         if ended:
-            self._drop(ended)
-            for sampled in finished:
-                self._unfinished[sampled.uid] -= 1
-                if self._unfinished[sampled.uid] == 0:
-                    self._forget(sampled.uid)
-        return finished
+            self._retire(ended)
+        if self.on_tokens is not None:
+            self.on_tokens(drawn)
+
+    def _retire(self, ended: Sequence[int]) -> None:
+        """Free the places of rows that have ended, and their prompts where no output is left to be drawn."""
+        uids = [self._rows[i].request.uid for i in ended]
+        self._drop(ended)
+        for uid in uids:
+            self._flights[uid].undrawn -= 1
+            if self._flights[uid].undrawn == 0:
+                self.decoder.end(uid)
 
     def _finish(self, row: _Row) -> Finish | None:
+        sampling = row.request.sampling
         if row.token_ids[-1] in self.codec.end_token_ids:
             return "stop"
-        stop = row.request.sampling.stop
-        if stop and self._checker(stop).ends_with_stop(row.token_ids):
+        long_enough = len(row.token_ids) >= sampling.min_tokens
+        if sampling.stop and long_enough and self._checker(sampling.stop).ends_with_stop(row.token_ids):
             return "stop"
-        return "length" if len(row.token_ids) >= row.request.sampling.max_tokens else None
+        return "length" if len(row.token_ids) >= sampling.max_tokens else None
 
     def _checker(self, stop: tuple[str, ...]) -> StopChecker:
         if stop not in self._checkers:
@@ -192,8 +237,6 @@ class NativeEngine:
 
     def _drop(self, ended: Sequence[int]) -> None:
         """Take rows out; the last live rows move into their places, so that little is copied."""
-        if not ended:
-            return
         count = len(self._rows) - len(ended)
         gone = set(ended)
         spare = iter([i for i in range(len(self._rows) - 1, count - 1, -1) if i not in gone])
@@ -202,11 +245,16 @@ class NativeEngine:
         self._rows = [self._rows[i] for i in order]
         self._settings = None
 
-    def _forget(self, uid: str) -> None:
-        self._unfinished.pop(uid)
-        if uid in self._begun:
-            self._begun.discard(uid)
-            self.decoder.end(uid)
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode, in which gradient checkpointing leaves caches alone; the mode comes back afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 class _Settings:

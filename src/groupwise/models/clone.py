@@ -33,12 +33,11 @@ _ALWAYS = {"vocab_size": 32, "vocab_size_per_layer_input": 32, "max_position_emb
 
 
 def tiny_clone(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A randomly initialised model of `config`'s class in float32, on the CPU, the same each time.
+    """A randomly initialised model of `config`'s class in float32, on the CPU, the same each time; nested ones too.
 
     Raises ValueError where no small one can be made, and whatever else the class raises.
     """
-    if config.get_text_config() is not config:
-        raise ValueError("its configuration nests a text model")
+    config.get_text_config()  # raises where it is not clear which of several nested ones that is
     try:
         return _build(_shrunk(config, _ALWAYS | _WIDTHS), trust_remote_code)
     except Exception:  # noqa: BLE001 - a boundary: some classes tie their widths together, so drop nothing but layers
@@ -61,7 +60,11 @@ def _shrunk(config: PreTrainedConfig, small: Mapping[str, int]) -> PreTrainedCon
             if getattr(config, name, None):
                 setattr(tiny, name, 4 if getattr(config, name) == heads else 2)
         _cut_rope_factors(tiny)
-    _drop_layers(tiny)
+    if hasattr(config, "num_hidden_layers"):
+        _drop_layers(tiny)
+    for name in type(config).sub_configs:
+        if getattr(config, name, None) is not None:
+            setattr(tiny, name, _shrunk(getattr(config, name), small))
     return tiny
 
 

@@ -73,7 +73,7 @@ def load_policy(
         model, unused = _load_weights(path, chosen, revision, trust_remote_code)
     if gradient_checkpointing:
         _checkpoint_gradients(model, path)
-    policy = Policy(model, chosen, findings.head).to(where)
+    policy = Policy(model, chosen, findings.head, findings.cached).to(where)
     line = _describe(policy, findings, layout, compute)
     if unused:
         line += f"; {len(unused)} weights of the folder are not used ({', '.join(unused[:3])})"
@@ -184,8 +184,11 @@ def _describe(policy: Policy, findings: Findings, asked: str, compute: torch.dty
         how = "each output with its own prompt, as asked"
     else:
         how = f"each output with its own prompt, because {findings.reason}"
-    head = "" if policy.head is not None else "; whole logits, because its head is more than a matrix"
-    return f"{kind}, {size:.1f}M parameters, {name} on {policy.device}: {how}{head}"
+    if policy.head is None:
+        how += "; whole logits, because its head is more than a matrix"
+    if policy.layout == "plain" and not policy.cached:
+        how += "; slow sampling, because its cache cannot be used"
+    return f"{kind}, {size:.1f}M parameters, {name} on {policy.device}: {how}"
 
 
 def _source_dtype(config: PreTrainedConfig) -> torch.dtype:

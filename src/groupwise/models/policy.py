@@ -29,15 +29,19 @@ class Policy(nn.Module):
     """Body and head of a causal language model behind one forward: `stream -> logprobs_T`.
 
     `layout` says how prompts and outputs are laid out, `head` what lies between the head's matrix and the logits; None
-    means that the head is more than a matrix and the model's own forward is used (whole logits are held then). Every
-    dropout is off, and the module stays in train mode: in eval mode gradient checkpointing would do nothing.
+    means that the head is more than a matrix and the model's own forward is used (whole logits are held then). `cached`
+    says that the model's own cache may be used for decoding in the plain layout. Every dropout is off, and the module
+    stays in train mode: in eval mode gradient checkpointing would do nothing.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: LayoutName, head: HeadShape | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layout: LayoutName, head: HeadShape | None, cached: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.layout: LayoutName = layout
         self.head = head
+        self.cached = cached
         silence_dropout(self.model)
         self.train()
 

@@ -16,6 +16,7 @@ from groupwise.models.clone import WINDOW, tiny_clone
 from groupwise.models.head import HeadShape, chunked_logprobs, dense_logprobs
 from groupwise.models.layout import Stream, plain_stream, shared_stream
 from groupwise.models.policy import silence_dropout
+from groupwise.models.rows import CachedRows, whole_rows
 
 _TOLERANCE = 2e-4
 # Two groups of unlike lengths, longer than a clone's windows, so that windows matter.
@@ -27,18 +28,26 @@ assert len(_GROUPS[0][0]) > WINDOW
 class Findings:
     """What the probe found: whether the shared layout is right, why not, and the head's shape (None: not a matrix).
 
-    `unfit` says why no policy can be made of the class at all; empty where one can.
+    `cached` tells whether the model's own cache decodes rightly in the plain layout. `unfit` says why no policy can be
+    made of the class at all; empty where one can.
     """
 
     shared: bool
     reason: str
     head: HeadShape | None
     error: float = float("nan")
+    cached: bool = False
     unfit: str = ""
 
 
 def probe(config: PreTrainedConfig, trust_remote_code: bool = False) -> Findings:
     """Try the shared layout and the chunked head on a tiny clone of `config`'s class, in a policy's train mode."""
+    with torch.random.fork_rng(devices=[]):  # some classes draw while they compute
+        torch.manual_seed(0)
+        return _probe(config, trust_remote_code)
+
+
+def _probe(config: PreTrainedConfig, trust_remote_code: bool) -> Findings:
     stream = plain_stream(_GROUPS)
     try:
         clone = tiny_clone(config, trust_remote_code)
@@ -52,10 +61,11 @@ def probe(config: PreTrainedConfig, trust_remote_code: bool = False) -> Findings
         unfit = _unfit(clone, stream, logits)
         expected, _ = dense_logprobs(logits.flatten(0, 1)[stream.predictor_T], stream.target_T, 1.0)
         head = _find_head(clone, stream, expected)
+        cached = _try_cache(clone)
         shared, reason, difference = _try_shared(clone, expected)
     if shared and head is None:
         shared, reason = False, "its head is more than a matrix"
-    return Findings(shared, reason, head, difference, unfit)
+    return Findings(shared, reason, head, difference, cached, unfit)
 
 
 def _stock_logits(clone: PreTrainedModel, stream: Stream) -> Tensor:
@@ -64,19 +74,50 @@ def _stock_logits(clone: PreTrainedModel, stream: Stream) -> Tensor:
 
 def _unfit(clone: PreTrainedModel, stream: Stream, logits: Tensor) -> str:
     """Why a token's logits are not a function of it and its past alone; empty where they are."""
+    for module in clone.modules():
+        for name, value in vars(module).items():
+            if "jitter" in name and isinstance(value, float) and value:
+                return f"{name} in its {type(module).__name__} is chance that cannot be turned off"
     if not torch.allclose(_stock_logits(clone, stream), logits, atol=_TOLERANCE):
         return "in train mode it computes something else than in eval mode, with every dropout off"
-    changed = stream.input_ids.clone()
-    changed[0, -1] += 1
-    assert stream.attention_mask is None or stream.attention_mask[0, -1] == 1
-    other = clone(input_ids=changed, attention_mask=stream.attention_mask, use_cache=False).logits
-    if not torch.allclose(other[0, :-1], logits[0, :-1], atol=_TOLERANCE):
-        return "a token changes what comes before it, so this is no causal language model"
+    assert stream.attention_mask is not None
+    for row, (ids, length) in enumerate(zip(stream.input_ids, stream.attention_mask.sum(-1).tolist(), strict=True)):
+        for cut in range(1 if row == 0 else length, length + 1):
+            alone = clone(input_ids=ids[None, :cut], use_cache=False).logits[0]
+            if not torch.allclose(alone, logits[row, :cut], atol=_TOLERANCE):
+                other = "tokens after it" if cut < length else "the padding beside it"
+                return f"what a token predicts depends on {other}, so this is no causal language model"
     return ""
 
 
+def _try_cache(clone: PreTrainedModel) -> bool:
+    """Decode some rows by the cache, as an engine does: ragged prompts, a row twice, rows dropped, beyond a window."""
+    prompts = [list(prompt) for prompt, _ in _GROUPS]
+    order = [0, 1, 0]
+    rows = [list(prompts[i]) for i in order]
+    clone.eval()
+    try:
+        cache = CachedRows(clone)
+        found, expected = [cache.begin(prompts)], [whole_rows(clone, prompts)]
+        cache.select(torch.tensor(order))
+        for token in range(2, 2 + WINDOW):
+            if token == 4:
+                cache.select(torch.tensor([2, 1]))
+                rows = [rows[2], rows[1]]
+            for i, row in enumerate(rows):
+                row.append(token + 7 * i)
+            found.append(cache.step(torch.tensor([row[-1] for row in rows])))
+            expected.append(whole_rows(clone, rows))
+        return torch.allclose(torch.cat(found), torch.cat(expected), atol=_TOLERANCE)
+    except Exception:  # noqa: BLE001 - a boundary: caches fail in as many ways as there are models
+        return False
+    finally:
+        clone.train()
+
+
 def _try_shared(clone: PreTrainedModel, expected: Tensor) -> tuple[bool, str, float]:
-    kinds = set(getattr(clone.config, "layer_types", None) or ["full_attention"])
+    config = clone.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"}:
         return False, f"it has layers of type {', '.join(sorted(kinds))}", float("nan")
     stream = shared_stream(_GROUPS)
@@ -90,7 +131,7 @@ def _try_shared(clone: PreTrainedModel, expected: Tensor) -> tuple[bool, str, fl
         )  # fmt: skip
     except Exception as error:  # noqa: BLE001 - a boundary: models refuse a foreign attention in as many ways as they are
         return False, f"it does not take another attention function ({_first_line(error)})", float("nan")
-    layers = clone.config.num_hidden_layers
+    layers = config.num_hidden_layers
     if sorted(attention.calls) != list(range(layers)):
         return False, f"{len(attention.calls)} of {layers} layers call the attention function", float("nan")
     found, _ = dense_logprobs(out.logits[0][stream.predictor_T], stream.target_T, 1.0)
@@ -108,9 +149,9 @@ def _find_head(clone: PreTrainedModel, stream: Stream, expected: Tensor) -> Head
     hidden = hidden.flatten(0, 1)[stream.predictor_T]
     if hidden.shape[-1] != head.weight.shape[-1]:
         return None
-    scale = getattr(clone.config, "logit_scale", None) or 1.0
-    scale /= getattr(clone.config, "logits_scaling", None) or 1.0
-    shape = HeadShape(scale, getattr(clone.config, "final_logit_softcapping", None))
+    config = clone.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    shape = HeadShape(scale, getattr(config, "final_logit_softcapping", None))
     found, _ = chunked_logprobs(hidden, head.weight, getattr(head, "bias", None), stream.target_T, shape=shape)
     return shape if bool((found - expected).abs().max() <= _TOLERANCE) else None
 

@@ -1,0 +1,53 @@
+"""Policies and a codec to sample with: 30 letters, `<pad>` (0) and `<end>` (1), as many tokens as a clone has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from groupwise.engines.base import generate
+from groupwise.engines.native import NativeEngine
+from groupwise.models.codec import Codec
+from groupwise.models.head import HeadShape
+from groupwise.models.policy import LayoutName, Policy
+from groupwise.models.small import character_tokenizer
+from groupwise.types import Completion, Request, Sampling
+from tests.tiny_models import clone_of, policy_of
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz .!?"
+CODEC = Codec(character_tokenizer(ALPHABET))
+PROMPTS = ((3, 9, 4, 7, 11, 2, 8), (10,), (2, 2, 31, 5), (5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15))
+UNCACHED = {"mamba", "qwen3_next"}
+HEADS = {"gemma2": HeadShape(softcap=30.0), "cohere": HeadShape(scale=0.0625)}
+
+
+def make_policy(kind: str = "llama", layout: LayoutName = "shared", dtype: torch.dtype = torch.float32) -> Policy:
+    """A policy with random weights, the same each time."""
+    return policy_of(clone_of(kind), layout, HEADS.get(kind, HeadShape()), kind not in UNCACHED).to(dtype)
+
+
+def requests(n: int = 3, prompts: Sequence[tuple[int, ...]] = PROMPTS, **sampling: Any) -> list[Request]:
+    """One request per prompt, their seeds far apart."""
+    settings = Sampling(**{"max_tokens": 12, **sampling})
+    return [Request(f"r{i}", prompt, n, settings, 1000 * i) for i, prompt in enumerate(prompts)]
+
+
+def sample(
+    policy: Policy, asked: Sequence[Request], codec: Codec = CODEC, **options: Any
+) -> list[tuple[Completion, ...]]:
+    """The completions of each request, by a fresh engine."""
+    return generate(NativeEngine(policy, codec, **options), asked)
+
+
+def tokens(groups: Sequence[Sequence[Completion]]) -> list[list[tuple[int, ...]]]:
+    """Only the token ids."""
+    return [[completion.token_ids for completion in group] for group in groups]
+
+
+def without_end() -> Codec:
+    """A codec without end tokens: every output takes its full length."""
+    codec = Codec(character_tokenizer(ALPHABET))
+    codec.end_token_ids = frozenset()
+    return codec
