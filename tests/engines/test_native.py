@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from groupwise.engines import cache
 from groupwise.engines.base import generate
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import ConfigError, ModelError
@@ -258,6 +259,17 @@ def test_a_prompt_is_computed_once_and_finished_outputs_cost_nothing(monkeypatch
     assert min(lengths) < 10
     assert sorted(begun) == ["r0", "r1", "r2", "r3"]
     assert sum(forwarded) == sum(map(len, PROMPTS)) + sum(n - 1 for n in lengths)
+
+
+def test_many_prompts_are_computed_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tokens(sample(make_policy(), requests()))
+    monkeypatch.setattr(cache, "_PREFILL_TOKENS", 12)
+    policy = make_policy()
+    widths: list[int] = []
+    hidden = policy.hidden
+    monkeypatch.setattr(policy, "hidden", lambda ids, *rest: widths.append(ids.shape[1]) or hidden(ids, *rest))
+    assert tokens(sample(policy, requests())) == expected
+    assert [width for width in widths if width > 1] == [7 + 1 + 4, 11]
 
 
 def test_slots_refill_while_others_go_on() -> None:

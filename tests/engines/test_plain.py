@@ -41,6 +41,16 @@ def test_with_or_without_a_cache_the_draws_are_the_same() -> None:
     assert tokens(sample(policy, asked)) == expected
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_logits_of_a_prompt_are_not_made_for_its_last_token_to_be_read(cached: bool) -> None:
+    policy = make_policy("llama", "plain")
+    policy.cached = cached
+    shapes: set[int] = set()
+    policy.model.lm_head.register_forward_hook(lambda module, args, out: shapes.add(out.shape[1]))
+    sample(policy, requests())
+    assert shapes == {1}
+
+
 def test_rows_that_are_dropped_leave_the_cache() -> None:
     decoder = PlainDecoder(make_policy("llama", "plain"))
     with torch.no_grad():

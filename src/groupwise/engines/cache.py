@@ -16,6 +16,9 @@ from groupwise.models.layout import Forest, build_forest
 from groupwise.models.policy import Policy
 from groupwise.models.precision import wide
 
+_PREFILL_TOKENS = 16384
+"""Most prompt tokens of one forward pass: more would take memory and no less time."""
+
 
 class Store:
     """Preallocated keys and values of one kind (prompts, or outputs), all layers; grows when a larger need appears."""
@@ -177,9 +180,18 @@ class SharedDecoder:
 
     def begin(self, prompts: Sequence[tuple[str, Sequence[int]]]) -> None:
         """Compute `(uid, token_ids)` prompts, each once, into the store."""
+        self.prompts.reserve(len(self.slots) + len(prompts), max(len(ids) for _, ids in prompts))
+        part: list[tuple[str, Sequence[int]]] = []
+        for prompt in prompts:
+            if part and sum(len(ids) for _, ids in part) + len(prompt[1]) > _PREFILL_TOKENS:
+                self._prefill(part)
+                part = []
+            part.append(prompt)
+        self._prefill(part)
+
+    def _prefill(self, prompts: Sequence[tuple[str, Sequence[int]]]) -> None:
         lengths = [len(ids) for _, ids in prompts]
         first = len(self.slots)
-        self.prompts.reserve(first + len(prompts), max(lengths))
         device = self.policy.device
         forest = build_forest(lengths, [-1] * len(prompts), device)
         ids = torch.tensor([[t for _, tokens in prompts for t in tokens]], device=device)

@@ -21,7 +21,7 @@ class CachedRows:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._takes_positions = _takes(model, "position_ids")
 
     def begin(self, prompts: Sequence[Tokens]) -> Tensor:
         """Compute prompts, one row each; returns the logits of their next tokens `[R, V]`."""
@@ -46,10 +46,9 @@ class CachedRows:
         if self._takes_positions:
             columns = (self.mask_RK.cumsum(1) - 1).clamp_min(0)
             positions["position_ids"] = columns[:, -input_ids.shape[1] :]
-        out: Any = self.model(
-            input_ids=input_ids, attention_mask=self.mask_RK, past_key_values=self.cache, use_cache=True, **positions
+        return _last_logits(
+            self.model, input_ids, attention_mask=self.mask_RK, past_key_values=self.cache, use_cache=True, **positions
         )
-        return out.logits[:, -1]  # type: ignore[no-any-return]
 
 
 def whole_rows(model: PreTrainedModel, rows: Sequence[Tokens]) -> Tensor:
@@ -57,6 +56,18 @@ def whole_rows(model: PreTrainedModel, rows: Sequence[Tokens]) -> Tensor:
     found: dict[int, Tensor] = {}
     for length in sorted({len(row) for row in rows}):
         index = [i for i, row in enumerate(rows) if len(row) == length]
-        out: Any = model(input_ids=torch.tensor([list(rows[i]) for i in index], device=model.device), use_cache=False)
-        found |= dict(zip(index, out.logits[:, -1], strict=True))
+        ids = torch.tensor([list(rows[i]) for i in index], device=model.device)
+        found |= dict(zip(index, _last_logits(model, ids, use_cache=False), strict=True))
     return torch.stack([found[i] for i in range(len(rows))])
+
+
+def _last_logits(model: PreTrainedModel, input_ids: Tensor, **keywords: Any) -> Tensor:
+    # A vocabulary wide and a prompt long, all logits may be larger than the model.
+    if _takes(model, "logits_to_keep"):
+        keywords["logits_to_keep"] = 1
+    out: Any = model(input_ids=input_ids, **keywords)
+    return out.logits[:, -1]  # type: ignore[no-any-return]
+
+
+def _takes(model: PreTrainedModel, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
