@@ -9,10 +9,11 @@ from statistics import fmean
 import pytest
 
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule, judge, pass_at
-from groupwise.run.record import Record
+from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Scorer
 from groupwise.types import Sampling
-from tests.run.doubles import ScriptedEngine, ScriptedReward, prompts, scored
+from groupwise.watch.terminal import make_terminal
+from tests.run.doubles import MemorySink, ScriptedEngine, ScriptedReward, prompts, scored
 
 
 def test_reward_and_accuracy_are_means_over_prompts() -> None:
@@ -116,7 +117,12 @@ def test_a_rewards_own_metrics_stay_those_of_the_training_step() -> None:
 
 
 def test_without_held_out_data_there_is_nothing_to_say() -> None:
-    record = Record(10)
+    record, sink = Record(10), MemorySink()
+    watch = Watch([sink], make_terminal("quiet", total_steps=10, title=""), None)
     NoEvaluation().maybe(record)
-    NoEvaluation().run(record)
+    NoEvaluation().baseline(watch, 0)
     assert record.metrics == {}
+    assert sink.events == [], "not even a step 0"
+    an_evaluation(ScriptedReward(float)).baseline(watch, 0)
+    assert [event["step"] for event in sink.events] == [0]
+    assert "eval/reward" in sink.events[0]

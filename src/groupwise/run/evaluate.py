@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Protocol
 
 from groupwise.engines.base import Engine
-from groupwise.run.record import Record
+from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Scorer
 from groupwise.types import Prompt, Scored
 
@@ -33,11 +33,11 @@ class Evaluator(Protocol):
     last: dict[str, float] | None
     at_step: int | None
 
+    def baseline(self, watch: Watch, step: int) -> None:
+        """Evaluate before the first step, as an event of its own."""
+
     def maybe(self, record: Record) -> None:
         """Evaluate where the schedule says so."""
-
-    def run(self, record: Record) -> None:
-        """Evaluate now."""
 
 
 class Evaluation:
@@ -56,6 +56,11 @@ class Evaluation:
         self.first: dict[str, float] | None = None
         self.last: dict[str, float] | None = None
         self.at_step: int | None = None
+
+    def baseline(self, watch: Watch, step: int) -> None:
+        """See `Evaluator`."""
+        with watch.step(step) as record:
+            self.run(record)
 
     def maybe(self, record: Record) -> None:
         """See `Evaluator`."""
@@ -81,10 +86,10 @@ class NoEvaluation:
     last: dict[str, float] | None = None
     at_step: int | None = None
 
-    def maybe(self, record: Record) -> None:
+    def baseline(self, watch: Watch, step: int) -> None:
         """Nothing to evaluate."""
 
-    def run(self, record: Record) -> None:
+    def maybe(self, record: Record) -> None:
         """Nothing to evaluate."""
 
 

@@ -83,11 +83,11 @@ def open_model(job: Job, given: Given, say: Callable[[str], None], *, training: 
         source, revision=section.revision, trust_remote_code=given.trust_remote_code,
         chat_template_kwargs=job.data.chat_template_kwargs,
     )  # fmt: skip
-    rows = loaded.policy.model.get_input_embeddings().weight.shape[0]
+    rows = int(loaded.policy.model.config.get_text_config().vocab_size)
     if codec.vocab_size > rows:
         raise ModelError(
-            f"The tokenizer of {source} knows {codec.vocab_size} tokens, the model has rows for {rows}: they do not belong "
-            "together. Resize the model's embeddings, or take the tokenizer that it was trained with."
+            f"The tokenizer of {source} knows {codec.vocab_size} tokens, the model has rows for {rows}: they do not "
+            "belong together. Resize the model's embeddings, or take the tokenizer that it was trained with."
         )
     say(loaded.line)
     return Model(loaded, codec, source)

@@ -87,7 +87,7 @@ def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: C
         try:
             with StopSignals(parts.progress, terminal.say):
                 if start.saved is None or start.forked:
-                    _baseline(parts)
+                    parts.evaluation.baseline(watch, parts.progress.step)
                 if start.forked:
                     # Only now is it a run: killed before, it must not be resumed from the base model.
                     saver.save(parts.progress.step)
@@ -110,12 +110,6 @@ def _take_up(saved: Checkpoint, forked: bool, stateful: Stateful, saver: Saver) 
         stateful.restore(saved)
         saver.saved_step = saved.step
     saver.watch.terminal.say(f"{word} after step {saved.step} of {stateful.progress.total}")
-
-
-def _baseline(parts: loop.Parts) -> None:
-    """Where the run starts from, as an event of its own: step 0, or the step of a fork."""
-    with parts.watch.step(parts.progress.step) as record:
-        parts.evaluation.run(record)
 
 
 def _result(job: Job, folder: RunFolder, stateful: Stateful) -> Result:
