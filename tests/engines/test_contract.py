@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 
 import pytest
@@ -12,7 +13,7 @@ from groupwise.engines.base import Engine, generate
 from groupwise.engines.native import NativeEngine
 from groupwise.engines.scripted import ScriptedEngine
 from groupwise.models.codec import Codec
-from groupwise.types import Request, Sampling
+from groupwise.types import Request, Sampled, Sampling
 from tests.engines.policies import CODEC, PROMPTS, make_policy, requests
 from tests.tiny_tokenizers import byte_level
 
@@ -140,6 +141,15 @@ def test_closing_drops_what_is_in_flight_and_may_be_done_twice(engine: Engine) -
     engine.close()
     engine.close()
     assert list(engine.completed()) == []
+
+
+def test_an_engine_that_stops_early_is_found_out() -> None:
+    class Lazy(ScriptedEngine):
+        def completed(self) -> Iterator[Sampled]:
+            return islice(super().completed(), 2)
+
+    with pytest.raises(AssertionError, match="without finishing"):
+        generate(Lazy(lambda request, index: "a", CODEC), requests(n=3)[:1])
 
 
 # --- the script itself ------------------------------------------------------------------------------------------------

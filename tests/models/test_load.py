@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig, Phi3Config, Qwen3Config
+from transformers import AutoConfig, LlamaConfig, Phi3Config, Qwen3Config, dynamic_module_utils
 from transformers.utils import logging as hf_logging
 
 from groupwise.errors import ModelError
@@ -26,7 +27,7 @@ Change = Callable[[Path], Any]
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     hf_logging.disable_progress_bar()
     folders = {}
-    for kind in ("qwen3", "gptj"):
+    for kind in ("qwen3", "gptj", "mamba"):
         folders[kind] = tmp_path_factory.mktemp(kind)
         clone_of(kind).save_pretrained(folders[kind])
     hf_logging.enable_progress_bar()
@@ -66,10 +67,12 @@ def test_the_line_says_the_layout_and_why(sources: dict[str, Path]) -> None:
         r"\(shared equals plain within \de-0\d\)",
         ("qwen3", "plain"): r".*: each output with its own prompt, as asked",
         ("gptj", "auto"): r".*: each output with its own prompt, because 0 of 2 layers call the attention function",
+        ("mamba", "auto"): r".*, because it has layers of type linear_attention; slow sampling, because its cache .*",
     }
     for (kind, layout), line in lines.items():
         loaded = load_policy(str(sources[kind]), device="cpu", layout=layout)  # type: ignore[arg-type]
         assert re.fullmatch(line, loaded.line), loaded.line
+        assert loaded.policy.cached == (kind != "mamba")
 
 
 def test_weights_are_held_in_float32_and_the_source_is_remembered(folder: Path) -> None:
@@ -211,6 +214,28 @@ def test_code_of_the_folders_own_is_refused_and_the_flag_is_named(folder: Path) 
     with pytest.raises(ModelError, match=r"brings code of its own.*--trust-remote-code"):
         load_policy(str(folder), device="cpu")
     assert not ran.exists()
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "mine"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_code_of_the_folders_own_runs_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "own_code"
+    clone_of("llama").save_pretrained(folder)
+    (folder / "mine.py").write_text(OWN_CODE)
+    edit(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})
+    loaded = load_policy(str(folder), device="cpu", trust_remote_code=True)
+    assert loaded.line.startswith("Model, 0.1M parameters, float32 on cpu: prompts computed once per group")
 
 
 def test_the_shared_layout_is_an_error_where_it_would_be_wrong(sources: dict[str, Path]) -> None:

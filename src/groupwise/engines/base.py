@@ -18,7 +18,10 @@ class Engine(Protocol):
         """Queue a prompt to be continued `request.n` times. Its `uid` must not be in flight already."""
 
     def completed(self) -> Iterator[Sampled]:
-        """Yield completions as they finish, in no promised order, until nothing is in flight."""
+        """Yield completions as they finish, in no promised order, until nothing is in flight.
+
+        A consumer may stop and call this again later: what it has not seen is still to come.
+        """
 
     def cancel(self, uid: str) -> None:
         """Drop what remains of a request; unknown uids are ignored."""
