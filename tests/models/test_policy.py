@@ -63,7 +63,7 @@ def test_other_architectures_agree_too(kind: str, layout: LayoutName) -> None:
     expected, _ = stock_logprobs(model, GROUPS)
     policy = policy_of(model, layout, OTHERS[kind])
     found = policy(policy.stream(GROUPS)).logprobs_T
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     for parameter in (*model.parameters(), *policy.model.parameters()):
         parameter.grad = torch.zeros_like(parameter)  # what a router's unchosen experts and position tables get
     model.zero_grad(set_to_none=False)
