@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from groupwise.engines.base import generate
@@ -18,6 +19,8 @@ from tests.tiny_models import clone_of, policy_of
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .!?"
 CODEC = Codec(character_tokenizer(ALPHABET))
+LAYOUTS: list[LayoutName] = ["shared", "plain"]
+both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 PROMPTS = ((3, 9, 4, 7, 11, 2, 8), (10,), (2, 2, 31, 5), (5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15))
 UNCACHED = {"mamba", "qwen3_next"}
 HEADS = {"gemma2": HeadShape(softcap=30.0), "cohere": HeadShape(scale=0.0625)}
@@ -51,3 +54,12 @@ def without_end() -> Codec:
     codec = Codec(character_tokenizer(ALPHABET))
     codec.end_token_ids = frozenset()
     return codec
+
+
+def difference(policy: Policy, asked: Sequence[Request], found: Sequence[Sequence[Completion]]) -> float:
+    """Largest difference between the log-probs that the sampler recorded and those of the policy's forward."""
+    groups = [(r.token_ids, [c.token_ids for c in group]) for r, group in zip(asked, found, strict=True)]
+    recorded = torch.tensor([p for group in found for c in group for p in c.sampled_logprobs])
+    temperature = asked[0].sampling.temperature
+    computed = policy(policy.stream(groups), temperature or 1.0).logprobs_T
+    return (computed.cpu() - recorded).abs().max().item()

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from groupwise.engines.plain import PlainDecoder
-from tests.engines.policies import PROMPTS, UNCACHED, make_policy, requests, sample, tokens, without_end
-from tests.engines.test_native import difference
+from tests.engines.policies import PROMPTS, UNCACHED, difference, make_policy, requests, sample, tokens, without_end
 
 CACHED = ("bloom", "gptj", "stablelm", "falcon", "mistral", "gemma2", "gpt_oss", "gpt2", "opt", "mpt")
 
