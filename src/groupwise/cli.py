@@ -22,17 +22,23 @@ app = typer.Typer(
     help="Group Relative Policy Optimization for language models.",
 )  # fmt: skip
 
-JobFile = Annotated[str | None, typer.Argument(metavar="[JOB]", help="A job file or a recipe's name.")]
-Model = Annotated[str | None, typer.Option(help="A Hugging Face folder or hub id.")]
-Data = Annotated[str | None, typer.Option(help="Prompts: .jsonl, .json, .csv, .parquet, a datasets folder or hub id.")]
-EvalData = Annotated[str | None, typer.Option(help="Held-out prompts, in any form that --data takes.")]
-Rewards = Annotated[list[str] | None, typer.Option("--reward", help="file.py:name; may be given several times.")]
-Run = Annotated[str | None, typer.Option(help="The run folder.")]
+JobFile = Annotated[str | None, typer.Argument(metavar="JOB", help="A job file or a recipe's name.")]
+Target = Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder, a job file or a recipe's name.")]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="The run folder.")]
+Model = Annotated[str | None, typer.Option(metavar="DIR|ID", help="A Hugging Face folder or hub id.")]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="FILE|DIR|ID", help="Prompts: .jsonl, .json, .csv, .parquet, a datasets folder or hub id."),
+]
+EvalData = Annotated[str | None, typer.Option(metavar="FILE|DIR|ID", help="Held-out prompts, as --data takes them.")]
+Rewards = Annotated[list[str] | None, typer.Option("--reward", metavar="FILE.PY:NAME", help="May be given repeatedly.")]
+Run = Annotated[str | None, typer.Option(metavar="DIR", help="The run folder.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, as in train.steps=10.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and the last line.")]
 Json = Annotated[bool, typer.Option("--json", help="Each event as a line of JSON, and nothing else.")]
+JsonResult = Annotated[bool, typer.Option("--json", help="As JSON.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's folder brings.")]
-Which = Annotated[str, typer.Option(help="Which weights: latest, best or base.")]
+Which = Annotated[str, typer.Option(metavar="WHICH", help="Which weights: latest, best or base.")]
 
 
 def _version(value: bool) -> None:
@@ -54,7 +60,7 @@ def train(
     job: JobFile = None, model: Model = None, data: Data = None, reward: Rewards = None, eval_data: EvalData = None,
     run: Run = None, set_: Sets = None, quiet: Quiet = False, json_: Json = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
-    """Train; without arguments, the embedded job (about five minutes on two cores)."""
+    """Train a model; without arguments, the embedded job."""
     from groupwise.run import api
 
     result = api.train(
@@ -66,11 +72,11 @@ def train(
 
 @app.command()
 def resume(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The run folder.")], set_: Sets = None,
-    fork: Annotated[str | None, typer.Option(metavar="FOLDER", help="Start a new run from the checkpoint.")] = None,
+    run: RunFolder, set_: Sets = None,
+    fork: Annotated[str | None, typer.Option(metavar="DIR", help="Start a new run from the checkpoint.")] = None,
     quiet: Quiet = False, json_: Json = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
-    """Continue a run after any interruption, exactly as if there had been none."""
+    """Continue a run exactly where it was interrupted."""
     from groupwise.run import api
 
     result = api.resume(
@@ -81,11 +87,10 @@ def resume(
 
 @app.command("eval")
 def evaluate(
-    target: Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder, a job file or a recipe's name.")],
-    which: Which = "latest", data: EvalData = None, reward: Rewards = None, set_: Sets = None, json_: Json = False,
-    trust_remote_code: Trust = False,
+    target: Target, which: Which = "latest", data: EvalData = None, reward: Rewards = None, set_: Sets = None,
+    json_: JsonResult = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
-    """Evaluate on held-out prompts: mean reward, accuracy, pass@k, with 95 % intervals."""
+    """Evaluate weights: mean reward, accuracy, pass@k, intervals."""
     from groupwise.run import api
     from groupwise.watch.terminal import eval_table
 
@@ -98,12 +103,11 @@ def evaluate(
 
 @app.command()
 def sample(
-    target: Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder, a job file or a recipe's name.")],
-    prompt: Annotated[str, typer.Argument(help="A text, or - for standard input.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="How many outputs.")] = 1,
-    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; default: as in evaluation.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides the draws.")] = 0,
-    which: Which = "latest", set_: Sets = None, json_: Json = False, trust_remote_code: Trust = False,
+    target: Target, prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="A text, or - for standard input.")],
+    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="How many outputs.")] = 1,
+    temperature: Annotated[float | None, typer.Option(metavar="T", min=0, help="Default: as in evaluation.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Decides the draws.")] = 0,
+    which: Which = "latest", set_: Sets = None, json_: JsonResult = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Continue a prompt with a run's weights."""
     from groupwise.run import api
@@ -113,15 +117,16 @@ def sample(
         target, text, n=n, temperature=temperature, seed=seed, which=which, overrides=set_ or (),
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    for output in outputs:
-        shown = {"text": output.text, "tokens": len(output.token_ids), "finish": output.finish}
-        typer.echo(json.dumps(shown) if json_ else output.text)
+    if json_:
+        for output in outputs:
+            typer.echo(json.dumps({"text": output.text, "tokens": len(output.token_ids), "finish": output.finish}))
+    else:
+        typer.echo("\n---\n".join(output.text for output in outputs))
 
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The run folder.")],
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to write; must be empty.")],
+    run: RunFolder, folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to write: new or empty.")],
     which: Which = "latest", trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Write a run's weights as a Hugging Face folder."""
@@ -132,20 +137,23 @@ def export(
 
 @app.command()
 def show(
-    job: JobFile = None, model: Model = None, data: Data = None, reward: Rewards = None, eval_data: EvalData = None,
-    run: Run = None, set_: Sets = None,
+    job: Annotated[str | None, typer.Argument(metavar="RUN|JOB", help="A run, a job file or a recipe's name.")] = None,
+    model: Model = None, data: Data = None, reward: Rewards = None, eval_data: EvalData = None, run: Run = None,
+    set_: Sets = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of job files instead.")] = False,
 ) -> None:  # fmt: skip
-    """Print the resolved job, where each value came from, and the batch arithmetic in words."""
+    """Print a job as it would run, and where each value came from."""
     if schema:
         typer.echo(json.dumps(json_schema(), indent=2))
         return
+    if job is not None and Path(job).is_dir():
+        job = str(Path(job) / "job.toml")
     options = {"model": model, "data": data, "reward": reward or None, "eval_data": eval_data, "run": run}
     typer.echo(show_job(load_job(job, set_ or (), options)))
 
 
 @app.command()
-def init(path: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write.")] = Path("job.toml")) -> None:
+def init(path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write.")] = Path("job.toml")) -> None:
     """Write a commented job file to start from."""
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -169,7 +177,7 @@ def _exit(stopped_by: int | None) -> None:
 def main() -> None:
     """Run the command line; errors that a user can mend end with one paragraph and status 2."""
     try:
-        app()
+        app(prog_name="groupwise")
     except GroupwiseError as error:
         typer.echo(" ".join([f"groupwise: {error}", *getattr(error, "__notes__", ())]), err=True)
         sys.exit(2)

@@ -191,6 +191,7 @@ def test_sample_continues_a_prompt(world: World) -> None:
     assert ended.err.startswith("Qwen3ForCausalLM"), "what the output is not goes beside it"
     drawn = [call("sample", "runs/mine", "bb", "-n", "4", "--temperature", "1", "--seed", seed).out for seed in "112"]
     assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0].count("\n---\n") == 3
     found = call("sample", "runs/mine", "bb", "-n", "2", "--temperature", "2", "--json", "--which", "base")
     lines = [json.loads(line) for line in found.out.splitlines()]
     assert [line.keys() for line in lines] == [{"text", "tokens", "finish"}] * 2
@@ -233,7 +234,7 @@ def test_a_job_is_evaluated_before_it_is_trained(world: World) -> None:
 
 
 def test_show_and_init(world: World, tmp_path: Path) -> None:
-    shown = call("show", "runs/mine/job.toml")
+    shown = call("show", "runs/mine")
     assert shown.status == 0
     assert "8 prompts x 8 outputs = 64 outputs -> 1 update per step" in shown.out
     written = call("init", tmp_path / "new.toml")
@@ -250,6 +251,8 @@ def test_help_and_version() -> None:
     listed = call("--help").out
     for command in ("train", "resume", "eval", "sample", "export", "show", "init"):
         assert f"  {command} " in listed
+    assert "..." not in listed.removeprefix("Usage: groupwise [OPTIONS] COMMAND [ARGS]..."), "each says all of it"
+    for command in ("train", "resume", "eval", "sample", "export", "show", "init"):
         assert call(command, "--help").status == 0
 
 

@@ -14,7 +14,7 @@ import torch
 from groupwise.config import Job
 from groupwise.engines.base import generate
 from groupwise.errors import ConfigError, DataError, RunFolderError
-from groupwise.jobfile import Difference, differences, load_job, resumable_keys
+from groupwise.jobfile import Difference, differences, load_job, recipe_names, resumable_keys
 from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.run.evaluate import Evaluation
@@ -217,6 +217,8 @@ def _opened(
     """A job and its model, with a run's weights where the target is a run, and the checkpoint that they are from."""
     if which not in WHICH:
         raise ConfigError(f"There are no weights called {which!r}: name {', '.join(WHICH)}.")
+    if not Path(target).exists() and str(target) not in recipe_names():
+        raise ConfigError(f"{target} is no run folder, no job file and no recipe ({', '.join(recipe_names())}).")
     in_run = Path(target).is_dir()
     folder = RunFolder.open(Path(target)) if in_run else RunFolder(Path(target))
     if which == "best" and not in_run:
