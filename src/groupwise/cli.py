@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -176,6 +177,9 @@ def _exit(stopped_by: int | None) -> None:
 
 def main() -> None:
     """Run the command line; errors that a user can mend end with one paragraph and status 2."""
+    # Read when torch is first imported. By default its threads spin for one another, and one busy core beside us made
+    # training 16 times slower; with a short spin 2 times, and no slower where the machine is quiet (LOG.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app(prog_name="groupwise")
     except GroupwiseError as error:
