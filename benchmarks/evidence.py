@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipe", default="arithmetic")
+    parser.add_argument("--output", type=Path, help="where to write; default: benchmarks/results/RECIPE.json")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +51,7 @@ def main() -> None:
                 f"bar {'met' if rows[-1]['met'] else 'MISSED'}",
                 flush=True,
             )
-    target = RESULTS / f"{options.recipe}.json"
+    target = options.output or RESULTS / f"{options.recipe}.json"
     target.parent.mkdir(exist_ok=True)
     machine = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
     target.write_text(json.dumps({"machine": machine, "seeds": rows}, indent=2) + "\n")

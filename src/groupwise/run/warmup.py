@@ -50,7 +50,7 @@ class WarmUp:
     learning_rate: float = 2e-3
     rise_steps: int = 20
     ready_loss: float = 0.18
-    tail_steps: int = 250
+    tail_steps: int = 450
     max_steps: int = 1_000
 
 
