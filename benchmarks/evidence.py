@@ -1,4 +1,4 @@
-"""The embedded job on three seeds, and the bar it must meet. `make evidence` writes `benchmarks/results/arithmetic.json`.
+"""The embedded job on three seeds, and the bar that it must meet. `make evidence` writes `results/arithmetic.json`.
 
 The bar: held-out accuracy at least doubles, gains 40 points, and the job with its warm-up takes at most five minutes on
 two cores. The warm-up is done anew for each seed, in an empty cache."""
@@ -61,7 +61,8 @@ def main() -> None:
 
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 if __name__ == "__main__":

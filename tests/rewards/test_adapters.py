@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tests.rewards.groups import flat, group, listening
 
 from groupwise.errors import RewardError
 from groupwise.rewards.adapters import FunctionReward, load_reward
 from groupwise.rewards.base import Reward, RewardContext, Scope, Values
 from groupwise.types import Group
+from tests.rewards.groups import flat, group, listening
 
 GROUPS = [
     group("a", "bb", prompt="first", row={"answer": "a", "level": 1}, slot=0),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from tests.rewards.groups import group
 
 from groupwise.errors import RewardError
 from groupwise.rewards.calling import Number
 from groupwise.rewards.checks import check_values, shorten
+from tests.rewards.groups import group
 
 GROUPS = [group("four", "five", prompt="2+2=", slot=0), group("six", prompt="3+3=", slot=1)]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.rewards.groups import group, listening
 
 from groupwise.errors import RewardError
 from groupwise.rewards.adapters import load_reward
 from groupwise.rewards.base import Reward, RewardContext, Scope, Values
 from groupwise.rewards.combine import score_groups, unique_names
 from groupwise.types import Group
+from tests.rewards.groups import group, listening
 
 GROUPS = [group("a", "bb", slot=0), group("ccc", "dddd", slot=1)]
 

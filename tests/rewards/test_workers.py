@@ -13,12 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.rewards.groups import flat, group, listening
 
 from groupwise.errors import RewardError
 from groupwise.rewards.adapters import load_reward
 from groupwise.rewards.base import Reward
 from groupwise.rewards.workers import Worker
+from tests.rewards.groups import flat, group, listening
 
 GROUPS = [group("a", "bb", row={"answer": "a"}, slot=0), group("ccc", "dddd", row={"answer": "c"}, slot=1)]
 
