@@ -1,0 +1,77 @@
+"""The stores that decoding reads from: they grow without forgetting, and rows move without being overwritten."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from groupwise.engines.cache import SharedDecoder, Store
+from tests.engines.policies import make_policy
+
+
+def filled(rows: int, length: int) -> Store:
+    store = Store()
+    store.reserve(rows, length)
+    key, value = store.at(0, torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 5))
+    key.copy_(torch.arange(key.numel()).view_as(key))
+    value.fill_(7.0)
+    return store
+
+
+def test_a_store_is_made_in_the_shape_that_the_model_shows() -> None:
+    key, value = filled(4, 6).layers[0]
+    assert (key.shape, value.shape) == ((4, 2, 6, 3), (4, 2, 6, 5))
+
+
+@pytest.mark.parametrize("rows, length", [(4, 9), (7, 6), (7, 9)])
+def test_a_store_grows_and_keeps_what_it_holds(rows: int, length: int) -> None:
+    store = filled(4, 6)
+    before = store.layers[0][0].clone()
+    store.reserve(rows, length)
+    key, value = store.layers[0]
+    assert key.shape == (rows, 2, length, 3)
+    assert torch.equal(key[:4, :, :6], before)
+    assert key.sum() == before.sum(), "what is new is 0: a masked entry is multiplied by 0, and 0 * nan is nan"
+    assert value.sum() == 7 * 4 * 2 * 6 * 5
+
+
+def test_a_store_that_is_large_enough_stays_where_it_is() -> None:
+    store = filled(4, 6)
+    key = store.layers[0][0]
+    store.reserve(3, 2)
+    assert store.layers[0][0] is key
+    assert (store.rows, store.length) == (4, 6)
+
+
+def test_an_entry_moves_in_keys_and_values() -> None:
+    store = filled(4, 6)
+    key, value = store.layers[0]
+    value[3] = 9.0
+    store.move(1, 3)
+    assert torch.equal(key[1], key[3])
+    assert (value[1] == 9.0).all()
+    assert (value[0] == 7.0).all()
+
+
+def test_rows_that_would_overwrite_each_other_are_refused() -> None:
+    decoder = SharedDecoder(make_policy())
+    with torch.inference_mode():
+        decoder.begin([("a", (3, 4))])
+        decoder.attach(["a"] * 4, 5)
+        decoder.keep([0, 3, 2])
+        assert decoder.row_uid == ["a"] * 3
+        with pytest.raises(AssertionError, match="overwritten"):
+            decoder.keep([1, 0])
+
+
+def test_a_forgotten_prompt_leaves_its_place_to_the_last() -> None:
+    decoder = SharedDecoder(make_policy())
+    with torch.inference_mode():
+        decoder.begin([("a", (3, 4)), ("b", (5, 6, 7)), ("c", (8,))])
+        expected = decoder.attach(["c"], 5)
+        decoder.end("a")
+        assert decoder.slots == ["c", "b"]
+        assert decoder.prompt_length_Q.tolist() == [1, 3]
+        assert torch.equal(decoder.attach(["c"], 5)[0], expected[0])
+        decoder.end("b")
+        assert (decoder.prompt_reach, decoder.ragged) == (1, False)
