@@ -381,10 +381,11 @@ def test_python_gets_the_same_errors(at: Path) -> None:
         )  # fmt: skip
 
 
-def test_the_exit_status_of_the_real_command(at: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "groupwise", "train", "--set", "train.stepps=3"], capture_output=True, text=True
-    )
+def test_the_real_command_refuses_a_job_before_it_imports_what_is_slow(at: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "groupwise", "train", "--set", "train.stepps=3"]
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert ended.stderr == "groupwise: --set: there is no key `train.stepps`. Did you mean `train.steps`?\n"
+    *imports, said = ended.stderr.splitlines()
+    assert said == "groupwise: --set: there is no key `train.stepps`. Did you mean `train.steps`?"
+    assert {line.split()[-1] for line in imports}.isdisjoint({"torch", "transformers"})

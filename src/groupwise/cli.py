@@ -62,6 +62,9 @@ def train(
     run: Run = None, set_: Sets = None, quiet: Quiet = False, json_: Json = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Train a model; without arguments, the embedded job."""
+    # A job that cannot run is refused at once, not after the seconds that torch takes to be imported.
+    options = {"model": model, "data": data, "reward": reward or None, "eval_data": eval_data, "run": run}
+    load_job(job, set_ or (), options)
     from groupwise.run import api
 
     result = api.train(
