@@ -63,7 +63,7 @@ def test_every_setting_and_library_is_in_the_key(tmp_path: Path, monkeypatch: py
 
     folder = made_in(QUICK)
     assert made_in(replace(QUICK, careless=0.5)) != folder
-    monkeypatch.setattr("transformers.__version__", "0")
+    monkeypatch.setattr(warmup.transformers, "__version__", "0")
     assert made_in(QUICK) != folder
 
 
