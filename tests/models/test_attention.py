@@ -1,4 +1,4 @@
-"""The registered attention function, and attention written out, against formulas."""
+"""The registered attention function against formulas."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupwise.models.attention import KEYWORD, ForestAttention, Options, attend, explicit_attention
+from groupwise.models.attention import KEYWORD, ForestAttention, attend
 from groupwise.models.layout import build_forest
+from groupwise.models.tiles import Options
 from tests.tiny_models import clone_of, policy_of
 
 
@@ -59,21 +60,6 @@ def test_a_forest_of_one_root_is_causal_attention(case: str, kv_heads: int) -> N
     q, k, v = tensors(1, 4, kv_heads, 5, 3)
     found = ForestAttention(build_forest([5], [-1])).attend(0, q, k, v, CASES[case])
     torch.testing.assert_close(found.transpose(1, 2), by_hand(q, k, v, CASES[case]), atol=1e-12, rtol=0)
-
-
-def test_explicit_attention_is_the_stock_kernel_where_there_is_one() -> None:
-    q, k, v = tensors(2, 4, 4, 5, 3)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7)
-    torch.testing.assert_close(explicit_attention(q, k, v, None, Options(0.7)), expected, atol=1e-12, rtol=0)
-
-
-def test_scores_in_half_precision_are_summed_in_float32() -> None:
-    q, k, v = (x.bfloat16() for x in tensors(2, 4, 2, 40, 8))
-    options = Options(0.3, softcap=5.0)
-    exact = explicit_attention(q.double(), k.double(), v.double(), None, options)
-    found = explicit_attention(q, k, v, None, options)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), exact, atol=0.03, rtol=0)
 
 
 def test_values_may_be_narrower_than_keys() -> None:

@@ -11,11 +11,11 @@ from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, PreTrain
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
 
-from groupwise.models import probe as probing
-from groupwise.models.attention import Options
+from groupwise.models import attention
 from groupwise.models.clone import WINDOW, tiny_clone
 from groupwise.models.head import HeadShape
 from groupwise.models.probe import Findings, probe
+from groupwise.models.tiles import Options
 
 SHARED = {
     "llama": HeadShape(), "qwen2": HeadShape(), "qwen3": HeadShape(), "mistral": HeadShape(), "phi3": HeadShape(),
@@ -85,12 +85,13 @@ def test_longrope_is_shrunk_with_its_heads() -> None:
 
 
 def test_a_window_that_were_ignored_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    level = probing.ForestAttention._level
+    tiled = attention._tiled
 
     def without_window(*inputs: Any) -> torch.Tensor:
-        return level(*inputs[:-1], Options(inputs[-1].scale))
+        asked = inputs[-1]
+        return tiled(*inputs[:-1], Options(asked.scale, softcap=asked.softcap, sinks=asked.sinks))
 
-    monkeypatch.setattr(probing.ForestAttention, "_level", staticmethod(without_window))
+    monkeypatch.setattr(attention, "_tiled", without_window)
     assert probe(CONFIG_MAPPING["llama"]()).shared
     for kind in ("mistral", "gemma2", "gpt_oss"):
         findings = probe(CONFIG_MAPPING[kind]())

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from groupwise.models.attention import ForestAttention, Options
+from groupwise.models.attention import ForestAttention
 from groupwise.models.layout import Forest, build_forest
 from groupwise.models.policy import Policy
 from groupwise.models.precision import wide
+from groupwise.models.tiles import Options
 
 _PREFILL_TOKENS = 16384
 """Most prompt tokens of one forward pass: more would take memory and no less time."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from groupwise.models.layout import Forest, Level
-from groupwise.models.precision import wide
+from groupwise.models.layout import Forest
+from groupwise.models.tiles import Options, TiledAttention
 
 NAME = "groupwise"
 KEYWORD = "groupwise_layout"
@@ -23,17 +23,6 @@ class AttentionLayout(Protocol):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         """`[B, H, L, d]` queries and `[B, H_kv, L, d]` keys and values in, `[B, L, H, d_v]` out."""
-
-
-class Options:
-    """What a layer asks of attention besides its tensors: score scale, window in positions, soft cap, sinks `[H]`."""
-
-    __slots__ = ("scale", "sinks", "softcap", "window")
-
-    def __init__(
-        self, scale: float, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None
-    ) -> None:
-        self.scale, self.window, self.softcap, self.sinks = scale, window, softcap, sinks
 
 
 def attend(
@@ -65,37 +54,31 @@ class ForestAttention:
         """See `AttentionLayout`. The stream is one row: `B` is 1 and `L` is `N`."""
         self.calls.append(layer)
         query_N, key_N, value_N = (x[0].transpose(0, 1) for x in (query, key, value))
-        parts = [self._level(level, query_N, key_N, value_N, options) for level in self.forest.levels]
-        return torch.cat(parts).index_select(0, self.forest.gather_N)[None]
+        # On a GPU the stock kernels win over products of our own, for all the copies of keys that they need.
+        stock = query.is_cuda and options.softcap is None and options.sinks is None
+        return (_stock if stock else _tiled)(self.forest, query_N, key_N, value_N, options)[None]
 
-    @staticmethod
-    def _level(level: Level, query_N: Tensor, key_N: Tensor, value_N: Tensor, options: Options) -> Tensor:
+
+def _tiled(forest: Forest, query_N: Tensor, key_N: Tensor, value_N: Tensor, options: Options) -> Tensor:
+    """`[N, H, d]` queries and `[N, H_kv, d]` keys and values in, `[N, H, d_v]` out."""
+    heads, kv_heads = query_N.shape[1], key_N.shape[1]
+    flat = [x.reshape(-1, x.shape[-1]) for x in (query_N * options.scale, key_N, value_N)]
+    tiles = forest.tiles(heads, kv_heads)
+    out: Tensor = TiledAttention.apply(*flat, options.sinks, tiles, options)  # type: ignore[no-untyped-call]
+    return out.view(-1, heads, out.shape[-1])
+
+
+def _stock(forest: Forest, query_N: Tensor, key_N: Tensor, value_N: Tensor, options: Options) -> Tensor:
+    """The same by padded rows per depth, in which each output has its ancestors' keys beside its own."""
+    parts = []
+    for level in forest.levels:
         q, k, v = (
             x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
             for x, index in ((query_N, level.query_RL), (key_N, level.key_RK), (value_N, level.key_RK))
         )
         mask = level.mask(options.window)
-        if options.softcap is None and options.sinks is None:
-            out = nn.functional.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, scale=options.scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        else:
-            out = explicit_attention(q, k, v, mask, options)
-        return out.transpose(1, 2).flatten(0, 1)
-
-
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> Tensor:
-    """Attention written out, for what stock kernels lack (soft cap, sinks). `[R, H, L, d]`; mask True = visible."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = wide(q @ k.transpose(-1, -2)) * options.scale
-    if options.softcap is not None:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if options.sinks is not None:
-        sink = options.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], -1)
-    weights = torch.softmax(scores, -1)[..., : k.shape[2]]
-    return weights.to(v.dtype) @ v
+        out = nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=options.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts).index_select(0, forest.gather_N)

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from groupwise.models.tiles import Tile, build_tiles
 
 Tokens = Sequence[int]
 
@@ -57,11 +60,33 @@ class Level:
 
 @dataclass(frozen=True)
 class Forest:
-    """The levels of a stream, and where each stream token's result lies in the levels' padded rows laid end to end."""
+    """Segments of `lengths` that lie end to end in a stream, their `parents`, and each token's position `[N]`."""
 
-    levels: tuple[Level, ...]
-    gather_N: Tensor
+    lengths: tuple[int, ...]
+    parents: tuple[int, ...]
     position_N: Tensor
+    _tiles: dict[tuple[int, int], tuple[Tile, ...]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def levels(self) -> tuple[Level, ...]:
+        """The segments by depth, as padded rows that stock attention takes."""
+        return self._laid[0]
+
+    @cached_property
+    def gather_N(self) -> Tensor:
+        """Where each stream token's result lies in the levels' padded rows laid end to end."""
+        return self._laid[1]
+
+    @cached_property
+    def _laid(self) -> tuple[tuple[Level, ...], Tensor]:
+        return _build_levels(self.lengths, self.parents, self.position_N)
+
+    def tiles(self, heads: int, kv_heads: int) -> tuple[Tile, ...]:
+        """The same as rectangles for `heads` heads over `kv_heads` of keys, see `groupwise.models.tiles`."""
+        shape = (heads, kv_heads)
+        if shape not in self._tiles:
+            self._tiles[shape] = build_tiles(self.lengths, self.parents, self.position_N, heads, kv_heads)
+        return self._tiles[shape]
 
 
 @dataclass(frozen=True)
@@ -91,21 +116,30 @@ def build_forest(lengths: Sequence[int], parents: Sequence[int], device: torch.d
 
     The stream holds the segments one after the other, in this order.
     """
+    ends: list[int] = []
+    position: list[int] = []
+    for length, parent in zip(lengths, parents, strict=True):
+        assert length > 0
+        first = 0 if parent < 0 else ends[parent]
+        ends.append(first + length)
+        position += range(first, first + length)
+    return Forest(tuple(lengths), tuple(parents), torch.tensor(position, dtype=torch.long, device=device))
+
+
+def _build_levels(
+    lengths: Sequence[int], parents: Sequence[int], position_N: Tensor
+) -> tuple[tuple[Level, ...], Tensor]:
     starts = [0] * len(lengths)
     for i in range(1, len(lengths)):
         starts[i] = starts[i - 1] + lengths[i - 1]
     ancestry: list[list[int]] = []
     depth: list[int] = []
-    for length, parent in zip(lengths, parents, strict=True):
-        assert length > 0
+    for parent in parents:
         inherited = [] if parent < 0 else [*ancestry[parent], *range(starts[parent], starts[parent] + lengths[parent])]
         ancestry.append(inherited)
         depth.append(0 if parent < 0 else depth[parent] + 1)
-    total = sum(lengths)
-    position_N = torch.empty(total, dtype=torch.long)
-    gather_N = torch.empty(total, dtype=torch.long)
-    for start, length, inherited in zip(starts, lengths, ancestry, strict=True):
-        position_N[start : start + length] = torch.arange(len(inherited), len(inherited) + length)
+    device, position = position_N.device, position_N.cpu()
+    gather_N = torch.empty(sum(lengths), dtype=torch.long)
     levels: list[Level] = []
     offset = 0
     for d in range(max(depth, default=-1) + 1):
@@ -122,18 +156,16 @@ def build_forest(lengths: Sequence[int], parents: Sequence[int], device: torch.d
             first = offset + row * longest
             gather_N[starts[i] : starts[i] + length] = torch.arange(first, first + length)
         query = key[:, reach:]
-        level = Level(query, key, valid, position_N[query], position_N[key])
+        level = Level(query, key, valid, position[query], position[key])
         levels.append(Level(*(getattr(level, name).to(device) for name in _LEVEL_TENSORS)))
         offset += len(rows) * longest
-    return Forest(tuple(levels), gather_N.to(device), position_N.to(device))
+    return tuple(levels), gather_N.to(device)
 
 
 _LEVEL_TENSORS = ("query_RL", "key_RK", "valid_RA", "query_position_RL", "key_position_RK")
 
 
-def shared_stream(
-    groups: Sequence[tuple[Tokens, Sequence[Tokens]]], device: torch.device | str = "cpu"
-) -> Stream:
+def shared_stream(groups: Sequence[tuple[Tokens, Sequence[Tokens]]], device: torch.device | str = "cpu") -> Stream:
     """One row that holds every group's prompt once and then its outputs: `groups` are `(prompt, outputs)`."""
     ids: list[int] = []
     lengths: list[int] = []
@@ -161,9 +193,7 @@ def shared_stream(
     )  # fmt: skip
 
 
-def plain_stream(
-    groups: Sequence[tuple[Tokens, Sequence[Tokens]]], device: torch.device | str = "cpu"
-) -> Stream:
+def plain_stream(groups: Sequence[tuple[Tokens, Sequence[Tokens]]], device: torch.device | str = "cpu") -> Stream:
     """A row per output, its prompt repeated, padded on the right: what every causal model understands."""
     rows = [[*prompt, *output[:-1]] for prompt, outputs in groups for output in outputs]
     width = max(map(len, rows))

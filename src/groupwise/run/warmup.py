@@ -50,8 +50,8 @@ class WarmUp:
     learning_rate: float = 2e-3
     rise_steps: int = 20
     ready_loss: float = 0.18
-    tail_steps: int = 450
-    max_steps: int = 1_000
+    tail_steps: int = 650
+    max_steps: int = 1_500
 
 
 def ensure_warm(

@@ -1,0 +1,283 @@
+"""Attention over a forest without a copy of any key: rectangles of queries against keys, merged by log-sum-exp.
+
+A segment's tokens meet the segment's own keys, causally, and each ancestor's keys meet the tokens of all its
+descendants at once, in one product. So a prompt's keys are read in place of being copied once per output, and of what
+was computed only the result and one log-sum-exp per token and head are kept for the backward pass, which computes the
+scores again. A tile is as large as stays in a processor's cache: the passes over its scores do not reach memory.
+
+Index arrays: `R` rows of a tile, `M` query tokens and `K` keys of a row, `H` heads, `r` heads that share keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from groupwise.models.precision import wide_dtype
+
+_SCORES = 1 << 19
+"""Scores of a tile, over all heads: 2 MB in float32."""
+_QUERIES = 256
+"""A longer segment is cut, so that most of what causality hides is not computed."""
+_FULL = 0.75
+"""Rows share a tile while each fills at least this much of its width."""
+_NEVER = float("-inf")
+
+
+class Options:
+    """What a layer asks of attention besides its tensors: score scale, window in positions, soft cap, sinks `[H]`."""
+
+    __slots__ = ("scale", "sinks", "softcap", "window")
+
+    def __init__(
+        self, scale: float, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None
+    ) -> None:
+        self.scale, self.window, self.softcap, self.sinks = scale, window, softcap, sinks
+
+
+class _Row(NamedTuple):
+    """Query tokens that meet one range of keys. `first` is the place of the first query among its own segment's
+    tokens, or -1 where the keys are an ancestor's, which all the queries see."""
+
+    first: int
+    queries: tuple[int, ...]
+    keys: range
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`R` rows of at most `M` queries and `K` keys, padded by token 0, for `H` heads of which `r` share keys.
+
+    `query_index` `[R * H_kv * r * M]` and `key_index` `[R * H_kv * K]` point into tensors that are laid out token by
+    token, head by head. `place` tells real queries among the former from padding, None where all are real, and `target`
+    is where these point. `position_RM` and `position_RK` are for windows; `reach` is the farthest that a query looks.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    query_index: Tensor
+    key_index: Tensor
+    place: Tensor | None
+    target: Tensor
+    own: bool
+    bias: Tensor | None
+    position_RM: Tensor
+    position_RK: Tensor
+    reach: int
+    _windows: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def scores(self, query: Tensor, key: Tensor, options: Options, room: Tensor) -> Tensor:
+        """`[R * H_kv, r * M, K]` in float32 or wider, what is hidden at -inf, written into `room`."""
+        rows, kv_heads, shared, count, keys = self.shape
+        out = room[: rows * kv_heads * shared * count * keys].view(rows * kv_heads, shared * count, keys)
+        _product(query, key.transpose(1, 2), out)
+        if options.softcap is not None:
+            out.div_(options.softcap).tanh_().mul_(options.softcap)
+        bias = self._hidden(options.window)
+        if bias is not None:
+            out.view(self.shape).add_(bias)
+        return out
+
+    def _hidden(self, window: int | None) -> Tensor | None:
+        """What is added to the scores: 0, or -inf where a query must not see a key; broadcasts to `shape`."""
+        if window is None or self.reach < window:
+            return self.bias
+        if window not in self._windows:
+            distance = self.position_RM[:, None, None, :, None] - self.position_RK[:, None, None, None, :]
+            near = torch.zeros_like(distance, dtype=torch.float32).masked_fill_(distance >= window, _NEVER)
+            self._windows[window] = near if self.bias is None else near + self.bias
+        return self._windows[window]
+
+    def real(self, values: Tensor) -> Tensor:
+        """The entries of padded queries taken out of `[R * H_kv * r * M, ..]`."""
+        return values if self.place is None else values.index_select(0, self.place)
+
+
+def build_tiles(
+    lengths: Sequence[int], parents: Sequence[int], position_N: Tensor, heads: int, kv_heads: int
+) -> tuple[Tile, ...]:
+    """The tiles of a forest (see `build_forest`), first those of own keys, in which every token is a query once."""
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    own = [row for start, length in zip(starts, lengths, strict=False) for row in _own_rows(start, length)]
+    below: list[list[int]] = [[] for _ in lengths]
+    for segment in reversed(range(len(lengths))):
+        if parents[segment] >= 0:
+            below[parents[segment]] += [*range(starts[segment], starts[segment + 1]), *below[segment]]
+    inherited = [
+        row
+        for start, length, queries in zip(starts, lengths, below, strict=False)
+        for row in _inherited_rows(tuple(queries), range(start, start + length), heads)
+    ]
+    return tuple(
+        _tile(rows, position_N, heads, kv_heads)
+        for kind in (own, inherited)
+        for rows in _together(sorted(kind, key=lambda row: (row.first, -len(row.keys), -len(row.queries))), heads)
+    )
+
+
+def _own_rows(start: int, length: int) -> Iterator[_Row]:
+    for first in range(0, length, _QUERIES):
+        last = min(first + _QUERIES, length)
+        yield _Row(first, tuple(range(start + first, start + last)), range(start, start + last))
+
+
+def _inherited_rows(queries: tuple[int, ...], keys: range, heads: int) -> Iterator[_Row]:
+    most = max(16, _SCORES // (heads * len(keys)))
+    parts = -(-len(queries) // most)
+    for part in range(parts):
+        yield _Row(-1, queries[len(queries) * part // parts : len(queries) * (part + 1) // parts], keys)
+
+
+def _together(rows: Sequence[_Row], heads: int) -> Iterator[list[_Row]]:
+    """Rows of nearly the same size, as many as make a tile."""
+    tile: list[_Row] = []
+    for row in rows:
+        if tile:
+            count, keys = len(tile[0].queries), len(tile[0].keys)
+            alike = row.first == tile[0].first and len(row.queries) <= count
+            full = len(row.queries) >= _FULL * count and len(row.keys) >= _FULL * keys
+            if not (alike and full and (len(tile) + 1) * heads * count * keys <= _SCORES):
+                yield tile
+                tile = []
+        tile.append(row)
+    if tile:
+        yield tile
+
+
+def _tile(rows: Sequence[_Row], position_N: Tensor, heads: int, kv_heads: int) -> Tile:
+    device, shared = position_N.device, heads // kv_heads
+    count, keys = len(rows[0].queries), len(rows[0].keys)
+    query_RM = torch.tensor([row.queries + (0,) * (count - len(row.queries)) for row in rows], device=device)
+    key_RK = torch.tensor([[*row.keys] + [0] * (keys - len(row.keys)) for row in rows], device=device)
+    valid_RM = torch.tensor([[len(row.queries)] for row in rows], device=device) > torch.arange(count, device=device)
+    shape = (len(rows), kv_heads, shared, count, keys)
+    head = torch.arange(heads, device=device).view(1, kv_heads, shared, 1)
+    query_index = (query_RM[:, None, None, :] * heads + head).flatten()
+    key_index = (key_RK[:, None, :] * kv_heads + torch.arange(kv_heads, device=device)[:, None]).flatten()
+    padded = any(len(row.queries) < count for row in rows)
+    place = valid_RM[:, None, None, :].expand(shape[:4]).flatten().nonzero()[:, 0] if padded else None
+    position_RM, position_RK = position_N[query_RM], position_N[key_RK]
+    reach = int((position_RM.amax(1) - position_RK[:, 0]).max())
+    own = rows[0].first >= 0
+    bias = _causal(rows[0].first, count, keys, device) if own else _padding([len(row.keys) for row in rows], device)
+    target = query_index if place is None else query_index[place]
+    return Tile(shape, query_index, key_index, place, target, own, bias, position_RM, position_RK, reach)
+
+
+def _causal(first: int, count: int, keys: int, device: torch.device) -> Tensor:
+    """`[1, 1, 1, M, K]`; it hides padded keys too, because they come last."""
+    return torch.full((1, 1, 1, count, keys), _NEVER, device=device).triu_(first + 1)
+
+
+def _padding(lengths: Sequence[int], device: torch.device) -> Tensor | None:
+    """`[R, 1, 1, 1, K]`."""
+    widest = max(lengths)
+    if min(lengths) == widest:
+        return None
+    hidden = torch.arange(widest, device=device) >= torch.tensor(lengths, device=device)[:, None]
+    bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, _NEVER)
+    return bias[:, None, None, None, :]
+
+
+class TiledAttention(torch.autograd.Function):
+    """`[N * H, d]` scaled queries, `[N * H_kv, d]` keys and values in, `[N * H, d_v]` out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, tiles: Sequence[Tile],
+        options: Options,
+    ) -> Tensor:  # fmt: skip
+        wide = wide_dtype(query.dtype)
+        out = query.new_empty(query.shape[0], value.shape[1], dtype=wide)
+        lse = query.new_empty(query.shape[0], dtype=wide)
+        room = _room(tiles, lse)
+        for tile in tiles:
+            q, k, v = _gather(tile, query, key, value)
+            scores = tile.scores(q, k, options, room)
+            # Where a window hides everything the maximum is -inf; any finite number gives weights of 0 then.
+            top = scores.amax(-1, keepdim=True).clamp_min_(-1e30)
+            weights = scores.sub_(top).exp_()
+            total = weights.sum(-1, keepdim=True)
+            part = _product(weights.to(v.dtype), v)
+            part, total, top = (tile.real(x.flatten(0, 1)) for x in (part, total, top))
+            if tile.own:
+                new = (top + total.log())[:, 0]
+                if sinks is not None:
+                    new = torch.logaddexp(new, sinks.to(wide)[tile.target % len(sinks)])
+                out.index_copy_(0, tile.target, part * (top - new[:, None]).exp_())
+            else:
+                old = lse.index_select(0, tile.target)
+                new = torch.logaddexp(old, (top + total.log())[:, 0])
+                before = out.index_select(0, tile.target) * (old - new).exp_()[:, None]
+                out.index_copy_(0, tile.target, before.add_(part * (top - new[:, None]).exp_()))
+            lse.index_copy_(0, tile.target, new)
+        narrow = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, sinks, narrow, lse)
+        ctx.tiles, ctx.options = tiles, options
+        return narrow
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, out, lse = ctx.saved_tensors
+        options: Options = ctx.options
+        delta = (grad.to(lse.dtype) * out).sum(-1)
+        grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
+        room, other = _room(ctx.tiles, lse), _room(ctx.tiles, lse)
+        for tile in ctx.tiles:
+            q, k, v = _gather(tile, query, key, value)
+            back = grad.index_select(0, tile.query_index).view(*q.shape[:2], -1)
+            weights = tile.scores(q, k, options, room)
+            change = _product(back, v.transpose(1, 2), other[: weights.numel()].view_as(weights))
+            change.sub_(delta.index_select(0, tile.query_index).view(*q.shape[:2], 1))
+            if options.softcap is not None:
+                # d capped / d score; where a key is hidden the weight below is 0, whatever stands here.
+                change.mul_(1 - weights.clamp_min(-options.softcap).div_(options.softcap).square_())
+            weights.sub_(_lse_of(tile, lse).view(*q.shape[:2], 1)).exp_()
+            change.mul_(weights)
+            narrow = change.to(q.dtype)
+            _add(grads[2], tile.key_index, _product(weights.to(q.dtype).transpose(1, 2), back))
+            _add(grads[1], tile.key_index, _product(narrow.transpose(1, 2), q))
+            _add(grads[0], tile.query_index, _product(narrow, k))
+        grad_sinks = None
+        if sinks is not None:
+            taken = torch.exp(sinks.to(lse.dtype) - lse.view(-1, len(sinks)))
+            grad_sinks = -(taken * delta.view_as(taken)).sum(0).to(sinks.dtype)
+        grad_query, grad_key, grad_value = (g.to(query.dtype) for g in grads)
+        return grad_query, grad_key, grad_value, grad_sinks, None, None
+
+
+def _gather(tile: Tile, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
+    """A tile's `[R * H_kv, r * M, d]` queries and `[R * H_kv, K, d]` keys and values."""
+    rows, kv_heads, shared, count, keys = tile.shape
+    for x, index, length in (
+        (query, tile.query_index, shared * count), (key, tile.key_index, keys), (value, tile.key_index, keys),
+    ):  # fmt: skip
+        yield x.index_select(0, index).view(rows * kv_heads, length, -1)
+
+
+def _lse_of(tile: Tile, lse: Tensor) -> Tensor:
+    """The log-sum-exp of a tile's queries; of padded ones +inf, so that their weights are 0."""
+    if tile.place is None:
+        return lse.index_select(0, tile.query_index)
+    found = torch.full_like(tile.query_index, float("inf"), dtype=lse.dtype)
+    return found.index_copy_(0, tile.place, lse.index_select(0, tile.target))
+
+
+def _room(tiles: Sequence[Tile], like: Tensor) -> Tensor:
+    """Memory for the scores of the largest tile."""
+    return like.new_empty(max(torch.Size(tile.shape).numel() for tile in tiles))
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """A batched matrix product, into `out` where given, which may be wider than the factors."""
+    if out is None:
+        return torch.bmm(a, b)
+    return torch.bmm(a, b, out=out) if out.dtype == a.dtype else out.copy_(torch.bmm(a, b))
+
+
+def _add(total: Tensor, index: Tensor, values: Tensor) -> None:
+    total.index_add_(0, index, values.flatten(0, 1).to(total.dtype))
