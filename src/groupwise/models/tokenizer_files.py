@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from groupwise.errors import ModelError
+from groupwise.models.hub import NOT_HERE, check_within_reach
 from groupwise.wording import one_line
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def load_tokenizer(path: str | Path, revision: str | None, trust_remote_code: bo
         raise ModelError(
             f"{str(path)!r} is no folder with a model: give an existing folder, or a hub id as 'org/name'."
         )
-    advice = "There is no such folder here, and a hub id needs a connection or a filled cache."
+    check_within_reach(path, revision, f"The tokenizer of {str(path)!r}")
+    advice = NOT_HERE
     if Path(path).is_dir():
         advice = "The folder needs a tokenizer.json, or what the model's own tokenizer class reads."
     try:
