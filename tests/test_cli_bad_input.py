@@ -160,7 +160,7 @@ def remove_a_weight(folder: Path) -> None:
         (shutil.rmtree, ["./mine"]),
         (damage_weights, ["./mine cannot be loaded"]),
         (damage_config, ["./mine cannot be loaded"]),
-        (remove_tokenizer, []),
+        (remove_tokenizer, ["'./mine' has no tokenizer", "tokenizer.json", "Put the tokenizer's files"]),
         (remove_a_weight, ["./mine lacks 1 of the model's weights", "up_proj"]),
         (make_it_an_encoder, ["./mine"]),
     ],

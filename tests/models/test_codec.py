@@ -296,10 +296,34 @@ def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
         Codec.load(str(tmp_path / "model"))
 
 
-def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"cannot be loaded: .* The folder needs a tokenizer\.json") as caught:
+@pytest.mark.parametrize("model_type", [None, "llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("left", [(), ("chat_template.jinja",), ("tokenizer_config.json",)])
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path, model_type: str | None, left: tuple[str]) -> None:
+    """Of these classes some refuse to load, and some load with nothing but special tokens."""
+    if model_type is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    for name in left:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ModelError) as caught:
         Codec.load(tmp_path)
-    assert "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert "tokenizer.json" in said
+    assert "\n" not in said
+    if left != ("tokenizer_config.json",):
+        assert said.startswith(f"The folder {str(tmp_path)!r} has no tokenizer: none of the files")
+        assert "save_pretrained(folder)" in said
+
+
+def test_a_tokenizer_without_a_vocabulary_on_the_hub_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cached = tmp_path / "models--org--bare"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("c0ffee")
+    (cached / "snapshots" / "c0ffee").mkdir(parents=True)
+    (cached / "snapshots" / "c0ffee" / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=r"^The model 'org/bare' has no tokenizer"):
+        Codec.load("org/bare")
 
 
 def test_a_damaged_tokenizer_file_is_an_error(tmp_path: Path) -> None:
