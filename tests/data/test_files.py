@@ -18,6 +18,7 @@ from groupwise.config import DataSection
 from groupwise.data.files import PromptSet, load_prompts, read_rows
 from groupwise.errors import DataError, ModelError
 from groupwise.models.codec import Codec
+from tests.tiny_hub import NOBODY_LISTENS
 from tests.tiny_tokenizers import CHAT_TEMPLATE, byte_level, character_level
 
 CODEC = Codec(byte_level(CHAT_TEMPLATE))
@@ -245,7 +246,7 @@ def hub_down(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody asked to be offline, but nothing answers; and whoever waits for another try fails."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", NOBODY_LISTENS)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"it waits {seconds} s for another try"))
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from groupwise.errors import ConfigError, DataError, ModelError
 from groupwise.models.codec import BROKEN, Codec, StopChecker
+from tests.tiny_hub import cached_snapshot
 from tests.tiny_tokenizers import (
     CHAT_TEMPLATE,
     byte_level,
@@ -315,11 +316,7 @@ def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path, model_type: st
 
 
 def test_a_tokenizer_without_a_vocabulary_on_the_hub_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cached = tmp_path / "models--org--bare"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("c0ffee")
-    (cached / "snapshots" / "c0ffee").mkdir(parents=True)
-    (cached / "snapshots" / "c0ffee" / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    (cached_snapshot(tmp_path, "org/bare") / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match=r"^The model 'org/bare' has no tokenizer"):
@@ -343,10 +340,7 @@ def test_a_hub_id_without_a_connection_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_a_hub_id_in_the_cache_is_loaded_with_its_end_tokens_and_files(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    cached = tmp_path / "hub" / "models--org--tiny"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("c0ffee")
-    folder = saved(byte_level(), cached / "snapshots" / "c0ffee")
+    folder = saved(byte_level(), cached_snapshot(tmp_path / "hub", "org/tiny"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5]}))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -15,8 +15,7 @@ from groupwise.errors import ModelError
 from groupwise.models.codec import Codec
 from groupwise.models.hub import check_within_reach, silence
 from groupwise.models.load import load_config
-
-NOBODY_LISTENS = "http://127.0.0.1:1"
+from tests.tiny_hub import NOBODY_LISTENS, cached_snapshot
 
 
 @pytest.fixture(autouse=True)
@@ -41,13 +40,10 @@ def test_without_a_connection_an_unknown_id_is_refused_without_another_try(
 
 
 def test_what_is_in_the_cache_and_what_is_a_folder_need_no_hub(tmp_path: Path) -> None:
-    cached = tmp_path / "hub" / "models--org--tiny"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("c0ffee")
+    snapshot = cached_snapshot(tmp_path / "hub", "org/tiny")
     with pytest.raises(ModelError, match="The model org/tiny cannot be loaded"):
         check_within_reach("org/tiny", None, "The model org/tiny")
-    (cached / "snapshots" / "c0ffee").mkdir(parents=True)
-    (cached / "snapshots" / "c0ffee" / "config.json").write_text("{}")
+    (snapshot / "config.json").write_text("{}")
     check_within_reach("org/tiny", None, "The model org/tiny")
     check_within_reach(tmp_path, None, "The model")
 
