@@ -160,7 +160,7 @@ def remove_a_weight(folder: Path) -> None:
         (shutil.rmtree, ["./mine"]),
         (damage_weights, ["./mine cannot be loaded"]),
         (damage_config, ["./mine cannot be loaded"]),
-        (remove_tokenizer, []),
+        (remove_tokenizer, ["'./mine' has no tokenizer", "tokenizer.json", "Put the tokenizer's files"]),
         (remove_a_weight, ["./mine lacks 1 of the model's weights", "up_proj"]),
         (make_it_an_encoder, ["./mine"]),
     ],
@@ -230,8 +230,8 @@ def test_a_tokenizer_that_loses_characters(at: Path) -> None:
     "text, said",
     [
         (None, ["there is no file", "mine.py"]),
-        ("def score(:\n", ["does not import", "SyntaxError"]),
-        ("import nothing_of_that_name\n", ["does not import", "nothing_of_that_name"]),
+        ("def score(:\n", ["mine.py` does not import", "mine.py, line 1: SyntaxError"]),
+        ("import nothing_of_that_name\n", ["mine.py, line 1: ModuleNotFoundError: No module"]),
         ("def scores(prompt, completion):\n    return 1.0\n", ["has no `score`", "did you mean `scores`?"]),
         ("score = 3\n", ["`score`"]),
         ("def score(prompts, completions, **kw):\n    return [1.0]\n", ["returned 1 values for 8 outputs"]),
@@ -244,7 +244,9 @@ def test_a_tokenizer_that_loses_characters(at: Path) -> None:
 def test_a_reward_that_cannot_be_used(at: Path, text: str | None, said: list[str]) -> None:
     if text is not None:
         (at / "mine.py").write_text(text)
-    refused(train(reward__functions=["mine.py:score"]), *said)
+    ended = train(reward__functions=["mine.py:score"])
+    refused(ended, *said)
+    assert "Traceback" not in ended.err
     save_rewards(at / "rewards.py")
     assert train().status == 0, "nothing was begun, so the same folder serves"
 

@@ -88,13 +88,13 @@ def stock_logprobs(model: PreTrainedModel, groups: Groups, temperature: float = 
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def gradients(model: nn.Module, logprobs_T: Tensor) -> dict[str, Tensor]:
-    """The gradient of an uneven sum of log-probs with respect to every parameter."""
+def gradients(model: nn.Module, logprobs_T: Tensor, *, partial: bool = False) -> dict[str, Tensor]:
+    """The gradient of an uneven sum of log-probs with respect to every parameter; `partial`: 0 where there is none."""
     model.zero_grad()
     (logprobs_T * torch.linspace(-1, 2, len(logprobs_T), dtype=logprobs_T.dtype)).sum().backward()
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert missing == []
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert partial or missing == []
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
 
 
 def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from groupwise.config import DataSection
 from groupwise.data.files import PromptSet, load_prompts, read_rows
 from groupwise.errors import DataError, ModelError
 from groupwise.models.codec import Codec
+from tests.tiny_hub import NOBODY_LISTENS
 from tests.tiny_tokenizers import CHAT_TEMPLATE, byte_level, character_level
 
 CODEC = Codec(byte_level(CHAT_TEMPLATE))
@@ -237,6 +239,37 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
 def test_a_hub_data_set_without_a_connection() -> None:
     with pytest.raises(DataError, match=r"'nobody/nothing' \(split 'train'\) cannot be read\. There is no such file"):
         read_rows("nobody/nothing")
+
+
+@pytest.fixture
+def hub_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asked to be offline, but nothing answers; and whoever waits for another try fails."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", NOBODY_LISTENS)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"it waits {seconds} s for another try"))
+
+
+@pytest.mark.usefixtures("hub_down")
+def test_a_hub_that_does_not_answer_is_not_asked_again() -> None:
+    with pytest.raises(
+        DataError, match=r"'nobody/nothing' .* The hub does not answer \(.+\), and the cache did not do"
+    ):
+        read_rows("nobody/nothing")
+    assert datasets.config.HF_HUB_OFFLINE is False, "what comes after may find a connection again"
+
+
+@pytest.mark.usefixtures("hub_down")
+def test_a_data_set_in_the_cache_needs_no_hub(tmp_path: Path) -> None:
+    file = written(tmp_path / "rows.jsonl", lines(ROWS))
+    datasets.load_dataset("json", data_files=str(file), split="train")
+    [made] = (tmp_path / "cache" / "json").glob("default-*")
+    cached = tmp_path / "cache" / "nobody___nothing" / "default"
+    shutil.copytree(made, cached)
+    for table in cached.rglob("json-*.arrow"):
+        table.rename(table.with_name(table.name.replace("json", "nothing")))
+    assert list(read_rows("nobody/nothing")) == ROWS
 
 
 @pytest.mark.parametrize("rows", [[], iter(()), datasets.Dataset.from_list([])])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
+from groupwise.engines import cache
 from groupwise.engines.cache import SharedDecoder, Store
-from tests.engines.policies import make_policy
+from tests.engines.policies import make_policy, requests, sample
 
 
 def filled(rows: int, length: int) -> Store:
@@ -35,6 +38,19 @@ def test_a_store_grows_and_keeps_what_it_holds(rows: int, length: int) -> None:
     assert value.sum() == 7 * 4 * 2 * 6 * 5
 
 
+def test_growing_holds_the_old_and_the_new_of_one_layer_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    store.reserve(2, 4)
+    for layer in range(3):
+        store.at(layer, torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 3))
+    old = [weakref.ref(tensor) for layer in range(3) for tensor in store.layers[layer]]
+    held: list[int] = []
+    grown = store._grown
+    monkeypatch.setattr(store, "_grown", lambda one: held.append(sum(ref() is not None for ref in old)) or grown(one))
+    store.reserve(2, 8)
+    assert held == [6, 6, 4, 4, 2, 2]
+
+
 def test_a_store_that_is_large_enough_stays_where_it_is() -> None:
     store = filled(4, 6)
     key = store.layers[0][0]
@@ -51,6 +67,43 @@ def test_an_entry_moves_in_keys_and_values() -> None:
     assert torch.equal(key[1], key[3])
     assert (value[1] == 9.0).all()
     assert (value[0] == 7.0).all()
+
+
+def rooms(decoder: SharedDecoder, steps: int) -> list[int]:
+    """How many tokens of an output have room, after each of so many steps of two rows."""
+    found = []
+    for _ in range(steps):
+        decoder.step(torch.tensor([3, 4]))
+        found.append(decoder.outputs.layers[0][0].shape[2])
+    return found
+
+
+def test_room_for_outputs_doubles_as_they_grow_up_to_the_longest_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = SharedDecoder(make_policy())
+    with torch.inference_mode():
+        decoder.begin([("a", (3, 4)), ("b", (5,))])
+        decoder.attach(["a", "b"], 4096)
+        assert rooms(decoder, 2) == [64, 64]
+        monkeypatch.setattr(cache, "_FIRST_LENGTH", 4)
+        decoder = SharedDecoder(decoder.policy)
+        decoder.begin([("a", (3, 4)), ("b", (5,))])
+        decoder.attach(["a"], 3)
+        assert decoder.outputs.length == 3
+        decoder.attach(["b"], 13)
+        assert rooms(decoder, 13) == [4] * 4 + [8] * 4 + [13] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_live", [5, 64])
+def test_not_a_bit_depends_on_how_much_room_there_is(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, max_live: int
+) -> None:
+    policy, asked = make_policy(dtype=dtype), requests(n=4, max_tokens=23)
+    expected = sample(policy, asked, max_live=max_live)
+    assert max(len(completion.token_ids) for group in expected for completion in group) == 23
+    for first in (1, 3):
+        monkeypatch.setattr(cache, "_FIRST_LENGTH", first)
+        assert sample(policy, asked, max_live=max_live) == expected
 
 
 def test_rows_that_would_overwrite_each_other_are_refused() -> None:

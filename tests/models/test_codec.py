@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from groupwise.errors import ConfigError, DataError, ModelError
 from groupwise.models.codec import BROKEN, Codec, StopChecker
+from tests.tiny_hub import cached_snapshot
 from tests.tiny_tokenizers import (
     CHAT_TEMPLATE,
     byte_level,
@@ -296,10 +297,30 @@ def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
         Codec.load(str(tmp_path / "model"))
 
 
-def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"cannot be loaded: .* The folder needs a tokenizer\.json") as caught:
+@pytest.mark.parametrize("model_type", [None, "llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("left", [(), ("chat_template.jinja",), ("tokenizer_config.json",)])
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path, model_type: str | None, left: tuple[str]) -> None:
+    """Of these classes some refuse to load, and some load with nothing but special tokens."""
+    if model_type is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    for name in left:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ModelError) as caught:
         Codec.load(tmp_path)
-    assert "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert "tokenizer.json" in said
+    assert "\n" not in said
+    if left != ("tokenizer_config.json",):
+        assert said.startswith(f"The folder {str(tmp_path)!r} has no tokenizer: none of the files")
+        assert "save_pretrained(folder)" in said
+
+
+def test_a_tokenizer_without_a_vocabulary_on_the_hub_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (cached_snapshot(tmp_path, "org/bare") / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=r"^The model 'org/bare' has no tokenizer"):
+        Codec.load("org/bare")
 
 
 def test_a_damaged_tokenizer_file_is_an_error(tmp_path: Path) -> None:
@@ -319,10 +340,7 @@ def test_a_hub_id_without_a_connection_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_a_hub_id_in_the_cache_is_loaded_with_its_end_tokens_and_files(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    cached = tmp_path / "hub" / "models--org--tiny"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("c0ffee")
-    folder = saved(byte_level(), cached / "snapshots" / "c0ffee")
+    folder = saved(byte_level(), cached_snapshot(tmp_path / "hub", "org/tiny"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5]}))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from groupwise.models.head import HeadShape
 from groupwise.models.load import _checkpoint_gradients
@@ -30,48 +30,42 @@ OTHERS = {
 }  # fmt: skip
 
 
+def assert_agreement(
+    policy: Policy, model: PreTrainedModel, logprobs: float, gradient: float, *, partial: bool = False
+) -> None:
+    """Log-probs and gradients of a policy are those of the stock model, within so much."""
+    expected, _ = stock_logprobs(model, GROUPS)
+    found = policy(policy.stream(GROUPS)).logprobs_T
+    torch.testing.assert_close(found, expected, atol=logprobs, rtol=0)
+    left, right = gradients(policy.model, found, partial=partial), gradients(model, expected, partial=partial)
+    assert largest_difference(left, right) < gradient
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KEYS)
 def test_log_probs_and_gradients_are_the_stock_models(kind: str, layout: LayoutName, checkpointing: bool) -> None:
     model = exact_model(kind, tied=kind == "qwen3")
-    expected, _ = stock_logprobs(model, GROUPS)
     policy = policy_of(model, layout)
     if checkpointing:
         _checkpoint_gradients(policy.model, "a model")
-    found = policy(policy.stream(GROUPS)).logprobs_T
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
-    assert largest_difference(gradients(policy.model, found), gradients(model, expected)) < 1e-10
+    assert policy(policy.stream(GROUPS)).logprobs_T.dtype == torch.float64
+    assert_agreement(policy, model, 1e-10, 1e-10)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KEYS)
 def test_in_float32_they_agree_to_five_digits(kind: str, layout: LayoutName) -> None:
     model = clone_of(kind)
-    expected, _ = stock_logprobs(model, GROUPS)
-    policy = policy_of(model, layout)
-    found = policy(policy.stream(GROUPS)).logprobs_T
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert largest_difference(gradients(policy.model, found), gradients(model, expected)) < 1e-4
+    assert_agreement(policy_of(model, layout), model, 1e-5, 1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_architectures_agree_too(kind: str, layout: LayoutName) -> None:
     model = clone_of(kind)
-    expected, _ = stock_logprobs(model, GROUPS)
-    policy = policy_of(model, layout, OTHERS[kind])
-    found = policy(policy.stream(GROUPS)).logprobs_T
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    for parameter in (*model.parameters(), *policy.model.parameters()):
-        parameter.grad = torch.zeros_like(parameter)  # what a router's unchosen experts and position tables get
-    model.zero_grad(set_to_none=False)
-    uneven = torch.linspace(-1, 2, len(found))
-    (found * uneven).sum().backward()
-    (expected * uneven).sum().backward()
-    left, right = ({n: p.grad for n, p in m.named_parameters()} for m in (policy.model, model))
-    assert largest_difference(left, right) < 1e-3
+    # A router's unchosen experts and unused position tables get no gradient.
+    assert_agreement(policy_of(model, layout, OTHERS[kind]), model, 1e-4, 1e-3, partial=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

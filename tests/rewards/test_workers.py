@@ -108,9 +108,13 @@ def test_a_module_is_found_from_the_current_folder(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "source, name, message",
     [
-        ("def score(:", "score", "(?s)does not import:.*SyntaxError"),
-        ("import nowhere_at_all", "score", "(?s)does not import:.*No module named 'nowhere_at_all'"),
-        ("raise SystemExit(3)", "score", "(?s)does not import:.*SystemExit"),
+        ("x = 1\n\ndef score(:", "score", r"does not import: \S+rewards\.py, line 3: SyntaxError: .+: `def score\(:`$"),
+        ("\nimport nowhere_at_all", "score", "line 2: ModuleNotFoundError: No module named 'nowhere_at_all'$"),
+        ("raise SystemExit(3)", "score", "does not import: .+, line 1: SystemExit: 3$"),
+        ("def f():\n    return {}['a']\n\nf()", "score", "does not import: .+, line 2: KeyError: 'a'$"),
+        ("import json\n\njson.loads('{')", "score", r"rewards\.py, line 3: JSONDecodeError: Expecting"),
+        ("raise ValueError('one\\n\\ntwo')", "score", "line 1: ValueError: one two$"),
+        ("raise ValueError", "score", "line 1: ValueError$"),
         ("def score(completions): ...", "scor", "has no `scor`; did you mean `score`"),
         ("", "score", "has no `score`; it has no function at all"),
         ("score = 3", "score", "`score` in .* is of type int, not a function"),
@@ -128,12 +132,28 @@ def test_a_file_that_cannot_be_loaded_is_an_error_before_any_call(
     with pytest.raises(RewardError, match=message) as error:
         load(source, name)
     assert f"rewards.py:{name}` cannot be loaded" in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+def test_a_broken_file_that_the_reward_imports_is_the_one_that_is_named(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "broken_helper.py").write_text("x = (\n")
+    with pytest.raises(RewardError, match=r"import: \S+broken_helper\.py, line 1: SyntaxError: '\(' was never"):
+        load("import broken_helper")
+
+
+def test_a_failure_inside_a_call_shows_the_users_frames(load: Load) -> None:
+    context, warnings = listening()
+    load("def score(completions):\n    return check(completions)\n\ndef check(c):\n    return 1 / 0")(GROUPS, context)
+    said = "\n".join(warnings)
+    assert "Traceback" in said
+    assert said.index("line 2, in score") < said.index("line 5, in check") < said.index("ZeroDivisionError")
+    assert "calling.py" not in said
 
 
 def test_a_file_that_does_not_exist_or_never_imports(tmp_path: Path) -> None:
     with pytest.raises(RewardError, match="there is no file"):
         load_reward(f"{tmp_path}/none.py:score")
-    with pytest.raises(RewardError, match="`nowhere_at_all` does not import:\nModuleNotFoundError"):
+    with pytest.raises(RewardError, match="`nowhere_at_all` does not import: ModuleNotFoundError"):
         load_reward("nowhere_at_all:score")
     (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
     with pytest.raises(RewardError, match=r"not imported after 0\.2 s"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +12,7 @@ from typing import Any, Final
 from groupwise.config import DataSection
 from groupwise.errors import DataError
 from groupwise.models.codec import Codec
+from groupwise.models.hub import silence
 from groupwise.models.tokenizer_files import looks_local
 from groupwise.types import Message, Prompt
 from groupwise.wording import one_line, shown
@@ -177,18 +179,36 @@ def _read_dataset(path: str, revision: str | None, subset: str | None, split: st
     import datasets
 
     saved = any((Path(path) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
+    silent = None if Path(path).is_dir() else silence(path, "dataset")
     try:
         if not saved:
-            return datasets.load_dataset(path, name=subset, split=split, revision=revision)  # type: ignore[no-any-return]
+            with _from_the_cache_where(silent is not None):
+                return datasets.load_dataset(path, name=subset, split=split, revision=revision)  # type: ignore[no-any-return]
         found = datasets.load_from_disk(path)
     except Exception as error:  # the hub, the loader and each file format have errors of their own
         here = "" if Path(path).is_dir() else "There is no such file or folder here, and a hub id needs a connection. "
-        raise DataError(f"The data set {path!r} (split {split!r}) cannot be read. {here}{one_line(error)}") from error
+        asked = "" if silent is None else f"The hub does not answer ({silent}), and the cache did not do: "
+        raise DataError(
+            f"The data set {path!r} (split {split!r}) cannot be read. {here}{asked}{one_line(error)}"
+        ) from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             raise DataError(f"{path} has no split {split!r}; it has {', '.join(map(repr, found))}.")
         found = found[split]
     return found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _from_the_cache_where(offline: bool) -> Iterator[None]:
+    """`datasets` without the half minute of tries for a hub that is known not to answer; its cache is read as ever."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _parsed(data: bytes, where: str, advice: str) -> Any:

@@ -19,6 +19,8 @@ from groupwise.models.tiles import Options
 
 _PREFILL_TOKENS = 16384
 """Most prompt tokens of one forward pass: more would take memory and no less time."""
+_FIRST_LENGTH = 64
+"""Tokens that an output has room for at first; what grows longer gets twice as much, up to the longest limit."""
 
 
 class Store:
@@ -177,6 +179,7 @@ class SharedDecoder:
         self.hidden_QD: Tensor | None = None
         self.row_uid: list[str] = []
         self.lengths: list[int] = []
+        self._longest = 0
         self._fold: _Fold | None = None
 
     def begin(self, prompts: Sequence[tuple[str, Sequence[int]]]) -> None:
@@ -206,7 +209,8 @@ class SharedDecoder:
         """Add a row per uid behind the live ones; returns the logits of their first tokens `[len(uids), V]`."""
         self.row_uid += uids
         self.lengths += [0] * len(uids)
-        self.outputs.reserve(len(self.row_uid), max_tokens)
+        self._longest = max(self._longest, max_tokens)
+        self.outputs.reserve(len(self.row_uid), min(self._longest, _FIRST_LENGTH))
         self._fold = None
         assert self.hidden_QD is not None
         index = torch.tensor([self.slots.index(uid) for uid in uids], device=self.hidden_QD.device)
@@ -224,7 +228,10 @@ class SharedDecoder:
             self._slot_R = torch.tensor(self._row_slots, device=device)
         length_R = torch.tensor(self.lengths, device=device)
         position_R = self.prompt_length_Q[self._slot_R] + length_R
-        layout = _Step(self, self._fold, length_R, max(self.lengths) + 1)
+        reach = max(self.lengths) + 1
+        if reach > self.outputs.length:
+            self.outputs.reserve(len(self.row_uid), min(self._longest, 2 * self.outputs.length))
+        layout = _Step(self, self._fold, length_R, reach)
         hidden = self.policy.hidden(token_R[:, None], position_R[:, None], layout)
         self.lengths = [n + 1 for n in self.lengths]
         return self.policy.logits(hidden[:, 0])

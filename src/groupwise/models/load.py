@@ -15,6 +15,7 @@ from transformers.utils import logging as hf_logging
 
 from groupwise.errors import ModelError
 from groupwise.models.attention import NAME
+from groupwise.models.hub import NOT_HERE, check_within_reach
 from groupwise.models.policy import LayoutName, Policy
 from groupwise.models.probe import Findings, probe
 from groupwise.models.tokenizer_files import looks_local
@@ -39,6 +40,7 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     """The configuration of a model folder or hub id. Raises ModelError."""
     if (looks_local(path) or Path(path).exists()) and not Path(path).is_dir():
         raise ModelError(f"The model {path} is no folder: give an existing folder, or a hub id as 'org/name'.")
+    check_within_reach(path, revision, f"The model {path}")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
@@ -202,7 +204,7 @@ def _unreadable(path: str, error: Exception) -> ModelError:
             f"The model {path} brings code of its own, which runs only where that is asked for: read the code, then "
             "add --trust-remote-code (in Python trust_remote_code=True)."
         )
-    advice = "There is no such folder here, and a hub id needs a connection or a filled cache."
+    advice = NOT_HERE
     if Path(path).is_dir():
         advice = "The folder needs a config.json of a known model_type and whole weights."
     return ModelError(f"The model {path} cannot be loaded: {one_line(error, 300)} {advice}")

@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from groupwise.errors import ModelError
+from groupwise.models.hub import NOT_HERE, check_within_reach
 from groupwise.wording import one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+_TEMPLATES: Final = ("chat_template*", "additional_chat_templates/*")
+"""The files of a tokenizer that are of no use alone."""
 TOKENIZER_FILES: Final = (
     *("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("spiece.model", "sentencepiece*", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*"),
+    *("spiece.model", "sentencepiece*", "*.tiktoken", "tekken.json", *_TEMPLATES),
 )
 """What a tokenizer may consist of in a Hugging Face folder."""
+_VOCABULARIES: Final = "tokenizer.json, tokenizer.model, vocab.json with merges.txt, spiece.model, tekken.json"
+"""Where the usual tokenizers keep their tokens, in words."""
 CONFIG_FILES: Final = ("generation_config.json", "config.json")
 """What names end tokens beside the tokenizer itself."""
 
@@ -31,8 +36,11 @@ def load_tokenizer(path: str | Path, revision: str | None, trust_remote_code: bo
         raise ModelError(
             f"{str(path)!r} is no folder with a model: give an existing folder, or a hub id as 'org/name'."
         )
-    advice = "There is no such folder here, and a hub id needs a connection or a filled cache."
+    check_within_reach(path, revision, f"The tokenizer of {str(path)!r}")
+    advice = NOT_HERE
     if Path(path).is_dir():
+        if not _holds_any(Path(path)):
+            raise _no_tokenizer(path)
         advice = "The folder needs a tokenizer.json, or what the model's own tokenizer class reads."
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -40,7 +48,24 @@ def load_tokenizer(path: str | Path, revision: str | None, trust_remote_code: bo
         )
     except Exception as error:  # the loader and the hub raise OSError, ValueError, ImportError and plain Exception
         raise ModelError(f"The tokenizer of {str(path)!r} cannot be loaded: {one_line(error)} {advice}") from error
+    # Some classes make do with special tokens alone, and lose every text.
+    if set(tokenizer.get_vocab()) <= {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
+        raise _no_tokenizer(path)
     return tokenizer
+
+
+def _holds_any(folder: Path) -> bool:
+    """Whether a folder has any file of a tokenizer, templates aside."""
+    return any(True for pattern in TOKENIZER_FILES if pattern not in _TEMPLATES for _ in folder.glob(pattern))
+
+
+def _no_tokenizer(path: str | Path) -> ModelError:
+    where = f"The folder {str(path)!r}" if Path(path).is_dir() else f"The model {str(path)!r}"
+    return ModelError(
+        f"{where} has no tokenizer: none of the files that hold a vocabulary is there ({_VOCABULARIES}). Put the "
+        "tokenizer's files beside the weights, those of the model that they came from; in Python: "
+        "AutoTokenizer.from_pretrained(that_model).save_pretrained(folder)."
+    )
 
 
 def source_folder(path: str | Path, revision: str | None) -> Path | None:

@@ -11,8 +11,10 @@ def output_sum(values_T: Tensor, completion_T: Tensor) -> Tensor:
 
     Any numbering and any order of outputs will do, so a micro-batch may keep the numbers of the whole batch.
     """
-    names, index_T = torch.unique(completion_T, return_inverse=True)
-    return values_T.new_zeros(len(names)).index_add(0, index_T, values_T)[index_T]
+    # An output's place is where its number first stands among the sorted ones: as many places as tokens, most of them
+    # empty. So no shape depends on how many outputs there are; to know that, the host would wait for the device.
+    index_T = torch.searchsorted(completion_T.sort().values, completion_T.contiguous())
+    return torch.zeros_like(values_T).index_add(0, index_T, values_T)[index_T]
 
 
 def output_mean(values_T: Tensor, completion_T: Tensor, trained_T: Tensor) -> Tensor:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 LISTS = frozenset({"prompts", "completions", "completion_ids", "log_extra", "environments"})
 HELPERS = ("trainer_state", "log_metric", "log_extra")
 TRACEBACK_LINES = 12
+IMPORT_FAILURE_LENGTH = 600
+OURS = (__file__, importlib.__file__, "<frozen importlib")
+"""Where frames of a traceback come from that say nothing about the user's code."""
 
 Message = dict[str, Any]
 Number = float | None | tuple[str, str]
@@ -214,11 +217,27 @@ async def _settle(results: list[Any]) -> list[Any]:
 def tail(error: BaseException) -> str:
     """The last lines of a traceback, from the user's first frame on."""
     frames = error.__traceback__
-    ours = (__file__, importlib.__file__, "<frozen importlib")
-    while frames and frames.tb_frame.f_code.co_filename.startswith(ours):
+    while frames and frames.tb_frame.f_code.co_filename.startswith(OURS):
         frames = frames.tb_next
     lines = "".join(traceback.format_exception(type(error), error, frames)).rstrip().splitlines()
     return "\n".join(lines[-TRACEBACK_LINES:])
+
+
+def import_failure(error: BaseException) -> str:
+    """Where the user's own code failed at import, and the error itself, in one line: no frames of libraries, no ours.
+
+    `"rewards.py, line 3: ModuleNotFoundError: No module named 'sympy'"`. A broken file that another one imports is
+    named itself; so is the line of a function that the file calls while it is imported.
+    """
+    message, where = str(error), ""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(OURS)]
+    if isinstance(error, SyntaxError) and error.filename:
+        message = f"{error.msg}: `{error.text.strip()}`" if error.text else error.msg
+        where = f"{error.filename}, line {error.lineno}: "
+    elif frames:
+        last = [frame for frame in frames if frame.filename == frames[0].filename][-1]
+        where = f"{last.filename}, line {last.lineno}: "
+    return " ".join(f"{where}{type(error).__name__}: {message}".split())[:IMPORT_FAILURE_LENGTH].rstrip(" :")
 
 
 def load(spec: str) -> Callable[..., Any]:
@@ -258,7 +277,7 @@ def _import(place: str) -> ModuleType:
         spec.loader.exec_module(module)
         return module
     except BaseException as error:
-        raise LoadError(f"`{place}` does not import:\n{tail(error)}") from error
+        raise LoadError(f"`{place}` does not import: {import_failure(error)}") from error
 
 
 # What follows is the life of a worker process.
