@@ -334,3 +334,26 @@ def test_a_gradient_that_is_not_finite_is_refused_and_counted() -> None:
     metrics = learner.update(batch)
     assert metrics["updates/refused"] == 0
     assert distance(before, learner.masters()) > 0.0
+
+
+@every_preset
+@both_layouts
+def test_on_policy_the_known_slope_gives_the_gradient_of_the_loss(
+    monkeypatch: pytest.MonkeyPatch, preset: str, layout: LayoutName
+) -> None:
+    objective = replace(objective_named(preset, max_completion_length=LENGTH), beta=0.0)
+    found = []
+    for reads in (True, False):  # with the loss's own gradient, then with the one told beforehand
+        learner = learner_of(objective, exact(layout), tokens_per_micro_batch=21)
+        monkeypatch.setattr(learner, "_reads_logprobs", lambda batch, reads=reads: reads)
+        found += gradients(learner, learner.pack(*data()), passes_done=0)
+    assert size(found[0]) > 1e-3
+    assert distance(*found) < 1e-12
+
+
+@pytest.mark.parametrize("change", [{"beta": 0.1, "kl": "k3"}, {"importance_sampling": "token_truncate"}])
+def test_what_depends_on_log_probs_is_told_no_slope(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
+    objective = replace(objective_named("grpo"), **{"beta": 0.0, **change})
+    learner = learner_of(objective, exact("shared"), correct_sampler="importance_sampling" in change)
+    monkeypatch.setattr(learner, "_slope", lambda *inputs: pytest.fail("a slope was told"))
+    gradients(learner, off_policy(learner.pack(*data()), learner.objective), passes_done=0)

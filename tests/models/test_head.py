@@ -170,6 +170,46 @@ def test_a_policy_never_holds_them_either() -> None:
 
 def test_chunks_cover_all_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "_CHUNK_ELEMENTS", 100 * VOCABULARY)
-    rows = [i for chunk in head._chunks(250, VOCABULARY) for i in range(chunk.start, chunk.stop)]
-    assert rows == list(range(250))
-    assert [chunk.stop - chunk.start for chunk in head._chunks(250, VOCABULARY)] == [100, 100, 50]
+    chunks = head._chunks(250, torch.empty(VOCABULARY, WIDTH))
+    assert [i for chunk in chunks for i in range(chunk.start, chunk.stop)] == list(range(250))
+    assert [chunk.stop - chunk.start for chunk in chunks] == [100, 100, 50]
+
+
+def test_a_chunk_is_at_least_a_quarter_of_the_matrix() -> None:
+    chunks = head._chunks(250, torch.empty(VOCABULARY, 4 * 60))
+    assert [chunk.stop - chunk.start for chunk in chunks] == [60, 60, 60, 60, 10]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_slope_that_is_known_beforehand_gives_the_same_gradients(shape: HeadShape, temperature: float) -> None:
+    slope = torch.linspace(-1, 2, TOKENS, dtype=torch.float64)
+    results = []
+    for known in (None, slope):
+        hidden, weight, bias, target = inputs()
+        logprobs, entropy = chunked_logprobs(
+            hidden, weight, bias, target, shape=shape, temperature=temperature, entropy=True, slope_T=known
+        )
+        logprobs.backward(slope if known is None else torch.full_like(slope, float("nan")))  # not looked at
+        results.append([logprobs, entropy, hidden.grad, weight.grad, bias.grad])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+def test_a_known_slope_costs_three_products_in_place_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    logits = head._logits
+    monkeypatch.setattr(head, "_logits", lambda *inputs: made.append(1) or logits(*inputs))
+    for slope, products in ((None, 8), (torch.ones(TOKENS, dtype=torch.float64), 4)):
+        made.clear()
+        hidden, weight, _, target = inputs()
+        logprobs, _ = chunked_logprobs(hidden, weight, None, target, slope_T=slope)
+        logprobs.sum().backward()
+        assert len(made) == products  # four chunks of 16 rows
+
+
+def test_without_a_gradient_a_slope_costs_nothing() -> None:
+    hidden, weight, _, target = inputs()
+    with torch.no_grad():
+        logprobs, _ = chunked_logprobs(hidden, weight, None, target, slope_T=torch.ones(TOKENS, dtype=torch.float64))
+    assert not logprobs.requires_grad

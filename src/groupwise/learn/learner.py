@@ -112,22 +112,37 @@ class Learner:
     def _accumulate(self, batch: Batch, part: Sequence[int], weights_T: Tensor, first_pass: bool) -> None:
         """Forward and backward over one micro-batch; gradients add up in the masters."""
         stream, place = lay_out(self.policy, batch.outputs, part)
-        logprobs_T, entropy_T = self.policy(stream, batch.temperature, entropy=first_pass)
         # Before the first update the policy is the old policy: taken from this very pass, the ratio is exactly 1.
         on_policy = first_pass and not self._tally.norms
+        slope_T = self._slope(batch, place, weights_T) if on_policy and not self._reads_logprobs(batch) else None
+        logprobs_T, entropy_T = self.policy(stream, batch.temperature, entropy=first_pass, slope_T=slope_T)
         old_T = logprobs_T.detach() if on_policy or batch.old_logprobs_T is None else batch.old_logprobs_T[place]
-        sampled_T, trained_T = batch.sampled_logprobs_T[place], batch.trained_T[place]
-        losses = token_losses(
-            self.objective, logprobs_T=logprobs_T, old_logprobs_T=old_T, advantages_T=batch.advantages_T[place],
-            completion_T=batch.completion_T[place], trained_T=trained_T,
-            ref_logprobs_T=None if batch.ref_logprobs_T is None else batch.ref_logprobs_T[place],
-            sampled_logprobs_T=sampled_T if self.settings.correct_sampler else None,
-        )  # fmt: skip
+        losses = self._losses(batch, place, logprobs_T, old_T)
         loss = (losses.loss_T * weights_T[place]).sum()
         loss.backward()
+        trained_T = batch.trained_T[place]
         self._tally.add(loss, losses, trained_T)
         if entropy_T is not None:
-            self._tally.add_first_pass(entropy_T, (old_T - sampled_T).abs(), trained_T)
+            self._tally.add_first_pass(entropy_T, (old_T - batch.sampled_logprobs_T[place]).abs(), trained_T)
+
+    def _losses(self, batch: Batch, place: Tensor, logprobs_T: Tensor, old_T: Tensor) -> TokenLosses:
+        return token_losses(
+            self.objective, logprobs_T=logprobs_T, old_logprobs_T=old_T, advantages_T=batch.advantages_T[place],
+            completion_T=batch.completion_T[place], trained_T=batch.trained_T[place],
+            ref_logprobs_T=None if batch.ref_logprobs_T is None else batch.ref_logprobs_T[place],
+            sampled_logprobs_T=batch.sampled_logprobs_T[place] if self.settings.correct_sampler else None,
+        )  # fmt: skip
+
+    def _reads_logprobs(self, batch: Batch) -> bool:
+        """Whether the loss's gradient depends on log-probs beyond their difference to the old ones."""
+        return batch.ref_logprobs_T is not None or self.settings.correct_sampler
+
+    def _slope(self, batch: Batch, place: Tensor, weights_T: Tensor) -> Tensor:
+        """The gradient of the loss with respect to the log-probs `[T]` where these are the old ones, whatever they
+        are."""
+        same_T = torch.zeros_like(weights_T[place], requires_grad=True)
+        loss = (self._losses(batch, place, same_T, same_T.detach()).loss_T * weights_T[place]).sum()
+        return torch.autograd.grad(loss, same_T)[0]
 
     def _live(self, batch: Batch, members: Sequence[int]) -> list[int]:
         """Outputs that can have a gradient: skipping the others is exact, since weights are counted before."""

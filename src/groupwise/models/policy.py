@@ -60,8 +60,13 @@ class Policy(nn.Module):
         lay_out = shared_stream if self.layout == "shared" else plain_stream
         return lay_out(groups, self.device)
 
-    def forward(self, stream: Stream, temperature: float = 1.0, entropy: bool = False) -> LogProbs:
-        """Log-probs of `stream.target_T` under `softmax(logits / temperature)`, `[T]` in float32 or wider."""
+    def forward(
+        self, stream: Stream, temperature: float = 1.0, entropy: bool = False, slope_T: Tensor | None = None
+    ) -> LogProbs:
+        """Log-probs of `stream.target_T` under `softmax(logits / temperature)`, `[T]` in float32 or wider.
+
+        `slope_T`, where given, promises the gradient that will arrive at them: see `chunked_logprobs`.
+        """
         if self.head is None:
             logits = self._body_call(self.model, stream).logits.flatten(0, 1)[stream.predictor_T]
             logprobs_T, entropy_T = dense_logprobs(logits, stream.target_T, temperature)
@@ -71,7 +76,7 @@ class Policy(nn.Module):
         return LogProbs(
             *chunked_logprobs(
                 hidden.index_select(0, stream.predictor_T), weight, bias, stream.target_T,
-                shape=self.head, temperature=temperature, entropy=entropy,
+                shape=self.head, temperature=temperature, entropy=entropy, slope_T=slope_T,
             )
         )  # fmt: skip
 
