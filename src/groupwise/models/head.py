@@ -11,8 +11,8 @@ from torch import Tensor
 
 from groupwise.models.precision import wide, wide_dtype
 
-_CHUNK_ELEMENTS = 1 << 22
-"""Logits of a chunk, 16 MB in float32, or a quarter of the matrix where that is more: the matrix is read per chunk."""
+_CHUNK_ELEMENTS = 1 << 20
+"""Logits of a chunk, 4 MB in float32, or a quarter of the matrix where that is more: the matrix is read per chunk."""
 
 
 @dataclass(frozen=True)
