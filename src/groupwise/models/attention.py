@@ -64,7 +64,7 @@ def _tiled(forest: Forest, query_N: Tensor, key_N: Tensor, value_N: Tensor, opti
     heads, kv_heads = query_N.shape[1], key_N.shape[1]
     flat = [x.reshape(-1, x.shape[-1]) for x in (query_N * options.scale, key_N, value_N)]
     tiles = forest.tiles(heads, kv_heads)
-    out: Tensor = TiledAttention.apply(*flat, options.sinks, tiles, options)  # type: ignore[no-untyped-call]
+    out: Tensor = TiledAttention.apply(*flat, options.sinks, (tiles, options))  # type: ignore[no-untyped-call]
     return out.view(-1, heads, out.shape[-1])
 
 

@@ -43,16 +43,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_T: Tensor, slope_T: Tensor | None,
-        options: tuple[HeadShape, float, bool],
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_T: Tensor,
+        options: tuple[HeadShape, float, bool, Tensor | None],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        shape, temperature, want_entropy = options
+        shape, temperature, want_entropy, slope_T = options
         logprobs_T = torch.empty(len(target_T), dtype=wide_dtype(hidden_TD.dtype), device=hidden_TD.device)
         lse_T, entropy_T = torch.empty_like(logprobs_T), torch.zeros_like(logprobs_T)
         inputs = (hidden_TD, weight_VD, bias_V)
         ctx.shape, ctx.temperature, ctx.totals = shape, temperature, None
         if slope_T is not None and any(ctx.needs_input_grad):
-            ctx.totals = _Totals(inputs, ctx.needs_input_grad)
+            ctx.totals = _Totals(inputs, ctx.needs_input_grad, target_T, shape, temperature)
         for rows in _chunks(len(target_T), weight_VD):
             logits = _logits(hidden_TD[rows], weight_VD, bias_V, shape)
             scaled = logits if temperature == 1.0 else logits / temperature
@@ -67,7 +67,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 finite = scaled.clamp_min(torch.finfo(scaled.dtype).min)
                 entropy_T[rows] = lse[:, 0] - torch.linalg.vecdot(probs, finite) / total[:, 0]
             if ctx.totals is not None and slope_T is not None:
-                ctx.totals.add(rows, probs.div_(total), logits, target_T[rows], slope_T[rows], shape, temperature)
+                ctx.totals.add(rows, probs.div_(total), logits, slope_T[rows])
         if ctx.totals is None:
             ctx.save_for_backward(*inputs, target_T, lse_T)
         ctx.mark_non_differentiable(entropy_T)
@@ -78,35 +78,36 @@ class _ChunkedLogProbs(torch.autograd.Function):
         totals = ctx.totals
         if totals is None:
             hidden_TD, weight_VD, bias_V, target_T, lse_T = ctx.saved_tensors
-            totals = _Totals((hidden_TD, weight_VD, bias_V), ctx.needs_input_grad)
+            inputs = (hidden_TD, weight_VD, bias_V)
+            totals = _Totals(inputs, ctx.needs_input_grad, target_T, ctx.shape, ctx.temperature)
             for rows in _chunks(len(target_T), weight_VD):
                 logits = _logits(hidden_TD[rows], weight_VD, bias_V, ctx.shape)
                 probs = torch.exp(logits / ctx.temperature - lse_T[rows, None])
-                totals.add(rows, probs, logits, target_T[rows], grad_T[rows], ctx.shape, ctx.temperature)
-        return *totals.gradients(), None, None, None
+                totals.add(rows, probs, logits, grad_T[rows])
+        return *totals.gradients(), None, None
 
 
 class _Totals:
     """Gradients of hidden states, matrix and bias, gathered chunk by chunk in float32 or wider."""
 
-    def __init__(self, inputs: tuple[Tensor, Tensor, Tensor | None], needed: Sequence[bool]) -> None:
-        self.inputs = inputs
+    def __init__(
+        self, inputs: tuple[Tensor, Tensor, Tensor | None], needed: Sequence[bool], target_T: Tensor,
+        shape: HeadShape, temperature: float,
+    ) -> None:  # fmt: skip
+        self.inputs, self.target_T, self.shape, self.temperature = inputs, target_T, shape, temperature
         hidden_TD, weight_VD, bias_V = inputs
         wide = wide_dtype(hidden_TD.dtype)
         self.hidden_TD = torch.empty_like(hidden_TD)
         self.weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needed[1] else None
         self.bias_V = torch.zeros_like(bias_V, dtype=wide) if bias_V is not None and needed[2] else None
 
-    def add(
-        self, rows: slice, probs: Tensor, logits: Tensor, target: Tensor, slope: Tensor, shape: HeadShape,
-        temperature: float,
-    ) -> None:  # fmt: skip
+    def add(self, rows: slice, probs: Tensor, logits: Tensor, slope: Tensor) -> None:
         """Count a chunk whose log-probs have the gradient `slope`; `probs` are overwritten."""
         hidden = self.inputs[0][rows]
         # d logprob / d logit = (onehot - softmax) / temperature
-        factor = (slope / temperature)[:, None].to(probs.dtype)
-        change = probs.mul_(-factor).scatter_add_(-1, target[:, None], factor)
-        change = shape.chain(logits, change)
+        factor = (slope / self.temperature)[:, None].to(probs.dtype)
+        change = probs.mul_(-factor).scatter_add_(-1, self.target_T[rows, None], factor)
+        change = self.shape.chain(logits, change)
         if self.bias_V is not None:
             self.bias_V += change.sum(0)
         narrow = change.to(hidden.dtype)
@@ -138,8 +139,8 @@ def chunked_logprobs(
     if len(target_T) == 0:
         empty = wide(hidden_TD.sum(-1))
         return empty, empty.detach() if entropy else None
-    options = (shape, temperature, entropy)
-    logprobs_T, entropy_T = _ChunkedLogProbs.apply(hidden_TD, weight_VD, bias_V, target_T, slope_T, options)  # type: ignore[no-untyped-call]
+    options = (shape, temperature, entropy, slope_T)
+    logprobs_T, entropy_T = _ChunkedLogProbs.apply(hidden_TD, weight_VD, bias_V, target_T, options)  # type: ignore[no-untyped-call]
     return logprobs_T, entropy_T if entropy else None
 
 

@@ -85,7 +85,7 @@ class Forest:
         """The same as rectangles for `heads` heads over `kv_heads` of keys, see `groupwise.models.tiles`."""
         shape = (heads, kv_heads)
         if shape not in self._tiles:
-            self._tiles[shape] = build_tiles(self.lengths, self.parents, self.position_N, heads, kv_heads)
+            self._tiles[shape] = build_tiles(self.lengths, self.parents, heads, kv_heads, self.position_N.device)
         return self._tiles[shape]
 
 

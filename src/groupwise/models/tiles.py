@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ _QUERIES = 256
 _FULL = 0.75
 """Rows share a tile while each fills at least this much of its width."""
 _NEVER = float("-inf")
+
+Indices = npt.NDArray[np.int64]
 
 
 class Options:
@@ -96,12 +100,16 @@ class Tile:
 
 
 def build_tiles(
-    lengths: Sequence[int], parents: Sequence[int], position_N: Tensor, heads: int, kv_heads: int
+    lengths: Sequence[int], parents: Sequence[int], heads: int, kv_heads: int, device: torch.device | str = "cpu"
 ) -> tuple[Tile, ...]:
     """The tiles of a forest (see `build_forest`), first those of own keys, in which every token is a query once."""
-    starts = [0]
-    for length in lengths:
+    starts, ends, positions = [0], list[int](), list[Indices]()
+    for length, parent in zip(lengths, parents, strict=True):
+        first = 0 if parent < 0 else ends[parent]
+        ends.append(first + length)
+        positions.append(np.arange(first, first + length))
         starts.append(starts[-1] + length)
+    position = np.concatenate(positions)
     own = [row for start, length in zip(starts, lengths, strict=False) for row in _own_rows(start, length)]
     below: list[list[int]] = [[] for _ in lengths]
     for segment in reversed(range(len(lengths))):
@@ -113,7 +121,7 @@ def build_tiles(
         for row in _inherited_rows(tuple(queries), range(start, start + length), heads)
     ]
     return tuple(
-        _tile(rows, position_N, heads, kv_heads)
+        _tile(rows, position, heads, kv_heads, torch.device(device))
         for kind in (own, inherited)
         for rows in _together(sorted(kind, key=lambda row: (row.first, -len(row.keys), -len(row.queries))), heads)
     )
@@ -148,24 +156,31 @@ def _together(rows: Sequence[_Row], heads: int) -> Iterator[list[_Row]]:
         yield tile
 
 
-def _tile(rows: Sequence[_Row], position_N: Tensor, heads: int, kv_heads: int) -> Tile:
-    device, shared = position_N.device, heads // kv_heads
+def _tile(rows: Sequence[_Row], position: Indices, heads: int, kv_heads: int, device: torch.device) -> Tile:
+    """Arrays until here, so that a pass on tensors without data finds the same tiles."""
+    shared, own = heads // kv_heads, rows[0].first >= 0
     count, keys = len(rows[0].queries), len(rows[0].keys)
-    query_RM = torch.tensor([row.queries + (0,) * (count - len(row.queries)) for row in rows], device=device)
-    key_RK = torch.tensor([[*row.keys] + [0] * (keys - len(row.keys)) for row in rows], device=device)
-    valid_RM = torch.tensor([[len(row.queries)] for row in rows], device=device) > torch.arange(count, device=device)
+    query_RM, key_RK = np.zeros((len(rows), count), np.int64), np.zeros((len(rows), keys), np.int64)
+    for r, row in enumerate(rows):
+        query_RM[r, : len(row.queries)], key_RK[r, : len(row.keys)] = row.queries, row.keys
     shape = (len(rows), kv_heads, shared, count, keys)
-    head = torch.arange(heads, device=device).view(1, kv_heads, shared, 1)
-    query_index = (query_RM[:, None, None, :] * heads + head).flatten()
-    key_index = (key_RK[:, None, :] * kv_heads + torch.arange(kv_heads, device=device)[:, None]).flatten()
-    padded = any(len(row.queries) < count for row in rows)
-    place = valid_RM[:, None, None, :].expand(shape[:4]).flatten().nonzero()[:, 0] if padded else None
-    position_RM, position_RK = position_N[query_RM], position_N[key_RK]
-    reach = int((position_RM.amax(1) - position_RK[:, 0]).max())
-    own = rows[0].first >= 0
-    bias = _causal(rows[0].first, count, keys, device) if own else _padding([len(row.keys) for row in rows], device)
+    head = np.arange(heads).reshape(1, kv_heads, shared, 1)
+    query_index = (query_RM[:, None, None, :] * heads + head).ravel()
+    key_index = (key_RK[:, None, :] * kv_heads + np.arange(kv_heads)[:, None]).ravel()
+    lengths = np.array([len(row.queries) for row in rows])
+    real = np.arange(count) < lengths[:, None]
+    place = None if real.all() else np.flatnonzero(np.broadcast_to(real[:, None, None, :], shape[:4]))
     target = query_index if place is None else query_index[place]
-    return Tile(shape, query_index, key_index, place, target, own, bias, position_RM, position_RK, reach)
+    position_RM, position_RK = position[query_RM], position[key_RK]
+
+    def put(array: Indices) -> Tensor:
+        return torch.as_tensor(array, device=device)
+
+    return Tile(
+        shape, put(query_index), put(key_index), None if place is None else put(place), put(target), own,
+        _causal(rows[0].first, count, keys, device) if own else _padding([len(row.keys) for row in rows], device),
+        put(position_RM), put(position_RK), int((position_RM.max(1) - position_RK[:, 0]).max()),
+    )  # fmt: skip
 
 
 def _causal(first: int, count: int, keys: int, device: torch.device) -> Tensor:
@@ -188,9 +203,10 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, tiles: Sequence[Tile],
-        options: Options,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None,
+        layout: tuple[Sequence[Tile], Options],
     ) -> Tensor:  # fmt: skip
+        tiles, options = layout
         wide = wide_dtype(query.dtype)
         out = query.new_empty(query.shape[0], value.shape[1], dtype=wide)
         lse = query.new_empty(query.shape[0], dtype=wide)
@@ -247,7 +263,7 @@ class TiledAttention(torch.autograd.Function):
             taken = torch.exp(sinks.to(lse.dtype) - lse.view(-1, len(sinks)))
             grad_sinks = -(taken * delta.view_as(taken)).sum(0).to(sinks.dtype)
         grad_query, grad_key, grad_value = (g.to(query.dtype) for g in grads)
-        return grad_query, grad_key, grad_value, grad_sinks, None, None
+        return grad_query, grad_key, grad_value, grad_sinks, None
 
 
 def _gather(tile: Tile, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
