@@ -286,6 +286,12 @@ def test_a_planted_fault_is_found(
     assert all(the(report, name).words for name in expected)
 
 
+def test_the_wide_bounds_of_bfloat16_still_find_a_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as closing:
+        ill = normalise_each_part(opened(folder, closing, dtype="bfloat16"), monkeypatch)
+        assert failed(doctor.run_checks(ill)) == {"micro-batches", "order"}
+
+
 def test_a_window_that_is_ignored_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = character_tokenizer(ALPHABET)
     torch.manual_seed(0)
@@ -396,6 +402,18 @@ def test_memory_of_an_update(peak: int, verdict: str, patient: Patient, monkeypa
     [finding] = doctor_inputs.memory(replace(patient, room=Room(free=100, held=50)))
     assert (finding.verdict, finding.error, finding.bound) == (verdict, peak, 100)
     assert ("Lower train.tokens_per_micro_batch" in finding.words) == (verdict != "passed")
+
+
+def test_an_update_that_runs_out_of_memory(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(batch: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(patient.learner, "update", out_of_memory)
+    settings = patient.learner.settings
+    [finding] = doctor_inputs.memory(patient)
+    assert finding.verdict == "failed"
+    assert "Lower train.tokens_per_micro_batch" in finding.words
+    assert patient.learner.settings is settings
 
 
 def test_the_update_of_the_memory_check_is_a_full_one(patient: Patient) -> None:

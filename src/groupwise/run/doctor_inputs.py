@@ -137,15 +137,16 @@ def memory(patient: Patient) -> list[Finding]:
     device = learner.policy.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    settings = learner.settings
+    settings, words = learner.settings, f"{in_words(room.free)} were free before the model was loaded"
+    cure = "Lower train.tokens_per_micro_batch, turn model.gradient_checkpointing on, or use a larger device"
     learner.settings = replace(settings, num_iterations=job.train.num_iterations)
     try:
         learner.update(learner.prepare(groups, credit(groups), patient.reference))
+    except torch.OutOfMemoryError:  # a boundary: this is what was to be found out
+        return [Finding("memory", "failed", None, room.free, "bytes", f"{words}, and it was not enough. {cure}.")]
     finally:
         learner.settings = settings
     needed = max(0, peak_memory(device) - room.held)
-    words = f"{in_words(room.free)} were free before the model was loaded"
-    cure = "Lower train.tokens_per_micro_batch, turn model.gradient_checkpointing on, or use a larger device"
     if needed > room.free:
         return [Finding("memory", "failed", needed, room.free, "bytes", f"{words}. {cure}.")]
     if needed > NEARLY_ALL * room.free:
