@@ -12,12 +12,13 @@ from groupwise.errors import GroupwiseError
 
 if TYPE_CHECKING:
     from groupwise import objective
-    from groupwise.run.api import evaluate, export, resume, sample, train
+    from groupwise.run.api import doctor, evaluate, export, resume, sample, train
 
 __version__ = "0.1.0"
 __all__ = [
     "GroupwiseError",
     "__version__",
+    "doctor",
     "evaluate",
     "export",
     "objective",
@@ -26,7 +27,7 @@ __all__ = [
     "train",
 ]
 
-_FUNCTIONS = ("evaluate", "export", "resume", "sample", "train")
+_FUNCTIONS = ("doctor", "evaluate", "export", "resume", "sample", "train")
 
 
 def __getattr__(name: str) -> Any:

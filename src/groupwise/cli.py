@@ -157,6 +157,28 @@ def show(
 
 
 @app.command()
+def doctor(
+    job: JobFile = None, model: Model = None, data: Data = None, reward: Rewards = None, eval_data: EvalData = None,
+    set_: Sets = None, json_: JsonResult = False, trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Try the library's properties on a job's own model, data and rewards; status 1 where one fails."""
+    load_job(job, set_ or (), {"model": model, "data": data, "reward": reward or None, "eval_data": eval_data})
+    from groupwise.run import api
+    from groupwise.run.report import print_report
+
+    report = api.doctor(
+        job, model=model, data=data, reward=reward or None, eval_data=eval_data, overrides=set_ or (),
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if json_:
+        typer.echo(json.dumps(report.as_dict()))
+    else:
+        print_report(report)
+    if not report.healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
 def init(path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write.")] = Path("job.toml")) -> None:
     """Write a commented job file to start from."""
     try:

@@ -1,4 +1,4 @@
-"""What the command line and Python call: train, resume, evaluate, sample, export."""
+"""What the command line and Python call: train, resume, evaluate, sample, export, doctor."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from groupwise.errors import ConfigError, DataError, RunFolderError
 from groupwise.jobfile import Difference, differences, load_job, recipe_names, resumable_keys
 from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
+from groupwise.run.doctor import examine
 from groupwise.run.evaluate import Evaluation
 from groupwise.run.export import model_card, write_folder
 from groupwise.run.folder import RunFolder
@@ -31,6 +32,7 @@ from groupwise.run.parts import (
     open_scorer,
 )
 from groupwise.run.record import Record
+from groupwise.run.report import Report
 from groupwise.run.saving import Clock, check_shapes
 from groupwise.run.session import Result, Start, run_job
 from groupwise.types import Completion, Message, Request
@@ -156,6 +158,20 @@ def export(run: str | Path, target: str | Path, *, which: str = "latest", trust_
         card=card,
     )  # fmt: skip
     return Path(target)
+
+
+def doctor(
+    job: str | Path | None = None, *, model: str | Path | None = None, data: Rows | None = None,
+    reward: RewardFunction | Sequence[RewardFunction] | None = None, eval_data: Rows | None = None,
+    overrides: Sequence[str] = (), trust_remote_code: bool = False, **options: Any,
+) -> Report:  # fmt: skip
+    """Try the library's own properties on a job's model, data and rewards, before training; nothing is written.
+
+    The job is given as to `train`. `Report.healthy` tells whether no check failed. Raises GroupwiseError where the job
+    cannot be opened at all.
+    """
+    given, named = _hand_over(data, eval_data, reward, trust_remote_code)
+    return examine(load_job(job, overrides, {"model": model, **named, **options}).job, given, _to_stderr)
 
 
 def _hand_over(

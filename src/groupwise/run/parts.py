@@ -18,7 +18,7 @@ from groupwise.data.stream import PromptStream
 from groupwise.disk import in_words
 from groupwise.engines.base import Engine
 from groupwise.engines.native import NativeEngine
-from groupwise.errors import ConfigError, DataError, ModelError, RewardError
+from groupwise.errors import ConfigError, DataError, GroupwiseError, ModelError, RewardError
 from groupwise.learn.learner import Learner, LearnerSettings
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
@@ -71,8 +71,7 @@ def open_model(job: Job, given: Given, say: Callable[[str], None], *, training: 
     """Load the job's model and tokenizer; the built-in one is made, or taken from the cache."""
     # Their bars would run through the panel, and say nothing that the next line does not.
     transformers.utils.logging.disable_progress_bar()
-    section = job.model
-    source = str(ensure_warm(job.seed, say=say)) if section.path == BUILTIN else section.path
+    section, source = job.model, model_source(job, say)
     if training:
         check_memory(job, source, given.trust_remote_code)
     loaded = load_policy(
@@ -93,8 +92,20 @@ def open_model(job: Job, given: Given, say: Callable[[str], None], *, training: 
     return Model(loaded, codec, source)
 
 
+def model_source(job: Job, say: Callable[[str], None]) -> str:
+    """The folder or hub id of the job's model; the built-in one is made first, where the cache does not have it."""
+    return str(ensure_warm(job.seed, say=say)) if job.model.path == BUILTIN else job.model.path
+
+
 def check_memory(job: Job, source: str, trust_remote_code: bool) -> None:
-    """Refuse, before any weight is read, a job whose weights cannot fit. Raises ConfigError or ModelError.
+    """Refuse, before any weight is read, a job whose weights cannot fit. Raises ConfigError or ModelError."""
+    shortage = lacking_memory(job, source, trust_remote_code)
+    if shortage is not None:
+        raise shortage
+
+
+def lacking_memory(job: Job, source: str, trust_remote_code: bool) -> GroupwiseError | None:
+    """What to say where a job's weights cannot fit; None where they do. Raises ModelError where it cannot be told.
 
     Counted: float32 masters, gradients and two running means, the narrow copy where there is one, and the reference.
     """
@@ -107,12 +118,13 @@ def check_memory(job: Job, source: str, trust_remote_code: bool) -> None:
     free = available_memory(device)
     room = f"{in_words(training)} are needed to train its {count / 1e6:,.1f}M parameters, {in_words(free)} are free"
     if training > free:
-        raise ModelError(f"{source} does not fit on {device}: {room}. Use a smaller model or a larger device.")
+        return ModelError(f"{source} does not fit on {device}: {room}. Use a smaller model or a larger device.")
     if training + reference > free:
-        raise ConfigError(
+        return ConfigError(
             f"`objective.beta` = {objective.beta:g} needs a reference model beside the policy, and there is no room "
             f"for its {in_words(reference)} on {device}: {room}. Set objective.beta to 0, or use a smaller model."
         )
+    return None
 
 
 def available_memory(device: torch.device) -> int:
@@ -274,7 +286,7 @@ def build(
     _check_prompts(prompts, model.codec, watch.terminal.warn)
     engine = open_engine(job, model, closing)
     evaluation = open_evaluation(job, model, given, engine, scorer)
-    learner = Learner(model.loaded.policy, objective, _learner_settings(job, model.loaded.compute_dtype))
+    learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype))
     reference = Reference(learner.policy) if objective.needs_reference else NoReference()
     penalty = (
         RewardPenalty(learner, reference, objective.beta, job.train.tokens_per_micro_batch)
@@ -309,7 +321,8 @@ def _check_prompts(prompts: PromptSet, codec: Codec, warn: Callable[[str], None]
         warn(warning)
 
 
-def _learner_settings(job: Job, compute_dtype: torch.dtype) -> LearnerSettings:
+def learner_settings(job: Job, compute_dtype: torch.dtype) -> LearnerSettings:
+    """How the learner works for this job."""
     section = job.train
     optimizer = OptimizerSettings(
         learning_rate=section.learning_rate,

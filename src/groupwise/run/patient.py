@@ -1,0 +1,150 @@
+"""What the doctor looks at: a job opened as training opens it, and a few outputs sampled from its own prompts.
+
+Nothing is written, and no update moves a weight: the learner's rate is 0, and its gradient is not clipped."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import inf
+
+import psutil
+import torch
+
+from groupwise.config import Job
+from groupwise.data.files import PromptSet
+from groupwise.engines.base import Engine, generate
+from groupwise.learn.learner import Learner
+from groupwise.learn.optimizer import OptimizerSettings
+from groupwise.learn.pack import Batch
+from groupwise.learn.reference import NoReference, Reference
+from groupwise.models.load import choose_device
+from groupwise.run import parts
+from groupwise.run.rollouts import Scorer
+from groupwise.seeds import group_seed
+from groupwise.types import Group, GroupKey, Prompt, Request, Score, ScoredGroup
+
+LOOKED_AT = 64
+"""How many prompts the tokenizer and the template are tried on."""
+PROMPTS, OUTPUTS, TOKENS = 4, 8, 48
+"""How many prompts are sampled, the most outputs of each, and the most tokens of one: seconds on a small model."""
+SHORT = 256
+"""Prompts of at most so many tokens are preferred: the plain layout repeats them for every output."""
+FEW = (3, 2, 3)
+"""How many outputs of each of the first groups are computed with gradient."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that were free, and that this process held, before the model was loaded."""
+
+    free: int
+    held: int
+
+
+@dataclass
+class Patient:
+    """The objects of a job, as a run would have them before its first step. `warnings` gathers what rewards say."""
+
+    job: Job
+    model: parts.Model
+    prompts: PromptSet
+    held_out: PromptSet | None
+    scorer: Scorer
+    engine: Engine
+    learner: Learner
+    reference: Reference | NoReference
+    room: Room
+    say: Callable[[str], None]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What forward and backward compute in."""
+        return self.model.loaded.compute_dtype
+
+    @cached_property
+    def chosen(self) -> list[Prompt]:
+        """The prompts that are sampled: short ones first, repeated where there are fewer."""
+        first = self.prompts.prompts[:LOOKED_AT]
+        short = [prompt for prompt in first if len(prompt.token_ids) <= SHORT]
+        pool = short or sorted(first, key=lambda prompt: len(prompt.token_ids))
+        return [pool[i % len(pool)] for i in range(PROMPTS)]
+
+    @cached_property
+    def longest_output(self) -> int:
+        """The most tokens that are sampled for one output."""
+        return min(self.job.sampling.max_completion_length, TOKENS)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Outputs sampled by the job's engine and settings, for the rewards and the sampler."""
+        n = min(self.job.sampling.num_generations, OUTPUTS)
+        self.say(f"sampling {PROMPTS} x {n} outputs of at most {self.longest_output} tokens")
+        return self._draw("whole", n, [self.longest_output] * PROMPTS)
+
+    @cached_property
+    def cut(self) -> list[Group]:
+        """The same prompts with outputs cut at unlike lengths: a model's own may all be equally long."""
+        return self._draw("cut", 2, [max(1, self.longest_output * i // (PROMPTS + 1)) for i in range(1, PROMPTS + 1)])
+
+    def _draw(self, purpose: str, n: int, lengths: Sequence[int]) -> list[Group]:
+        self.engine.load_weights(self.learner.weights(), self.learner.version)
+        sampling = parts.sampling_of(self.job)
+        requests = [
+            Request(
+                f"{purpose}/{slot}", prompt.token_ids, n, replace(sampling, max_tokens=length),
+                group_seed(self.job.seed, f"doctor/{purpose}", 0, slot),
+            )
+            for slot, (prompt, length) in enumerate(zip(self.chosen, lengths, strict=True))
+        ]  # fmt: skip
+        keys = [GroupKey(0, slot, prompt.prompt_id) for slot, prompt in enumerate(self.chosen)]
+        return [Group(*one) for one in zip(keys, self.chosen, generate(self.engine, requests), strict=True)]
+
+    @cached_property
+    def few(self) -> list[ScoredGroup]:
+        """Some of the outputs, whole ones and cut ones: what is computed with gradient, several times over."""
+        chosen = zip(self.groups, self.cut, FEW, strict=False)
+        return [unscored(replace(a, completions=(*a.completions, *b.completions)[-n:])) for a, b, n in chosen]
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The few outputs with advantages, old log-probs and, where the loss has a KL term, the reference's."""
+        return self.learner.prepare(self.few, credit(self.few), self.reference)
+
+
+def open_patient(job: Job, given: parts.Given, say: Callable[[str], None], closing: ExitStack) -> Patient:
+    """Open a job as training does, what is quick to refuse first. Raises GroupwiseError where it cannot be opened."""
+    warnings: list[str] = []
+    scorer = parts.open_scorer(job, given, None, warnings.append, closing)
+    device = choose_device(job.model.device)
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    room = Room(parts.available_memory(device), int(held))
+    model = parts.open_model(job, given, say, training=True)
+    prompts = parts.training_prompts(job, model, given)
+    held_out = parts.held_out_prompts(job, model, given)
+    settings = parts.learner_settings(job, model.loaded.compute_dtype)
+    settings = replace(
+        settings, optimizer=OptimizerSettings(learning_rate=0.0, total_updates=1, max_grad_norm=inf),
+        num_iterations=2, updates_per_batch=1,  # so that old log-probs are computed by a forward of their own
+        mask_truncated=False,  # outputs are cut here that would not be cut in a run
+    )  # fmt: skip
+    learner = Learner(model.loaded.policy, parts.objective_of(job), settings)
+    reference = Reference(learner.policy) if learner.objective.needs_reference else NoReference()
+    reference.refresh(learner, 0)
+    engine = parts.open_engine(job, model, closing)
+    return Patient(job, model, prompts, held_out, scorer, engine, learner, reference, room, say, warnings)
+
+
+def unscored(group: Group) -> ScoredGroup:
+    """A group as the learner takes it, where only its credit matters."""
+    return ScoredGroup(group, (Score(None),) * len(group.completions))
+
+
+def credit(groups: Sequence[ScoredGroup]) -> list[list[float]]:
+    """Advantages of both signs, none of them 0, the same each time: rewards may have none to offer."""
+    draw = random.Random(0)
+    return [[draw.choice((-1, 1)) * draw.uniform(0.5, 1.5) for _ in group.scores] for group in groups]
