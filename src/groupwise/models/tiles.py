@@ -22,7 +22,7 @@ from groupwise.models.precision import wide_dtype
 
 _SCORES = 1 << 19
 """Scores of a tile, over all heads: 2 MB in float32."""
-_QUERIES = 256
+_QUERIES = 128
 """A longer segment is cut, so that most of what causality hides is not computed."""
 _FULL = 0.75
 """Rows share a tile while each fills at least this much of its width."""
