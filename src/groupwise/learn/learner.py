@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groupwise.errors import ModelError
 from groupwise.learn.forward import lay_out, score_outputs
 from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
 from groupwise.learn.pack import Batch, Credit, micro_batches, pack, split_updates
@@ -47,6 +48,7 @@ class Learner:
         self.policy, self.objective, self.settings = policy, objective, settings
         self.optimizer = MasterOptimizer(policy.model, settings.optimizer, settings.compute_dtype)
         self._tally = _Tally()
+        self.budget, self.halved = settings.tokens_per_micro_batch, 0
 
     @property
     def version(self) -> int:
@@ -69,12 +71,12 @@ class Learner:
         if self.settings.num_iterations * self.settings.updates_per_batch > 1:
             old = self.logprobs(batch, live)
         if self.objective.kl_in_loss:
-            ref = reference.logprobs(batch, self.settings.tokens_per_micro_batch, live)
+            ref = reference.logprobs(batch, self.budget, live)
         return batch.with_logprobs(old=old, ref=ref)
 
     def logprobs(self, batch: Batch, members: Sequence[int] | None = None) -> Tensor:
         """Log-probs `[T]` of a batch's output tokens under the current policy, without gradient."""
-        return score_outputs(self.policy, batch, self.settings.tokens_per_micro_batch, members)
+        return score_outputs(self.policy, batch, self.budget, members)
 
     def update(self, batch: Batch, passes_done: int = 0) -> Metrics:
         """One pass over the batch in `updates_per_batch` optimizer updates; `passes_done` were made before.
@@ -87,18 +89,42 @@ class Learner:
             self._tally = _Tally()
         for chosen in split_updates(groups, self.settings.updates_per_batch, seed):
             self._update(batch, set(chosen), first_pass=passes_done == 0)
-        return self._tally.metrics() | {"memory/peak_bytes": float(peak_memory(self.policy.device))}
+        memory = {"memory/peak_bytes": peak_memory(self.policy.device), "memory/budget_halved": self.halved}
+        return self._tally.metrics() | {name: float(value) for name, value in memory.items()}
 
     def _update(self, batch: Batch, groups: set[int], first_pass: bool) -> None:
         members = [i for i, output in enumerate(batch.outputs) if output.group in groups]
         live = self._live(batch, members)
         weights_T = self._weights(batch, members)
-        parts = micro_batches(batch.outputs, live, self.settings.tokens_per_micro_batch, self.policy.layout == "shared")
-        for part in parts:
-            self._accumulate(batch, part, weights_T, first_pass)
+        before = self._tally.copy()
+        if not self._accumulated(batch, live, weights_T, first_pass):
+            # The longest group came first, so little is lost when what was gathered is dropped.
+            self.optimizer.zero_grad()
+            self._tally = before
+            self.budget, self.halved = max(1, self.budget // 2), self.halved + 1
+            if self.policy.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if not self._accumulated(batch, live, weights_T, first_pass):
+                raise ModelError(
+                    f"The device's memory is not enough for micro-batches of {2 * self.budget:,} tokens, nor of "
+                    f"{self.budget:,}. Lower train.tokens_per_micro_batch, set model.gradient_checkpointing to true, "
+                    "or shorten prompts or outputs; `groupwise plan` tells what fits."
+                )
         self._tally.updated(*self.optimizer.step())
         if first_pass:
             self._tally.tokens_skipped += sum(len(batch.outputs[m].token_ids) for m in set(members) - set(live))
+
+    def _accumulated(self, batch: Batch, live: Sequence[int], weights_T: Tensor, first_pass: bool) -> bool:
+        """Forward and backward over all micro-batches of an update; False where the device ran out of memory."""
+        try:
+            for part in micro_batches(batch.outputs, live, self.budget, self.policy.layout == "shared"):
+                self._accumulate(batch, part, weights_T, first_pass)
+        except RuntimeError as error:
+            # Named boundary: the allocator's refusal, nothing else. What the error's frames hold is freed on return.
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def _weights(self, batch: Batch, members: Sequence[int]) -> Tensor:
         """The normalisation of one update: 0 on outputs that take no part in it."""
@@ -162,11 +188,15 @@ class Learner:
     def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Tensors by file (`model`, `optimizer`) and the counters that go with them."""
         optimizer, counters = self.optimizer.state()
-        return {"model": self.masters(), "optimizer": optimizer}, counters
+        memory = {"budget": self.budget, "halved": self.halved}
+        return {"model": self.masters(), "optimizer": optimizer}, counters | memory
 
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> None:
         """Take up where `state_dict` left off."""
         self.optimizer.load(tensors["model"], tensors.get("optimizer", {}), counters)
+        if counters["halved"]:
+            # Smaller passes add up in another order: the same bits need the same budget.
+            self.budget, self.halved = min(self.budget, counters["budget"]), counters["halved"]
         with torch.no_grad():
             for name, buffer in self.policy.model.named_buffers():
                 if name in tensors["model"]:
@@ -183,6 +213,13 @@ class _Tally:
         self.norms: list[float] = []
         self.rate = 0.0
         self.micro_batches = self.tokens_skipped = 0
+
+    def copy(self) -> _Tally:
+        """The same counts; what is added to one is not in the other."""
+        other = _Tally()
+        for name, value in vars(self).items():
+            setattr(other, name, value.copy() if isinstance(value, dict | list) else value)
+        return other
 
     def add(self, loss: Tensor, losses: TokenLosses, trained_T: Tensor) -> None:
         """Count one micro-batch."""
@@ -238,6 +275,11 @@ class _Tally:
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether this is an allocator's refusal, of a GPU or of main memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -74,6 +74,7 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
         Metric("time/eval", "seconds", "The evaluation."),
         Metric("time/checkpoint", "seconds", "Writing the checkpoint before this event."),
         Metric("memory/peak_bytes", "bytes", "Most memory held so far: allocated on CUDA, else resident."),
+        Metric("memory/budget_halved", "times", "How often memory ran out and the token budget was halved."),
     ),
     "Evaluation": (
         Metric("eval/reward", "reward", "Mean reward of the held-out outputs."),
