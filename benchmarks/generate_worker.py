@@ -33,12 +33,13 @@ def main() -> None:
         first = command["sample"] * case.prompts
         ids = torch.tensor([case.prompt_ids(first + i) for i in range(case.prompts)])
         ids = ids.repeat_interleave(case.outputs, 0)
+        config.max_new_tokens = length = command.get("short", case.completion)
         start = time.perf_counter()
         with torch.no_grad():
             found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
         seconds = time.perf_counter() - start
-        assert found.shape == (len(ids), case.prompt + case.completion), f"outputs are {tuple(found.shape)}"
-        channel.send(seconds=seconds, tokens=len(ids) * case.completion, peak=peak() - AFTER_IMPORTS)
+        assert found.shape == (len(ids), case.prompt + length), f"outputs are {tuple(found.shape)}"
+        channel.send(seconds=seconds, tokens=len(ids) * length, peak=peak() - AFTER_IMPORTS)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ from typing import Any
 
 from benchmarks import environments
 from benchmarks.cases import Case, Row, step_flops, training_flops
-from benchmarks.protocol import Worker
+from benchmarks.protocol import TooSlowError, Worker
 
 Settings = dict[str, Any]
 Answer = dict[str, Any]
 SHORT = 4
 """Output tokens of a warm-up: enough for every lazy allocation and the optimizer's state."""
-PATIENCE = 60.0
-"""Seconds. Where TRL's default needs longer for a warm-up, its whole step is not waited for."""
+PATIENCE = 120.0
+"""Seconds. Where TRL's default needs longer for a warm-up or a step, it is not waited for."""
 SLOW, SLOWER = 15.0, 60.0
 """Seconds. A default slower than these is timed twice, or once: it is not what the bar is about."""
 
@@ -68,20 +68,27 @@ def measure(row: Row, bench: Bench) -> dict[str, Any]:
 def best_of(bench: Bench, system: str, case: Case, settings: Sequence[Settings], verb: str) -> tuple[Settings, Answer]:
     """The fastest settings of a system by one trial each, and what the trials were.
 
-    A warm-up of few tokens that takes longer than the best whole step ends a trial: it cannot win any more.
+    A trial ends where it cannot win any more; its seconds are None then.
     """
     best, fastest, trials = settings[0], float("inf"), []
     for one in settings:
-        worker = bench.start(system, case, one)
-        try:
-            warm = worker.ask(**{verb: 0}, **({"short": SHORT} if verb == "step" else {}))["seconds"]
-            seconds = worker.ask(**{verb: 1})["seconds"] if warm < fastest or verb == "sample" else None
-        finally:
-            worker.close()
-        trials.append({**one, "warm_up": warm, "seconds": seconds})
+        seconds = trial(bench.start(system, case, one), verb, None if fastest == float("inf") else fastest)
+        trials.append({**one, "seconds": seconds})
         if seconds is not None and seconds < fastest:
             best, fastest = one, seconds
     return best, {"best": best, "trials": trials}
+
+
+def trial(worker: Worker, verb: str, fastest: float | None) -> float | None:
+    """Seconds of one run after a warm-up; None where either takes clearly longer than the fastest so far."""
+    try:
+        worker.ask(patience=None if fastest is None else 10 + 2 * fastest, **{verb: 0, "short": SHORT})
+        answer = worker.ask(patience=None if fastest is None else 1 + 1.5 * fastest, **{verb: 1})
+        return float(answer["seconds"])
+    except TooSlowError:
+        return None
+    finally:
+        worker.close()
 
 
 class Steps:
@@ -137,11 +144,11 @@ def measure_steps(row: Row, bench: Bench) -> dict[str, Any]:
             other.time()
             if index < times:
                 beside.time()
-    defaults = beside.seconds() or ([default["seconds"]] if default["seconds"] else [])
+    defaults = beside.seconds() or ([] if default is None else [default])
     return {
         **_pairs(ours.seconds(), best.seconds()),
         "default": median(defaults) if defaults else None,
-        "default_at_least": None if defaults else default["warm_up"],
+        "default_at_least": None if defaults else PATIENCE,
         "phases": {name: _phases(steps.answers) for name, steps in (("ours", ours), ("best", best))},
         "raw": {
             "ours": ours.answers, "best": best.answers, "default": beside.answers, "default_trial": default,
@@ -150,21 +157,23 @@ def measure_steps(row: Row, bench: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def default_once(row: Row, bench: Bench) -> Answer:
-    """A warm-up of TRL as it comes and, where that does not take too long, one step."""
+def default_once(row: Row, bench: Bench) -> float | None:
+    """Seconds of one step of TRL as it comes; None where it takes too long."""
     worker = bench.start("trl", row.case, TRL_DEFAULT)
     try:
-        warm = worker.ask(step=0, short=SHORT)["seconds"]
-        return {"warm_up": warm, "seconds": worker.ask(step=1)["seconds"] if warm < PATIENCE else None}
+        worker.ask(patience=PATIENCE, step=0, short=SHORT)
+        return float(worker.ask(patience=PATIENCE, step=1)["seconds"])
+    except TooSlowError:
+        return None
     finally:
         worker.close()
 
 
-def default_times(trial: Mapping[str, Any], pairs: int, alone: bool) -> int:
+def default_times(once: float | None, pairs: int, alone: bool) -> int:
     """How often TRL's default is timed beside the pairs."""
-    if trial["seconds"] is None or trial["seconds"] > SLOWER:
+    if once is None or once > SLOWER:
         return 0
-    return min(pairs, 2) if alone or trial["seconds"] > SLOW else pairs
+    return min(pairs, 2) if alone or once > SLOW else pairs
 
 
 def _pairs(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:

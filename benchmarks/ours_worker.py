@@ -112,9 +112,9 @@ class Session:
             "mismatch": metrics["sampling/logp_difference/max"], "tokens": sum(lengths),
         }  # fmt: skip
 
-    def sample(self, number: int) -> dict[str, Any]:
+    def sample(self, number: int, short: int | None = None) -> dict[str, Any]:
         """Sampling alone."""
-        lengths = self._prescribe(number, None)
+        lengths = self._prescribe(number, short)
         prompts = self.rollouts.prompts.take(self.case.prompts)
         start = time.perf_counter()
         groups = self.rollouts.draw.groups(self.engine, prompts, number)
@@ -144,7 +144,7 @@ class Session:
         if "step" in command:
             found = self.step(command["step"], command.get("short"))
         elif "sample" in command:
-            found = self.sample(command["sample"])
+            found = self.sample(command["sample"], command.get("short"))
         else:
             found = self.product_rate()
         return {**found, "peak": peak() - AFTER_IMPORTS}

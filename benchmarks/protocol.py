@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from threading import Event, Timer
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -16,6 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 class WorkerError(Exception):
     """A worker ended before it answered; says how, and what it wrote last."""
+
+
+class TooSlowError(WorkerError):
+    """A worker was ended because it had not answered within the patience that it was given."""
 
 
 class Channel:
@@ -55,8 +60,26 @@ class Worker:
             self.close()
             raise
 
-    def ask(self, **command: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer. Raises WorkerError where the worker ends instead."""
+    def ask(self, *, patience: float | None = None, **command: Any) -> dict[str, Any]:
+        """Send a command and wait for its answer, at most `patience` seconds.
+
+        Raises WorkerError where the worker ends instead, TooSlowError where that is because patience did.
+        """
+        if patience is None:
+            return self._ask(command)
+        late = Event()
+        timer = Timer(patience, lambda: (late.set(), self.process.kill()))
+        timer.start()
+        try:
+            return self._ask(command)
+        except WorkerError as error:
+            if late.is_set():
+                raise TooSlowError(f"a worker had no answer after {patience:.1f} s") from error
+            raise
+        finally:
+            timer.cancel()
+
+    def _ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended: reading says why
             self.process.stdin.write(json.dumps(command) + "\n")

@@ -24,6 +24,7 @@ from benchmarks.measure import Bench, measure
 from benchmarks.protocol import ROOT, WorkerError
 
 RESULTS = ROOT / "benchmarks" / "results" / "speed"
+NOISY = 0.05
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -73,7 +74,7 @@ def _row(row: Row, bench: Bench, again: bool) -> bool:
         print(f"{row.name}: there already", flush=True)
         return True
     print(f"{row.name}: about {row.minutes:g} min", flush=True)
-    start = time.perf_counter()
+    start, quiet = time.perf_counter(), Quiet()
     try:
         found = measure(row, bench)
     except WorkerError as error:
@@ -81,16 +82,41 @@ def _row(row: Row, bench: Bench, again: bool) -> bool:
         print(f"{row.name}: {error}", flush=True)
         return False
     minutes = (time.perf_counter() - start) / 60
-    write(row, found, bench, commit=commit, minutes=minutes)
+    others = quiet.others()
+    write(row, found, bench, commit=commit, minutes=minutes, others=others)
     print(f"{row.name}: {' | '.join(table.cells(row, found)[1:])} ({minutes:.1f} min)", flush=True)
+    if others > NOISY:
+        print(f"{row.name}: other programs took {others:.0%} of the machine meanwhile: measure it again", flush=True)
     return True
 
 
-def write(row: Row, found: Mapping[str, Any], bench: Bench, *, commit: str | None, minutes: float) -> None:
+class Quiet:
+    """How much of the machine other programs take: what its cores did, less what this process and its workers did."""
+
+    def __init__(self) -> None:
+        self.start, self.before = time.perf_counter(), self._busy()
+
+    def others(self) -> float:
+        """Their share of all cores since the start. Workers count once they have been waited for."""
+        seconds = (time.perf_counter() - self.start) * (os.cpu_count() or 1)
+        return max(0.0, (self._busy() - self.before) / seconds)
+
+    @staticmethod
+    def _busy() -> float:
+        """Seconds of all cores that were neither idle nor spent for us."""
+        if not Path("/proc/stat").exists():
+            return 0.0
+        user, nice, system = (int(part) for part in Path("/proc/stat").read_text().split()[1:4])
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+
+def write(
+    row: Row, found: Mapping[str, Any], bench: Bench, *, commit: str | None, minutes: float, others: float
+) -> None:  # fmt: skip
     """Store a row with everything that it came from."""
     result = {
         "row": row.name, "bar": row.bar, "met": table.met(row, found), "seed": SEED, "pairs": bench.pairs,
-        "commit": commit, "minutes": round(minutes, 2), "machine": machine(bench.threads), "versions": versions(found),
+        "commit": commit, "minutes": round(minutes, 2), "others": round(others, 3), "machine": machine(bench.threads), "versions": versions(found),
         **found,
     }  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)

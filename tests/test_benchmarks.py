@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import measure, shapes, speed, table
 from benchmarks.cases import ROWS, SHAPES, Case, reward_of, step_flops, training_flops
-from benchmarks.protocol import Worker, WorkerError
+from benchmarks.protocol import TooSlowError, Worker, WorkerError
 
 MICRO = Case("micro", 2, 3, 5, 4)
 
@@ -128,7 +128,7 @@ def test_results_are_stored_whole_and_printed_as_markdown(tmp_path, monkeypatch)
     row = ROWS["tiny-p16"]
     raw = {"about": {"ours": {"versions": {"torch": "2.13.0"}}, "best": {"versions": {"trl": "1.16.0"}}}}
     found = {"ours": 0.5, "default": 1.0, "best": 0.8, "ratio": 1.6, "unit": "s", "raw": raw}
-    speed.write(row, found, measure.Bench(tmp_path, tmp_path, pairs=2), commit="a" * 40, minutes=1.234)
+    speed.write(row, found, measure.Bench(tmp_path, tmp_path, pairs=2), commit="a" * 40, minutes=1.234, others=0.02)
     stored = speed.stored(ROWS)
     assert list(stored) == ["tiny-p16"]
     assert stored["tiny-p16"] | {"met": True, "minutes": 1.23, "pairs": 2, "raw": raw} == stored["tiny-p16"]
@@ -140,17 +140,17 @@ def test_results_are_stored_whole_and_printed_as_markdown(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "trial, alone, times",
+    "once, alone, times",
     [
-        ({"seconds": 3.0}, False, 5),
-        ({"seconds": 3.0}, True, 2),
-        ({"seconds": 20.0}, False, 2),
-        ({"seconds": 61.0}, False, 0),
-        ({"seconds": None}, False, 0),
+        (3.0, False, 5),
+        (3.0, True, 2),
+        (20.0, False, 2),
+        (61.0, False, 0),
+        (None, False, 0),
     ],
 )
-def test_a_slow_default_is_not_waited_for_often(trial, alone, times):
-    assert measure.default_times(trial, 5, alone) == times
+def test_a_slow_default_is_not_waited_for_often(once, alone, times):
+    assert measure.default_times(once, 5, alone) == times
 
 
 def test_a_trial_ends_where_it_cannot_win(monkeypatch, tmp_path):
@@ -160,16 +160,30 @@ def test_a_trial_ends_where_it_cannot_win(monkeypatch, tmp_path):
         def __init__(self, warm, whole):
             self.warm, self.whole = warm, whole
 
-        def ask(self, step, short=None):
-            asked.append((self.warm, short))
-            return {"seconds": self.warm if short else self.whole}
+        def ask(self, *, patience, step, short=None):
+            asked.append((step, patience, short))
+            seconds = self.warm if short else self.whole
+            if patience is not None and seconds > patience:
+                raise TooSlowError
+            return {"seconds": seconds}
 
         def close(self):
             asked.append("closed")
 
     monkeypatch.setattr(measure.Bench, "start", lambda self, system, case, one: Scripted(*one["times"]))
-    settings = [{"times": (1, 5)}, {"times": (2, 3)}, {"times": (4, 1)}]
+    settings = [{"times": (99, 8)}, {"times": (2, 4)}, {"times": (19, 1)}, {"times": (1, 6)}, {"times": (1, 8)}]
     best, found = measure.best_of(measure.Bench(tmp_path, tmp_path), "trl", MICRO, settings, "step")
     assert best == settings[1]
-    assert [trial["seconds"] for trial in found["trials"]] == [5, 3, None]
-    assert asked == [(1, 4), (1, None), "closed", (2, 4), (2, None), "closed", (4, 4), "closed"]
+    assert [trial["seconds"] for trial in found["trials"]] == [8, 4, None, 6, None]
+    assert asked[:7] == [(0, None, 4), (1, None, None), "closed", (0, 26, 4), (1, 13, None), "closed", (0, 18, 4)]
+    assert asked.count("closed") == 5
+
+
+def test_a_worker_that_is_too_slow_is_ended(folder):
+    ours = worker(folder, MICRO, sampling_only=True)
+    try:
+        assert ours.ask(patience=60, sample=0)["tokens"] == 24
+        with pytest.raises(TooSlowError, match="had no answer"):
+            ours.ask(patience=0.001, sample=1)
+    finally:
+        ours.close()
