@@ -116,7 +116,8 @@ def write(
     """Store a row with everything that it came from."""
     result = {
         "row": row.name, "bar": row.bar, "met": table.met(row, found), "seed": SEED, "pairs": bench.pairs,
-        "commit": commit, "minutes": round(minutes, 2), "others": round(others, 3), "machine": machine(bench.threads), "versions": versions(found),
+        "commit": commit, "minutes": round(minutes, 2), "others": round(others, 3),
+        "machine": machine(bench.threads), "versions": versions(found),
         **found,
     }  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)
