@@ -18,8 +18,6 @@ Settings = dict[str, Any]
 Answer = dict[str, Any]
 SHORT = 4
 """Output tokens of a warm-up: enough for every lazy allocation and the optimizer's state."""
-PATIENCE = 120.0
-"""Seconds. Where TRL's default needs longer for a warm-up or a step, it is not waited for."""
 SLOW, SLOWER = 15.0, 60.0
 """Seconds. A default slower than these is timed twice, or once: it is not what the bar is about."""
 
@@ -41,11 +39,12 @@ SAMPLING_SETTINGS = [{"dtype": dtype, "sampling_only": True} for dtype in ("floa
 
 @dataclass(frozen=True)
 class Bench:
-    """Where workers find things, and how many pairs are wanted."""
+    """Where workers find things, how many pairs are wanted, and for how many seconds TRL's default is waited for."""
 
     models: Path
     logs: Path
     pairs: int = 5
+    patience: float = 120.0
     threads: int = 2
 
     def start(self, system: str, case: Case, settings: Settings) -> Worker:
@@ -148,7 +147,7 @@ def measure_steps(row: Row, bench: Bench) -> dict[str, Any]:
     return {
         **_pairs(ours.seconds(), best.seconds()),
         "default": median(defaults) if defaults else None,
-        "default_at_least": None if defaults else PATIENCE,
+        "default_at_least": None if defaults else bench.patience,
         "phases": {name: _phases(steps.answers) for name, steps in (("ours", ours), ("best", best))},
         "raw": {
             "ours": ours.answers, "best": best.answers, "default": beside.answers, "default_trial": default,
@@ -161,8 +160,8 @@ def default_once(row: Row, bench: Bench) -> float | None:
     """Seconds of one step of TRL as it comes; None where it takes too long."""
     worker = bench.start("trl", row.case, TRL_DEFAULT)
     try:
-        worker.ask(patience=PATIENCE, step=0, short=SHORT)
-        return float(worker.ask(patience=PATIENCE, step=1)["seconds"])
+        worker.ask(patience=bench.patience, step=0, short=SHORT)
+        return float(worker.ask(patience=bench.patience, step=1)["seconds"])
     except TooSlowError:
         return None
     finally:

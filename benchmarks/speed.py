@@ -35,7 +35,7 @@ def main() -> None:
     if options.table:
         print(table.markdown(list(ROWS.values()), stored(ROWS)), end="")
         return
-    bench = prepare(rows, options.pairs)
+    bench = prepare(rows, options.pairs, options.patience)
     failed = [row.name for row in rows if not _row(row, bench, options.again)]
     Console().print(table.terminal(rows, stored(row.name for row in rows)))
     if failed:
@@ -46,15 +46,16 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=ROWS, metavar="ROW", help=f"only these rows: {', '.join(ROWS)}")
     parser.add_argument("--pairs", type=int, default=5, help="how many pairs of runs a ratio is the median of")
+    parser.add_argument("--patience", type=float, default=120, help="seconds after which TRL's default is given up")
     parser.add_argument("--again", action="store_true", help="measure rows again that are there for this commit")
     parser.add_argument("--table", action="store_true", help="only print the stored results, as Markdown")
     return parser.parse_args()
 
 
-def prepare(rows: Iterable[Row], pairs: int) -> Bench:
+def prepare(rows: Iterable[Row], pairs: int, patience: float) -> Bench:
     """Make the environments and models that the rows need."""
     home = environments.folder()
-    bench = Bench(home / "models", home / "logs", pairs)
+    bench = Bench(home / "models", home / "logs", pairs, patience)
     bench.logs.mkdir(parents=True, exist_ok=True)
     wanted = list(rows)
     for name, kinds in (("trl", ("step", "memory")), ("vllm", ("vllm",))):
