@@ -1,0 +1,178 @@
+"""groupwise's end of the comparison: the parts of a run, driven as `groupwise.run.loop` drives them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import groupwise
+from benchmarks.cases import SEED, Case, reward_of, text_of
+from benchmarks.protocol import Channel, peak, resident
+from benchmarks.shapes import tokenizer_of
+from groupwise.data.stream import PromptStream
+from groupwise.engines.native import NativeEngine
+from groupwise.learn.learner import Learner, LearnerSettings
+from groupwise.learn.optimizer import OptimizerSettings
+from groupwise.learn.reference import NoReference, Reference
+from groupwise.models.codec import Codec
+from groupwise.models.load import LoadedPolicy, load_policy
+from groupwise.objective import group_advantages, objective_named
+from groupwise.rewards.adapters import load_reward
+from groupwise.run.record import Record
+from groupwise.run.rollouts import Draw, Rollouts, Scorer
+from groupwise.types import Prompt, Sampling, Scored
+
+AFTER_IMPORTS = resident()
+PROMPTS = 64
+"""How many steps have prompts of their own."""
+
+
+class PrescribedEngine(NativeEngine):
+    """Ends each output at its prescribed length, at no more cost than the test for an end token that it replaces."""
+
+    outputs = 0
+    lengths: tuple[int, ...] = ()
+
+    def _finish(self, row: Any) -> Any:
+        slot = int(row.request.uid.rpartition("/")[2])
+        return "stop" if len(row.token_ids) >= self.lengths[slot * self.outputs + row.index] else None
+
+
+class Session:
+    """A case under way: one step whenever it is asked for."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.case = Case(**settings["case"])
+        self.dtype = getattr(torch, settings["dtype"])
+        folder = Path(settings["folder"])
+        loaded = load_policy(str(folder), device="cpu", dtype=settings["dtype"])
+        self.line = loaded.line
+        codec = self._codec(folder)
+        self.engine = PrescribedEngine(loaded.policy, codec)
+        self.engine.outputs = self.case.outputs
+        self.rollouts = self._rollouts(codec)
+        if settings.get("sampling_only"):
+            for parameter in loaded.policy.model.parameters():
+                parameter.data = parameter.data.to(loaded.compute_dtype)
+        else:
+            self._learn(loaded, settings["tokens_per_micro_batch"])
+
+    def _learn(self, loaded: LoadedPolicy, budget: int) -> None:
+        """What a step needs beside its outputs."""
+        self.objective = objective_named("grpo", max_completion_length=self.case.completion, beta=self.case.beta)
+        optimizer = OptimizerSettings(learning_rate=1e-6, total_updates=1_000_000)
+        settings = LearnerSettings(
+            optimizer=optimizer, tokens_per_micro_batch=budget, compute_dtype=loaded.compute_dtype, seed=SEED
+        )
+        self.learner = Learner(loaded.policy, self.objective, settings)
+        self.reference = Reference(loaded.policy) if self.objective.needs_reference else NoReference()
+        self.reference.refresh(self.learner, 0)
+        self.rollouts.load_weights(self.learner)
+
+    def _codec(self, folder: Path) -> Codec:
+        codec = Codec(tokenizer_of(folder))
+        codec.end_token_ids = frozenset()  # lengths are prescribed
+        return codec
+
+    def _rollouts(self, codec: Codec) -> Rollouts:
+        case = self.case
+        prompts = []
+        for number in range(PROMPTS * case.prompts):
+            text = text_of(case.prompt_ids(number))
+            prompts.append(Prompt(str(number), text, codec.encode_prompt(text)))
+            assert len(prompts[-1].token_ids) == case.prompt, f"a prompt has {len(prompts[-1].token_ids)} tokens"
+        scorer = Scorer([load_reward(_reward, timeout=60, output_timeout=10)], None, 1_000_000, _warn)
+        draw = Draw(Sampling(max_tokens=case.completion), case.outputs, SEED, "train")
+        stream = PromptStream(prompts, seed=SEED, shuffle=False)
+        return Rollouts(stream, self.engine, scorer, draw, case.prompts)
+
+    def step(self, number: int, short: int | None = None) -> dict[str, Any]:
+        """One step; `short` cuts its outputs, for warming up."""
+        lengths = self._prescribe(number, short)
+        record = Record(number)
+        start = time.perf_counter()
+        scored = self.rollouts.collect(number, record)
+        sampled = time.perf_counter()
+        credit = group_advantages([group.rewards for group in scored], self.objective)
+        batch = self.learner.prepare(scored, credit, self.reference)
+        metrics = self.learner.update(batch)
+        self.rollouts.load_weights(self.learner)
+        end = time.perf_counter()
+        _check(scored, lengths)
+        return {
+            "seconds": end - start, "sample": sampled - start, "train": end - sampled, "loss": metrics["loss"],
+            "grad_norm": metrics["grad_norm"], "micro_batches": metrics["micro_batches"],
+            "mismatch": metrics["sampling/logp_difference/max"], "tokens": sum(lengths),
+        }  # fmt: skip
+
+    def sample(self, number: int, short: int | None = None) -> dict[str, Any]:
+        """Sampling alone."""
+        lengths = self._prescribe(number, short)
+        prompts = self.rollouts.prompts.take(self.case.prompts)
+        start = time.perf_counter()
+        groups = self.rollouts.draw.groups(self.engine, prompts, number)
+        seconds = time.perf_counter() - start
+        assert [len(c.token_ids) for group in groups for c in group.completions] == lengths
+        return {"seconds": seconds, "tokens": sum(lengths)}
+
+    def product_rate(self, size: int = 2048, times: int = 8, patience: float = 3.0) -> dict[str, Any]:
+        """FLOP per second of a large matrix product in the compute type: the best of several."""
+        left, right = (torch.randn(size, size).to(self.dtype) for _ in range(2))
+        seconds: list[float] = []
+        while len(seconds) < times and sum(seconds) < patience:
+            start = time.perf_counter()
+            left @ right
+            seconds.append(time.perf_counter() - start)
+        return {"rate": 2 * size**3 / min(seconds)}
+
+    def _prescribe(self, number: int, short: int | None) -> list[int]:
+        lengths = [min(length, short or length) for length in self.case.lengths(number)]
+        self.engine.lengths = tuple(lengths)
+        sampling = replace(self.rollouts.draw.sampling, max_tokens=max(lengths))
+        self.rollouts.draw = replace(self.rollouts.draw, sampling=sampling)
+        return lengths
+
+    def answer(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Do what is asked: a step, sampling alone, or a matrix product."""
+        if "step" in command:
+            found = self.step(command["step"], command.get("short"))
+        elif "sample" in command:
+            found = self.sample(command["sample"], command.get("short"))
+        else:
+            found = self.product_rate()
+        return {**found, "peak": peak() - AFTER_IMPORTS}
+
+
+def _check(scored: Scored, lengths: list[int]) -> None:
+    seen = [len(c.token_ids) for group in scored for c in group.group.completions]
+    assert seen == lengths, f"lengths are {seen}"
+    assert all(len(set(group.rewards)) > 1 for group in scored if len(group.rewards) > 1), "a group is constant"
+
+
+def _reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    return [reward_of(ids) for ids in completion_ids]
+
+
+def _warn(message: str) -> None:
+    sys.stderr.write(f"{message}\n")
+
+
+def main() -> None:
+    """Serve the case and the settings of the command line."""
+    channel = Channel()
+    session = Session(json.loads(sys.argv[1]))
+    versions = {module.__name__: module.__version__ for module in (groupwise, torch, transformers)}
+    channel.send(versions=versions, line=session.line, threads=torch.get_num_threads())
+    for command in channel.commands():
+        channel.send(**session.answer(command))
+
+
+if __name__ == "__main__":
+    main()
