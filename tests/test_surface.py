@@ -9,7 +9,7 @@ import groupwise
 
 
 def test_the_packages_names_are_these():
-    names = ["GroupwiseError", "__version__", "evaluate", "export", "objective", "resume", "sample", "train"]
+    names = ["GroupwiseError", "__version__", "evaluate", "export", "objective", "plan", "resume", "sample", "train"]
     assert groupwise.__all__ == names
     assert dir(groupwise) == sorted(groupwise.__all__)
     assert all(hasattr(groupwise, name) for name in groupwise.__all__)

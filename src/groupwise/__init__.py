@@ -12,7 +12,7 @@ from groupwise.errors import GroupwiseError
 
 if TYPE_CHECKING:
     from groupwise import objective
-    from groupwise.run.api import evaluate, export, resume, sample, train
+    from groupwise.run.api import evaluate, export, plan, resume, sample, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,12 +21,13 @@ __all__ = [
     "evaluate",
     "export",
     "objective",
+    "plan",
     "resume",
     "sample",
     "train",
 ]
 
-_FUNCTIONS = ("evaluate", "export", "resume", "sample", "train")
+_FUNCTIONS = ("evaluate", "export", "plan", "resume", "sample", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from groupwise.errors import ModelError
@@ -61,8 +61,9 @@ def test_what_is_told_is_what_a_real_pass_takes(kind: str, checkpointing: bool) 
         checkpoint_gradients(policy.model, "a model")
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    stream = a_stream(policy)
     with Meter() as meter:
-        logprobs_T = policy(a_stream(policy), 1.0, True).logprobs_T
+        logprobs_T = policy(stream, 1.0, True).logprobs_T
         meter.mark()
         logprobs_T.sum().backward()
     real = meter.cost
@@ -87,8 +88,9 @@ def test_what_is_kept_is_what_autograd_saves(kind: str) -> None:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    stream = a_stream(policy)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logprobs_T = policy(a_stream(policy), 1.0, True).logprobs_T
+        logprobs_T = policy(stream, 1.0, True).logprobs_T
         assert logprobs_T.requires_grad
     assert found.kept == pytest.approx(sum(saved.values()), rel=0.1)
 

@@ -40,7 +40,7 @@ class Meter(TorchDispatchMode):
     """Counts the operations under it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.kept = self.moved = self.operations = 0
         self.flops = self.attention_flops = 0.0
         self._alive: dict[int, Any] = {}

@@ -10,11 +10,12 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from groupwise.errors import ModelError
@@ -72,22 +73,17 @@ class Hollow:
     layout: LayoutName
     head: HeadShape | None
     dtype: torch.dtype
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
     trust_remote_code: bool = False
-
-    @property
-    def can_checkpoint(self) -> bool:
-        """Whether the class can compute its layers again in the backward pass."""
-        with _without_data():
-            return bool(self._policy(False).model.supports_gradient_checkpointing)
 
     def training(self, shape: Shape, part: Sequence[int], checkpointing: bool) -> Cost:
         """Forward and backward of a micro-batch; masters and gradients are there before, as in training."""
 
         def run(policy: Policy, meter: Meter, dtype: torch.dtype) -> None:
             MasterOptimizer(policy.model, OptimizerSettings(learning_rate=0.0, total_updates=1), dtype)
+            stream = _stream(policy, shape, part)
             with meter:
-                logprobs_T = policy(_stream(policy, shape, part), 1.0, True).logprobs_T
+                logprobs_T = policy(stream, 1.0, True).logprobs_T
                 meter.mark()
                 logprobs_T.sum().backward()
 
@@ -95,7 +91,12 @@ class Hollow:
 
     def scoring(self, shape: Shape, part: Sequence[int]) -> Cost:
         """Log-probs of a micro-batch without gradient, as for the old policy and the reference."""
-        return self.inference(lambda policy: lambda: policy(_stream(policy, shape, part)))
+
+        def prepare(policy: Policy) -> Callable[[], object]:
+            stream = _stream(policy, shape, part)
+            return lambda: policy(stream)
+
+        return self.inference(prepare)
 
     def inference(self, prepare: Callable[[Policy], Callable[[], object]]) -> Cost:
         """What the function that `prepare(policy)` returns takes, without gradient."""
@@ -115,7 +116,7 @@ class Hollow:
     def _cost(self, run: Callable[[Policy, Meter, torch.dtype], None], checkpointing: bool) -> Cost:
         try:
             return self._by_depth(run, checkpointing, self.dtype)
-        except Exception as error:  # noqa: BLE001 - a boundary: models branch on data in as many ways as they are
+        except Exception as error:
             if self.dtype != torch.float32:
                 raise self._opaque(error) from error
         try:
@@ -139,20 +140,41 @@ class Hollow:
             return meter.cost
 
         with _without_data():
-            policy = self._policy(checkpointing)
-            many = len(_layers_alike(policy.model))
-            if many < 3:
-                return cost_of(policy)
-            one, two = (self._policy(checkpointing) for _ in range(2))
-            del _layers_alike(one.model)[1:], _layers_alike(two.model)[2:]
-            first, second = cost_of(one), cost_of(two)
-        return first.plus(second.plus(first, -1), many - 1)
+            if not self._layers:
+                return cost_of(self._policy(self.config, checkpointing))
+            first, second = (cost_of(self._policy(self._cut(depth), checkpointing)) for depth in (1, 2))
+        return first.plus(second.plus(first, -1), self._layers - 1)
 
-    def _policy(self, checkpointing: bool) -> Policy:
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the class can compute its layers again in the backward pass."""
+        return self._known[0]
+
+    @property
+    def _layers(self) -> int:
+        """How many decoder layers there are, where every one is as the first; else 0."""
+        return self._known[1]
+
+    @cached_property
+    def _known(self) -> tuple[bool, int]:
+        with _without_data():
+            model = self._policy(self.config, False).model
+        return bool(model.supports_gradient_checkpointing), _layers_alike(model)
+
+    def _cut(self, depth: int) -> PreTrainedConfig:
+        config = copy.deepcopy(self.config)
+        text = config.get_text_config()
+        for name, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == self._layers:
+                setattr(text, name, value[:depth])
+        text.num_hidden_layers = depth
+        return config
+
+    def _policy(self, config: PreTrainedConfig, checkpointing: bool) -> Policy:
         attention: dict[str, Any] = {"attn_implementation": NAME} if self.layout == "shared" else {}
         with torch.device(self.device):
             model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(self.config), dtype=torch.float32, trust_remote_code=self.trust_remote_code, **attention
+                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=self.trust_remote_code, **attention
             )
         if checkpointing:
             checkpoint_gradients(model, self.config.model_type)
@@ -168,7 +190,7 @@ class Hollow:
 def activation_bytes(
     config: PreTrainedConfig, tokens: int, dtype: torch.dtype, checkpointing: bool, *,
     prompt: int = 256, length: int = 256, outputs: int = 8, layout: LayoutName = "shared",
-    head: HeadShape | None = None, device: torch.device = torch.device("cpu"),
+    head: HeadShape | None = None, device: torch.device | str = "cpu",
 ) -> int:  # fmt: skip
     """Most bytes that forward and backward of a micro-batch of at most `tokens` tokens hold beside the weights.
 
@@ -182,19 +204,19 @@ def activation_bytes(
 
 
 def _stream(policy: Policy, shape: Shape, part: Sequence[int]) -> Stream:
-    return policy.stream([((0,) * shape.prompt, [(0,) * shape.length] * count) for count in part])
+    # With data: it is small, and thousands of operations without would take seconds.
+    with unset_fake_temporarily():
+        return policy.stream([((0,) * shape.prompt, [(0,) * shape.length] * count) for count in part])
 
 
-def _layers_alike(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's decoder layers, where every one is as the first; else an empty list."""
+def _layers_alike(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     lists = [m for m in model.base_model.children() if isinstance(m, nn.ModuleList)]
     lists = [layers for layers in lists if len(layers) == config.num_hidden_layers]
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if len(lists) != 1 or len(kinds) > 1:
-        return nn.ModuleList()
+    if len(lists) != 1 or len(set(getattr(config, "layer_types", None) or [])) > 1:
+        return 0
     parameters = [[(name, p.shape) for name, p in layer.named_parameters()] for layer in lists[0]]
-    return lists[0] if all(one == parameters[0] for one in parameters) else nn.ModuleList()
+    return len(parameters) if all(one == parameters[0] for one in parameters) else 0
 
 
 @contextmanager

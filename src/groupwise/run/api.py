@@ -1,4 +1,4 @@
-"""What the command line and Python call: train, resume, evaluate, sample, export."""
+"""What the command line and Python call: train, plan, resume, evaluate, sample, export."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from groupwise.run.parts import (
     open_model,
     open_scorer,
 )
+from groupwise.run.plan import Plan, plan_of
 from groupwise.run.record import Record
 from groupwise.run.saving import Clock, check_shapes
 from groupwise.run.session import Result, Start, run_job
@@ -61,6 +62,19 @@ def train(
     folder = RunFolder.create(Path(resolved.job.run))
     with folder.lock():
         return run_job(resolved.job, folder, given, show, clock, Start())
+
+
+def plan(
+    job: str | Path | None = None, *, model: str | Path | None = None, data: Rows | None = None,
+    reward: RewardFunction | Sequence[RewardFunction] | None = None, eval_data: Rows | None = None,
+    run: str | Path | None = None, overrides: Sequence[str] = (), trust_remote_code: bool = False, **options: Any,
+) -> Plan:  # fmt: skip
+    """Tell what `train` of the same arguments would take on this machine: memory by component, seconds by phase.
+
+    Takes seconds and reads no weights: a folder with a config.json is enough. Raises GroupwiseError.
+    """
+    given, named = _hand_over(data, eval_data, reward, trust_remote_code)
+    return plan_of(load_job(job, overrides, {"model": model, "run": run, **named, **options}).job, given)
 
 
 def resume(
