@@ -19,7 +19,7 @@ ALPHABET = "".join(chr(0x4E00 + i) for i in range(20_000))
 SHAPES = {
     # name: (vocabulary, hidden, layers, prompts, prompt tokens, output tokens, dtype)
     "tiny: hidden 128, 4 layers, Q16 G8 P16 C64": (64, 128, 4, 16, 16, 64, "float32"),
-    "middle: hidden 384, 4 layers, Q4 G8 P128 C64": (4094, 384, 4, 4, 128, 64, "bfloat16"),
+    "middle: hidden 384, 4 layers, Q4 G8 P128 C64": (4094, 384, 4, 4, 128, 64, "float32"),
     "small: hidden 512, 8 layers, Q4 G8 P256 C32": (8190, 512, 8, 4, 256, 32, "float32"),
 }
 

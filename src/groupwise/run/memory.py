@@ -43,7 +43,10 @@ class SamplingCosts:
     @property
     def stores(self) -> Mapping[str, int]:
         """Bytes of keys and values, which stay between steps."""
-        return {"keys and values of prompts": round(self.prefill.kept), "of outputs": round(self.longest.kept)}
+        return {
+            "keys and values of prompts": round(self.prefill.kept),
+            "keys and values of outputs": round(self.longest.kept),
+        }
 
     @property
     def passes(self) -> Mapping[str, int]:
