@@ -20,10 +20,10 @@ from groupwise.jobfile import load_job
 from groupwise.learn.meter import Cost
 from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.load import load_config
+from groupwise.models.size import weight_bytes
 from groupwise.objective import PRESETS
-from groupwise.run import api, rates
 from groupwise.run import plan as plans
-from groupwise.run.memory import weight_bytes
+from groupwise.run import rates
 from groupwise.run.parts import Given
 from groupwise.run.plan import Plan, in_text
 from groupwise.run.rates import Rates
@@ -165,7 +165,7 @@ def test_the_text_names_every_component(plain: Plan) -> None:
 
 def test_the_command_tells_what_python_does(at: Path, monkeypatch: pytest.MonkeyPatch, plain: Plan) -> None:
     given: list[Job] = []
-    monkeypatch.setattr(api, "plan_of", lambda job, _: given.append(job) or plain)
+    monkeypatch.setattr(plans, "plan_of", lambda job, _: given.append(job) or plain)
     arguments = ["plan", "--model", str(at / "model"), "--data", str(at / "prompts.jsonl"), "--reward", "r.py:f"]
     arguments += ["--set", "sampling.max_completion_length=16"]
     text = CliRunner().invoke(app, arguments)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,12 +30,14 @@ from groupwise.run.parts import (
     open_model,
     open_scorer,
 )
-from groupwise.run.plan import Plan, plan_of
 from groupwise.run.record import Record
 from groupwise.run.saving import Clock, check_shapes
 from groupwise.run.session import Result, Start, run_job
 from groupwise.types import Completion, Message, Request
 from groupwise.watch.terminal import Mode
+
+if TYPE_CHECKING:
+    from groupwise.run.plan import Plan
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
 RewardFunction = str | Callable[..., Any]
@@ -73,6 +75,8 @@ def plan(
 
     Takes seconds and reads no weights: a folder with a config.json is enough. Raises GroupwiseError.
     """
+    from groupwise.run.plan import plan_of  # what traces a model is not needed to train it
+
     given, named = _hand_over(data, eval_data, reward, trust_remote_code)
     return plan_of(load_job(job, overrides, {"model": model, "run": run, **named, **options}).job, given)
 

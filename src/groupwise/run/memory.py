@@ -1,4 +1,4 @@
-"""What a job holds and computes in a step, told from the model's configuration: weights, stores, passes."""
+"""What sampling holds and computes in a step, told from the model's configuration: stores, passes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,6 @@ from groupwise.models.rows import CachedRows, whole_rows
 from groupwise.types import Sampling
 
 Step = Callable[[], object]
-
-
-def weight_bytes(parameters: int, dtype: torch.dtype, reference: bool) -> dict[str, int]:
-    """Bytes of all that is as large as the model and stays: weights, gradients, running means, copies."""
-    narrow = dtype.itemsize if dtype.itemsize < torch.float32.itemsize else 0
-    return {
-        "master weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "Adam's two means": 8 * parameters,
-        "narrow copy": narrow * parameters,
-        "reference": dtype.itemsize * parameters if reference else 0,
-    }
 
 
 @dataclass(frozen=True)

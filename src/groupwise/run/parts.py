@@ -24,13 +24,12 @@ from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
 from groupwise.models.codec import Codec
 from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, load_config, load_policy
-from groupwise.models.size import parameter_count
+from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.objective import PRESETS, Objective, objective_named
 from groupwise.rewards.adapters import load_reward
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.folder import RunFolder
 from groupwise.run.loop import Parts
-from groupwise.run.memory import weight_bytes
 from groupwise.run.progress import Progress
 from groupwise.run.record import Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer

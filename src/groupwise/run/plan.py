@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -20,10 +20,10 @@ from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.codec import Codec
 from groupwise.models.load import choose_device, choose_dtype, choose_layout, context_length, load_config
 from groupwise.models.probe import probe
-from groupwise.models.size import parameter_count
+from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.models.small import character_tokenizer, small_model
 from groupwise.objective import Objective
-from groupwise.run.memory import SamplingCosts, sampling_costs, weight_bytes
+from groupwise.run.memory import SamplingCosts, sampling_costs
 from groupwise.run.parts import Given, available_memory, encoded_prompts, objective_of
 from groupwise.run.rates import measure
 from groupwise.watch.words import duration
@@ -106,9 +106,14 @@ class _Planned:
         sampling = self.job.sampling
         return Shape(self.job.train.prompts_per_step, sampling.num_generations, prompt, sampling.max_completion_length)
 
+    def update(self, prompt: int) -> Shape:
+        """What one optimizer update takes of a step: its share of the groups."""
+        step = self.shape(prompt)
+        return replace(step, groups=-(-step.groups // self.job.train.updates_per_batch))
+
     def training(self, budget: int, checkpointing: bool) -> Cost:
         """Forward and backward of the largest micro-batch within a budget; the same one is looked at once."""
-        shape = self.shape(self.prompts.longest)
+        shape = self.update(self.prompts.longest)
         part = shape.parts(budget, self.hollow.layout == "shared")[0]
         if (part, checkpointing) not in self._costs:
             self._costs[part, checkpointing] = self.hollow.training(shape, part, checkpointing)
@@ -195,7 +200,7 @@ def _what_fits(planned: _Planned, room: int, sampling: int) -> tuple[int, bool] 
     """
     if sampling > room:
         return None
-    job, shape = planned.job, planned.shape(planned.prompts.longest)
+    job, shape = planned.job, planned.update(planned.prompts.longest)
     shared, own = planned.hollow.layout == "shared", job.model.gradient_checkpointing
     group, one = (shape.tokens((outputs,), shared) for outputs in (shape.outputs, 1))
     budgets = [job.train.tokens_per_micro_batch]
@@ -237,13 +242,14 @@ def _activations(planned: _Planned, training: Cost) -> dict[str, int]:
 def _seconds(planned: _Planned, sampling: SamplingCosts, training: Cost) -> dict[str, float]:
     """Seconds of a step by phase, with prompts of mean length; the costs given are those of the longest."""
     job, hollow, objective = planned.job, planned.hollow, planned.objective
-    shape, shared = planned.shape(max(1, round(planned.prompts.mean))), hollow.layout == "shared"
-    parts = shape.parts(job.train.tokens_per_micro_batch, shared)
+    prompt, shared = max(1, round(planned.prompts.mean)), hollow.layout == "shared"
+    shape, update = planned.shape(prompt), planned.update(prompt)
+    parts = update.parts(job.train.tokens_per_micro_batch, shared)
     if shape.prompt < planned.prompts.longest:
         sampling = sampling_costs(hollow, shape, job.sampling.max_live_outputs, planned.cached)
         training = hollow.training(shape, parts[0], job.model.gradient_checkpointing)
     first = shape.tokens(parts[0], shared)
-    share = sum(shape.tokens(part, shared) for part in parts) / first
+    share = sum(shape.tokens(part, shared) for part in parts) / first * shape.groups / update.groups
     weights = planned.parameters * hollow.dtype.itemsize
     rates = measure(hollow.config, hollow.dtype, planned.device, few=sampling.rows, many=first)
     outputs = shape.groups * shape.outputs
