@@ -15,6 +15,8 @@ from groupwise.engines.base import generate
 from groupwise.jobfile import load_job
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoReference, Reference
+from groupwise.models.probe import probe
+from groupwise.models.small import small_model
 from groupwise.run import parts
 from groupwise.types import Group, GroupKey, Request, Score, ScoredGroup
 
@@ -27,6 +29,7 @@ def status(name: str) -> int:
 
 def warm_up() -> None:
     """What the first pass and the first update import and start."""
+    probe(small_model(64, hidden=32).config)
     for dtype in (torch.float32, torch.bfloat16):
         layer = torch.nn.Linear(64, 64, dtype=dtype)
         layer(torch.ones(64, 64, dtype=dtype)).sum().backward()
