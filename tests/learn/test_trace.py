@@ -141,3 +141,10 @@ def test_a_class_that_branches_on_data_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Qwen3MLP, "forward", forward)
     with pytest.raises(ModelError, match="qwen3 holds and computes cannot be told"):
         Hollow(Qwen3Config(**SIZES), "shared", HeadShape(), torch.float32).training(SHAPE, (4,), False)
+
+
+def test_a_deep_model_with_a_wide_vocabulary_is_at_its_most_at_the_head() -> None:
+    """One and two layers are at their most at the embedding's gradient: what is kept of eight counts at the head."""
+    config = Qwen3Config(**SIZES | {"num_hidden_layers": 8, "vocab_size": 4000})
+    found = Hollow(config, "shared", HeadShape(), torch.float32).training(SHAPE, (4, 4), False)
+    assert found.peak >= found.kept

@@ -13,14 +13,19 @@ from torch.utils._pytree import tree_leaves
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 
+LARGE = 32 << 20
+"""Bytes from which glibc always takes a block from the system and gives it back."""
+
 
 @dataclass(frozen=True)
 class Cost:
     """What some operations take.
 
     `kept` are the bytes that lie between forward and backward, `peak` the most at any time, both beside what was there
-    before. `flops` are those of matrix products, `attention_flops` those of fused attention. `moved` are the bytes that
-    all other operations read and write, `operations` how many there are of all kinds.
+    before; `top` is the most until the first of what was kept is given back. Blocks below `LARGE` are not given back to
+    the system, so that their peak and that of large ones add up even where they come one after the other. `flops` are
+    those of matrix products, `attention_flops` those of fused attention. `moved` are the bytes that all other
+    operations read and write, `operations` how many there are of all kinds.
     """
 
     kept: float = 0
@@ -29,6 +34,7 @@ class Cost:
     attention_flops: float = 0
     moved: float = 0
     operations: float = 0
+    top: float = 0
 
     def plus(self, other: Cost, times: float = 1) -> Cost:
         """This and `times` the other, field by field; memory too, which is right for layers and wrong for calls."""
@@ -41,18 +47,26 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = self.kept = self.moved = self.operations = 0
+        self.live = self.kept = self.moved = self.operations = 0
         self.flops = self.attention_flops = 0.0
+        self.top: int | None = None
+        self._live, self._peaks = [0, 0], [0, 0]
         self._alive: dict[int, Any] = {}
 
     def mark(self) -> None:
         """What lives now is what is kept for the backward pass."""
         self.kept = self.live
+        self.top = None
+
+    @property
+    def peak(self) -> int:
+        """The most so far, of small blocks and of large ones."""
+        return sum(self._peaks)
 
     @property
     def cost(self) -> Cost:
         """The counts so far."""
-        return Cost(self.kept, self.peak, self.flops, self.attention_flops, self.moved, self.operations)
+        return Cost(self.kept, self.peak, self.flops, self.attention_flops, self.moved, self.operations, self.top or 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count it."""
@@ -72,13 +86,19 @@ class Meter(TorchDispatchMode):
         if key in old or key in self._alive:
             return
 
+        large = size >= LARGE
+
         def freed(_: Any) -> None:
             del self._alive[key]
+            if self.kept and self.top is None and self.live - size < self.kept:
+                self.top = self.peak
             self.live -= size
+            self._live[large] -= size
 
         self._alive[key] = weakref.ref(storage, freed)
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self._live[large] += size
+        self._peaks[large] = max(self._peaks[large], self._live[large])
 
     def _computed(self, func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         if not outputs:  # a question, such as what device a tensor is on

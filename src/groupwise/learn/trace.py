@@ -9,7 +9,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -143,7 +143,10 @@ class Hollow:
             if not self._layers:
                 return cost_of(self._policy(self.config, checkpointing))
             first, second = (cost_of(self._policy(self._cut(depth), checkpointing)) for depth in (1, 2))
-        return first.plus(second.plus(first, -1), self._layers - 1)
+        whole = first.plus(second.plus(first, -1), self._layers - 1)
+        # In a shallow model the most may come late, at the embedding's gradient; in a deep one it comes at the head,
+        # where all that is kept still is.
+        return replace(whole, peak=max(whole.peak, whole.kept + second.top - second.kept))
 
     @property
     def can_checkpoint(self) -> bool:
