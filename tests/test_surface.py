@@ -9,7 +9,10 @@ import groupwise
 
 
 def test_the_packages_names_are_these():
-    names = ["GroupwiseError", "__version__", "doctor", "evaluate", "export", "objective", "resume", "sample", "train"]
+    names = [
+        "GroupwiseError", "__version__", "doctor", "evaluate", "export", "objective", "plan", "resume", "sample",
+        "train",
+    ]  # fmt: skip
     assert groupwise.__all__ == names
     assert dir(groupwise) == sorted(groupwise.__all__)
     assert all(hasattr(groupwise, name) for name in groupwise.__all__)

@@ -12,7 +12,7 @@ from groupwise.errors import GroupwiseError
 
 if TYPE_CHECKING:
     from groupwise import objective
-    from groupwise.run.api import doctor, evaluate, export, resume, sample, train
+    from groupwise.run.api import doctor, evaluate, export, plan, resume, sample, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,12 +22,13 @@ __all__ = [
     "evaluate",
     "export",
     "objective",
+    "plan",
     "resume",
     "sample",
     "train",
 ]
 
-_FUNCTIONS = ("doctor", "evaluate", "export", "resume", "sample", "train")
+_FUNCTIONS = ("doctor", "evaluate", "export", "plan", "resume", "sample", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -179,6 +179,27 @@ def doctor(
 
 
 @app.command()
+def plan(
+    job: Annotated[str | None, typer.Argument(metavar="RUN|JOB", help="A run, a job file or a recipe's name.")] = None,
+    model: Model = None, data: Data = None, reward: Rewards = None, eval_data: EvalData = None, run: Run = None,
+    set_: Sets = None, json_: JsonResult = False, trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Tell what a job will take on this machine: memory by component, time by phase. Reads no weights."""
+    if job is not None and Path(job).is_dir():
+        job = str(Path(job) / "job.toml")
+    options = {"model": model, "data": data, "reward": reward or None, "eval_data": eval_data, "run": run}
+    load_job(job, set_ or (), options)  # what cannot run is refused before torch is imported
+    from groupwise.run import api
+    from groupwise.run.plan import in_text
+
+    found = api.plan(
+        job, model=model, data=data, reward=reward or None, eval_data=eval_data, run=run, overrides=set_ or (),
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    typer.echo(json.dumps(found.as_dict()) if json_ else in_text(found))
+
+
+@app.command()
 def init(path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write.")] = Path("job.toml")) -> None:
     """Write a commented job file to start from."""
     try:

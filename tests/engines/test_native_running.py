@@ -12,7 +12,7 @@ from groupwise.engines import cache
 from groupwise.engines.base import generate
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import ModelError
-from groupwise.models.load import _checkpoint_gradients
+from groupwise.models.load import checkpoint_gradients
 from groupwise.models.policy import LayoutName, Policy
 from groupwise.types import Request, Sampling
 from tests.engines.policies import (
@@ -189,7 +189,7 @@ def test_rotary_frequencies_that_follow_the_length_do_not_trip_it_either(kind: s
 def test_gradient_checkpointing_does_not_disturb_sampling(layout: LayoutName) -> None:
     policy = make_policy(layout=layout)
     expected = tokens(sample(policy, requests()))
-    _checkpoint_gradients(policy.model, "a model")
+    checkpoint_gradients(policy.model, "a model")
     assert tokens(sample(policy, requests())) == expected
 
 

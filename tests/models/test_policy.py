@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from groupwise.models.head import HeadShape
-from groupwise.models.load import _checkpoint_gradients
+from groupwise.models.load import checkpoint_gradients
 from groupwise.models.policy import LayoutName, Policy, silence_dropout
 from tests.tiny_models import (
     GROUPS,
@@ -48,7 +48,7 @@ def test_log_probs_and_gradients_are_the_stock_models(kind: str, layout: LayoutN
     model = exact_model(kind, tied=kind == "qwen3")
     policy = policy_of(model, layout)
     if checkpointing:
-        _checkpoint_gradients(policy.model, "a model")
+        checkpoint_gradients(policy.model, "a model")
     assert policy(policy.stream(GROUPS)).logprobs_T.dtype == torch.float64
     assert_agreement(policy, model, 1e-10, 1e-10)
 
@@ -98,7 +98,7 @@ def test_a_prompt_is_computed_once_per_group() -> None:
 
 def test_checkpointing_recomputes_the_layers_though_nothing_is_dropped() -> None:
     policy = policy_of(exact_model("llama"), "shared")
-    _checkpoint_gradients(policy.model, "a model")
+    checkpoint_gradients(policy.model, "a model")
     calls = []
     policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     policy(policy.stream(GROUPS)).logprobs_T.sum().backward()

@@ -70,11 +70,11 @@ def load_policy(
         findings = probe(config, trust_remote_code)
     if findings.unfit:
         raise ModelError(f"The model {path} ({config.model_type}) cannot be trained: {findings.unfit}.")
-    chosen = _choose_layout(layout, findings, path)
+    chosen = choose_layout(layout, findings, path)
     with _quiet_transformers():
         model, unused = _load_weights(path, chosen, revision, trust_remote_code)
     if gradient_checkpointing:
-        _checkpoint_gradients(model, path)
+        checkpoint_gradients(model, path)
     policy = Policy(model, chosen, findings.head, findings.cached).to(where)
     line = _describe(policy, findings, layout, compute)
     if unused:
@@ -115,7 +115,8 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return min([limit for limit in [longest, *limits] if limit is not None], default=None)
 
 
-def _choose_layout(asked: str, findings: Findings, path: str) -> LayoutName:
+def choose_layout(asked: str, findings: Findings, path: str) -> LayoutName:
+    """The layout that a probe allows and a job asks for. Raises ModelError where `shared` is asked for and wrong."""
     if asked == "shared" and not findings.shared:
         raise ModelError(
             f"model.layout is 'shared', but {path} cannot take it: {findings.reason}. Use 'auto' or 'plain'."
@@ -123,7 +124,8 @@ def _choose_layout(asked: str, findings: Findings, path: str) -> LayoutName:
     return "shared" if findings.shared and asked != "plain" else "plain"
 
 
-def _checkpoint_gradients(model: PreTrainedModel, path: str) -> None:
+def checkpoint_gradients(model: PreTrainedModel, path: str) -> None:
+    """Have a model recompute its layers in the backward pass. Raises ModelError where it cannot."""
     if not model.supports_gradient_checkpointing:
         raise ModelError(
             f"model.gradient_checkpointing is on, but {path} ({type(model).__name__}) has none: turn it off."

@@ -20,3 +20,15 @@ def parameter_count(config: PreTrainedConfig, trust_remote_code: bool = False) -
             f"No causal language model can be made from a configuration of type {config.model_type}: {one_line(error)}"
         ) from error
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weight_bytes(parameters: int, dtype: torch.dtype, reference: bool) -> dict[str, int]:
+    """Bytes of all that is as large as the model and stays: weights, gradients, running means, copies."""
+    narrow = dtype.itemsize if dtype.itemsize < torch.float32.itemsize else 0
+    return {
+        "master weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "Adam's two means": 8 * parameters,
+        "narrow copy": narrow * parameters,
+        "reference": dtype.itemsize * parameters if reference else 0,
+    }

@@ -1,4 +1,4 @@
-"""What the command line and Python call: train, resume, evaluate, sample, export, doctor."""
+"""What the command line and Python call: train, plan, doctor, resume, evaluate, sample, export."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,6 +38,9 @@ from groupwise.run.session import Result, Start, run_job
 from groupwise.types import Completion, Message, Request
 from groupwise.watch.terminal import Mode
 
+if TYPE_CHECKING:
+    from groupwise.run.plan import Plan
+
 Rows = str | Path | Iterable[Mapping[str, Any]]
 RewardFunction = str | Callable[..., Any]
 WHICH = ("latest", "best", "base")
@@ -63,6 +66,21 @@ def train(
     folder = RunFolder.create(Path(resolved.job.run))
     with folder.lock():
         return run_job(resolved.job, folder, given, show, clock, Start())
+
+
+def plan(
+    job: str | Path | None = None, *, model: str | Path | None = None, data: Rows | None = None,
+    reward: RewardFunction | Sequence[RewardFunction] | None = None, eval_data: Rows | None = None,
+    run: str | Path | None = None, overrides: Sequence[str] = (), trust_remote_code: bool = False, **options: Any,
+) -> Plan:  # fmt: skip
+    """Tell what `train` of the same arguments would take on this machine: memory by component, seconds by phase.
+
+    Takes seconds and reads no weights: a folder with a config.json is enough. Raises GroupwiseError.
+    """
+    from groupwise.run.plan import plan_of  # what traces a model is not needed to train it
+
+    given, named = _hand_over(data, eval_data, reward, trust_remote_code)
+    return plan_of(load_job(job, overrides, {"model": model, "run": run, **named, **options}).job, given)
 
 
 def resume(

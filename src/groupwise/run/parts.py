@@ -24,7 +24,7 @@ from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
 from groupwise.models.codec import Codec
 from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, load_config, load_policy
-from groupwise.models.size import parameter_count
+from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.objective import PRESETS, Objective, objective_named
 from groupwise.rewards.adapters import load_reward
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
@@ -107,15 +107,15 @@ def check_memory(job: Job, source: str, trust_remote_code: bool) -> None:
 def lacking_memory(job: Job, source: str, trust_remote_code: bool) -> GroupwiseError | None:
     """What to say where a job's weights cannot fit; None where they do. Raises ModelError where it cannot be told.
 
-    Counted: float32 masters, gradients and two running means, the narrow copy where there is one, and the reference.
+    Counted is what is as large as the model, as in a plan. What depends on the batch can be made smaller, so it is no
+    reason to refuse a job.
     """
     objective = objective_of(job)
     device = choose_device(job.model.device)
-    narrow = choose_dtype(job.model.dtype, device).itemsize
     count = parameter_count(load_config(source, revision=job.model.revision, trust_remote_code=trust_remote_code))
-    training = count * (16 + (narrow if narrow < 4 else 0))
-    reference = count * narrow if objective.needs_reference else 0
-    free = available_memory(device)
+    held = weight_bytes(count, choose_dtype(job.model.dtype, device), objective.needs_reference)
+    reference = held.pop("reference")
+    training, free = sum(held.values()), available_memory(device)
     room = f"{in_words(training)} are needed to train its {count / 1e6:,.1f}M parameters, {in_words(free)} are free"
     if training > free:
         return ModelError(f"{source} does not fit on {device}: {room}. Use a smaller model or a larger device.")
@@ -174,9 +174,16 @@ def eval_sampling_of(job: Job) -> Sampling:
 
 def training_prompts(job: Job, model: Model, given: Given) -> PromptSet:
     """The job's prompts, encoded, the too long ones left out."""
+    return encoded_prompts(job, model.codec, model.loaded.context, given)
+
+
+def encoded_prompts(
+    job: Job, codec: Codec, context: int | None, given: Given, limit: int | None = None
+) -> PromptSet:
+    """The same for a model that is not loaded, whose rows have at most `context` tokens; the first `limit` of them."""
     rows = _rows(job.data.path, given.rows, "data", lambda: arithmetic.questions("train", job.seed, TRAINING_QUESTIONS))
-    longest = _room(job, model, job.sampling.max_completion_length, "sampling.max_completion_length")
-    return load_prompts(job.data, model.codec, longest, rows=rows)
+    longest = _room(job, context, job.sampling.max_completion_length, "sampling.max_completion_length")
+    return load_prompts(job.data, codec, longest, rows=rows, limit=limit)
 
 
 def held_out_prompts(job: Job, model: Model, given: Given) -> PromptSet | None:
@@ -190,7 +197,7 @@ def held_out_prompts(job: Job, model: Model, given: Given) -> PromptSet | None:
     other = {} if path == job.data.path else {"revision": None, "subset": None}
     data = job.data.model_copy(update={"path": path, "split": section.split, **other})
     own = "eval" if section.max_completion_length else "sampling"
-    longest = _room(job, model, eval_sampling_of(job).max_tokens, f"{own}.max_completion_length")
+    longest = _room(job, model.loaded.context, eval_sampling_of(job).max_tokens, f"{own}.max_completion_length")
     return load_prompts(data, model.codec, longest, rows=rows, limit=section.limit)
 
 
@@ -205,9 +212,9 @@ def _rows(path: str, handed: Rows | None, name: str, built_in: Callable[[], Rows
     return handed
 
 
-def _room(job: Job, model: Model, completion: int, key: str) -> int | None:
+def _room(job: Job, context: int | None, completion: int, key: str) -> int | None:
     """The longest prompt, in tokens, that leaves an output its length. Raises ConfigError where none does."""
-    context, limit = model.loaded.context, job.data.max_prompt_length
+    limit = job.data.max_prompt_length
     if context is None:
         return limit
     if completion + (limit or 1) > context:

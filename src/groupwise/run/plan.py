@@ -1,0 +1,293 @@
+"""What a job will take on this machine, told before its weights are read: memory by component, time by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig
+
+from groupwise.config import BUILTIN, Job
+from groupwise.data.arithmetic import ALPHABET
+from groupwise.disk import in_words
+from groupwise.errors import DataError, ModelError
+from groupwise.learn.meter import Cost
+from groupwise.learn.trace import Hollow, Shape
+from groupwise.models.codec import Codec
+from groupwise.models.load import choose_device, choose_dtype, choose_layout, context_length, load_config
+from groupwise.models.probe import probe
+from groupwise.models.size import parameter_count, weight_bytes
+from groupwise.models.small import character_tokenizer, small_model
+from groupwise.objective import Objective
+from groupwise.run.memory import SamplingCosts, sampling_costs
+from groupwise.run.parts import Given, available_memory, encoded_prompts, objective_of
+from groupwise.run.rates import measure
+from groupwise.watch.words import duration
+from groupwise.wording import one_line
+
+READ_PROMPTS = 4096
+"""How many prompts are looked at, at most, for their lengths."""
+ASSUMED_PROMPT = 512
+"""Tokens of a prompt where neither the data nor `data.max_prompt_length` tells."""
+ROOM = 0.95
+"""The share of what is free that a plan may fill: allocators round up."""
+
+OPTIMIZER_BYTES = 44
+"""Read and written per parameter by an update: norm 4, clipping 8, AdamW 28, gradients to zero 4."""
+CAST_BYTES = 6
+"""The same for the narrow copy."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job takes on this machine, with outputs at their full length.
+
+    Bytes: `memory` stays, by component; `passes` come one after the other, so that `needed` is all that stays and the
+    largest of them. `activations` tells what forward and backward of the largest micro-batch are made of, and what
+    they would be with gradient checkpointing switched. `seconds` are those of a step, by phase. What would do is
+    `tokens_per_micro_batch` and `gradient_checkpointing`: the job's own values where it fits.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    layout: str
+    prompts: str
+    longest_prompt: int
+    memory: Mapping[str, int]
+    passes: Mapping[str, int]
+    activations: Mapping[str, int]
+    needed: int
+    free: int
+    verdict: str
+    fits: bool
+    tokens_per_micro_batch: int
+    gradient_checkpointing: bool
+    seconds: Mapping[str, float]
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of a step, without rewards and evaluation."""
+        return sum(self.seconds.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self) | {"step_seconds": self.step_seconds}
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """How long prompts are, in tokens, and how that is known."""
+
+    longest: int
+    mean: float
+    source: str
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A job, and what is known of its model before there are weights."""
+
+    job: Job
+    hollow: Hollow
+    device: torch.device
+    objective: Objective
+    parameters: int
+    cached: bool
+    prompts: _Prompts
+    _costs: dict[tuple[tuple[int, ...], bool], Cost] = field(default_factory=dict)
+
+    def shape(self, prompt: int) -> Shape:
+        """A step of prompts of this length, with outputs at full length."""
+        sampling = self.job.sampling
+        return Shape(self.job.train.prompts_per_step, sampling.num_generations, prompt, sampling.max_completion_length)
+
+    def update(self, prompt: int) -> Shape:
+        """What one optimizer update takes of a step: its share of the groups."""
+        step = self.shape(prompt)
+        return replace(step, groups=-(-step.groups // self.job.train.updates_per_batch))
+
+    def training(self, budget: int, checkpointing: bool) -> Cost:
+        """Forward and backward of the largest micro-batch within a budget; the same one is looked at once."""
+        shape = self.update(self.prompts.longest)
+        part = shape.parts(budget, self.hollow.layout == "shared")[0]
+        if (part, checkpointing) not in self._costs:
+            self._costs[part, checkpointing] = self.hollow.training(shape, part, checkpointing)
+        return self._costs[part, checkpointing]
+
+
+def plan_of(job: Job, given: Given | None = None) -> Plan:
+    """What a job will take on this machine, told in seconds and without its weights. Raises GroupwiseError."""
+    transformers.utils.logging.disable_progress_bar()
+    planned = _planned(job, given or Given())
+    hollow, prompts = planned.hollow, planned.prompts
+    held = weight_bytes(planned.parameters, hollow.dtype, planned.objective.needs_reference)
+    sampling = sampling_costs(hollow, planned.shape(prompts.longest), job.sampling.max_live_outputs, planned.cached)
+    held |= sampling.stores
+    stays, free = sum(held.values()), available_memory(planned.device)
+    budget, checkpointing = job.train.tokens_per_micro_batch, job.model.gradient_checkpointing
+    training = planned.training(budget, checkpointing)
+    passes = {**sampling.passes, "forward and backward of the largest micro-batch": round(training.peak)}
+    would_do = _what_fits(planned, int(ROOM * free) - stays, max(sampling.passes.values()))
+    return Plan(
+        model=f"{job.model.path}: {hollow.config.model_type}, {planned.parameters / 1e6:,.1f}M parameters",
+        device=str(planned.device), dtype=str(hollow.dtype).removeprefix("torch."), layout=hollow.layout,
+        prompts=prompts.source, longest_prompt=prompts.longest,
+        memory={name: size for name, size in held.items() if size}, passes=passes,
+        activations=_activations(planned, training), needed=stays + max(passes.values()), free=free,
+        verdict=_verdict(job, would_do), fits=would_do == (budget, checkpointing),
+        tokens_per_micro_batch=would_do[0] if would_do else budget,
+        gradient_checkpointing=would_do[1] if would_do else checkpointing,
+        seconds=_seconds(planned, sampling, training),
+    )  # fmt: skip
+
+
+def _planned(job: Job, given: Given) -> _Planned:
+    device = choose_device(job.model.device)
+    config = _config(job, given)
+    findings = probe(config, given.trust_remote_code)
+    if findings.unfit:
+        raise ModelError(f"The model {job.model.path} ({config.model_type}) cannot be trained: {findings.unfit}.")
+    hollow = Hollow(
+        config, choose_layout(job.model.layout, findings, job.model.path), findings.head,
+        choose_dtype(job.model.dtype, device), device, given.trust_remote_code,
+    )  # fmt: skip
+    count = parameter_count(config, given.trust_remote_code)
+    return _Planned(job, hollow, device, objective_of(job), count, findings.cached, _prompts(job, given, config))
+
+
+def _config(job: Job, given: Given) -> PreTrainedConfig:
+    if job.model.path == BUILTIN:
+        made: PreTrainedConfig = small_model(len(character_tokenizer(ALPHABET))).config
+        return made
+    return load_config(job.model.path, revision=job.model.revision, trust_remote_code=given.trust_remote_code)
+
+
+def _prompts(job: Job, given: Given, config: PreTrainedConfig) -> _Prompts:
+    context = context_length(config)
+    try:
+        codec = _codec(job, given)
+        found = encoded_prompts(job, codec, context, given, READ_PROMPTS).prompts
+    except (ModelError, DataError) as error:
+        # Without a tokenizer or data there is still a plan, for prompts of an assumed length.
+        limit, room = job.data.max_prompt_length, (context or ASSUMED_PROMPT * 2) - job.sampling.max_completion_length
+        length = limit or max(1, min(ASSUMED_PROMPT, room))
+        why = "data.max_prompt_length" if limit else "assumed: set data.max_prompt_length"
+        return _Prompts(length, length, f"{length:,} tokens ({why}), because they cannot be read: {one_line(error)}")
+    lengths = [len(prompt.token_ids) for prompt in found]
+    mean = fmean(lengths)
+    return _Prompts(max(lengths), mean, f"at most {max(lengths):,} tokens, {mean:,.0f} on average, of {len(found):,}")
+
+
+def _codec(job: Job, given: Given) -> Codec:
+    if job.model.path == BUILTIN:
+        return Codec(character_tokenizer(ALPHABET))
+    return Codec.load(
+        job.model.path, revision=job.model.revision, trust_remote_code=given.trust_remote_code,
+        chat_template_kwargs=job.data.chat_template_kwargs,
+    )  # fmt: skip
+
+
+def _what_fits(planned: _Planned, room: int, sampling: int) -> tuple[int, bool] | None:
+    """A token budget, and whether layers are computed twice, with which a step fits into `room`; None: nothing does.
+
+    As the job has it; else smaller micro-batches of whole groups, which cost next to nothing; else gradient
+    checkpointing, which costs a third more time; else both, down to single outputs.
+    """
+    if sampling > room:
+        return None
+    job, shape = planned.job, planned.update(planned.prompts.longest)
+    shared, own = planned.hollow.layout == "shared", job.model.gradient_checkpointing
+    group, one = (shape.tokens((outputs,), shared) for outputs in (shape.outputs, 1))
+    budgets = [job.train.tokens_per_micro_batch]
+    most = min(budgets[0], shape.groups * group)
+    budgets += [most >> halvings for halvings in range(1, 32) if most >> halvings >= one]
+    whole = [(budget, own) for budget in budgets if budget >= group]
+    again = [(budget, True) for budget in budgets] if planned.hollow.can_checkpoint else []
+    rest = [(budget, own) for budget in budgets]
+    for budget, checkpointing in dict.fromkeys([*rest[:1], *whole, *again, *rest]):
+        if planned.training(budget, checkpointing).peak <= room:
+            return budget, checkpointing
+    return None
+
+
+def _verdict(job: Job, would_do: tuple[int, bool] | None) -> str:
+    if would_do is None:
+        return "does not fit"
+    changes = []
+    if would_do[1] != job.model.gradient_checkpointing:
+        changes.append("gradient checkpointing")
+    if would_do[0] != job.train.tokens_per_micro_batch:
+        changes.append(f"tokens_per_micro_batch = {would_do[0]}")
+    return f"fits with {' and '.join(changes)}" if changes else "fits"
+
+
+def _activations(planned: _Planned, training: Cost) -> dict[str, int]:
+    """What forward and backward are made of, and what they would be the other way."""
+    found = {
+        "kept for the backward pass": round(training.kept),
+        "a chunk of the head, a layer's backward": round(training.peak - training.kept),
+    }
+    own = planned.job.model.gradient_checkpointing
+    if planned.hollow.can_checkpoint:
+        other = planned.training(planned.job.train.tokens_per_micro_batch, not own)
+        found[f"in all {'without' if own else 'with'} gradient checkpointing"] = round(other.peak)
+    return found
+
+
+def _seconds(planned: _Planned, sampling: SamplingCosts, training: Cost) -> dict[str, float]:
+    """Seconds of a step by phase, with prompts of mean length; the costs given are those of the longest."""
+    job, hollow, objective = planned.job, planned.hollow, planned.objective
+    prompt, shared = max(1, round(planned.prompts.mean)), hollow.layout == "shared"
+    shape, update = planned.shape(prompt), planned.update(prompt)
+    parts = update.parts(job.train.tokens_per_micro_batch, shared)
+    if shape.prompt < planned.prompts.longest:
+        sampling = sampling_costs(hollow, shape, job.sampling.max_live_outputs, planned.cached)
+        training = hollow.training(shape, parts[0], job.model.gradient_checkpointing)
+    first = shape.tokens(parts[0], shared)
+    share = sum(shape.tokens(part, shared) for part in parts) / first * shape.groups / update.groups
+    weights = planned.parameters * hollow.dtype.itemsize
+    rates = measure(hollow.config, hollow.dtype, planned.device, few=sampling.rows, many=first)
+    outputs = shape.groups * shape.outputs
+    decoding = rates.seconds(sampling.halfway, few=True, weights=weights)
+    updates = job.train.num_iterations * job.train.updates_per_batch
+    forwards = (updates > 1) + objective.kl_in_loss + 2 * objective.kl_in_reward
+    scoring = share * rates.seconds(hollow.scoring(shape, parts[0])) if forwards else 0.0
+    learning = share * rates.seconds(training, training=True)
+    narrow = hollow.dtype.itemsize < torch.float32.itemsize
+    touched = planned.parameters * (OPTIMIZER_BYTES + (CAST_BYTES if narrow else 0))
+    found = {
+        "prefill": rates.seconds(sampling.prefill) * outputs / sampling.rows,
+        "decode": decoding * shape.length * -(-outputs // sampling.rows),
+        "old and reference log-probs": forwards * scoring,
+        "forward and backward": learning * job.train.num_iterations,
+        "optimizer": updates * touched / rates.bytes_memory,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def in_text(plan: Plan) -> str:
+    """A plan for people."""
+    lines = [
+        plan.model, f"{plan.dtype} on {plan.device}, {plan.layout} layout; prompts: {plan.prompts}",
+        "", "memory, outputs at full length",
+        *(_line(name, in_words(size)) for name, size in plan.memory.items()),
+        "  and one after the other",
+        *(_line(name, in_words(size)) for name, size in plan.passes.items()),
+        "  of the last",
+        *(_line(name, in_words(size)) for name, size in plan.activations.items()),
+        _line("needed", in_words(plan.needed)), _line("free", in_words(plan.free)),
+        f"verdict: {plan.verdict}; tokens_per_micro_batch = {plan.tokens_per_micro_batch}",
+        "", "time per step, outputs at full length, without rewards and evaluation",
+        *(_line(name, duration(seconds)) for name, seconds in plan.seconds.items()),
+        _line("in all", duration(plan.step_seconds)),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _line(name: str, value: str) -> str:
+    return f"  {name:<48}{value:>12}"

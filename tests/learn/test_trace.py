@@ -1,0 +1,150 @@
+"""What a pass takes, told before there are weights: held against hand counts and against real tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+from groupwise.errors import ModelError
+from groupwise.learn.meter import Cost, Meter
+from groupwise.learn.trace import Hollow, Shape, activation_bytes
+from groupwise.models.attention import NAME
+from groupwise.models.head import HeadShape
+from groupwise.models.layout import Stream
+from groupwise.models.load import checkpoint_gradients
+from groupwise.models.policy import Policy
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+SHAPE = Shape(groups=2, outputs=4, prompt=24, length=16)
+
+
+def test_a_meter_counts_by_hand() -> None:
+    """`[2, 3] @ [3, 5]`: 60 FLOPs and 40 bytes; its exponential 40 more, which are gone; both read and written once."""
+    a, b = torch.ones(2, 3), torch.ones(3, 5)
+    with Meter() as meter:
+        product = a @ b
+        product.exp()
+        product += 1
+        meter.mark()
+    assert meter.cost == Cost(kept=40, peak=80, flops=60, attention_flops=0, moved=160, operations=3)
+
+
+def test_a_view_takes_nothing() -> None:
+    a = torch.ones(4, 4)
+    with Meter() as meter:
+        a[1:].transpose(0, 1)
+    assert (meter.cost.peak, meter.cost.moved) == (0, 0)
+
+
+def a_policy(config: PreTrainedConfig) -> Policy:
+    return Policy(AutoModelForCausalLM.from_config(config, attn_implementation=NAME), "shared", HeadShape())
+
+
+def a_stream(policy: Policy) -> Stream:
+    return policy.stream([((1,) * SHAPE.prompt, [(1,) * SHAPE.length] * SHAPE.outputs)] * SHAPE.groups)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_told_is_what_a_real_pass_takes(kind: str, checkpointing: bool) -> None:
+    """Three layers told from one and two, without data, equal the three that are run."""
+    found = Hollow(CONFIGS[kind](**SIZES), "shared", HeadShape(), torch.float32).training(SHAPE, (4, 4), checkpointing)
+    policy = a_policy(CONFIGS[kind](**SIZES))
+    if checkpointing:
+        checkpoint_gradients(policy.model, "a model")
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    stream = a_stream(policy)
+    with Meter() as meter:
+        logprobs_T = policy(stream, 1.0, True).logprobs_T
+        meter.mark()
+        logprobs_T.sum().backward()
+    real = meter.cost
+    assert (found.flops, found.attention_flops) == (real.flops, real.attention_flops)
+    assert found.kept == pytest.approx(real.kept, rel=0.02)
+    assert found.peak == pytest.approx(real.peak, rel=0.02)
+    assert found.operations == pytest.approx(real.operations, rel=0.05)
+    assert found.moved == pytest.approx(real.moved, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_is_kept_is_what_autograd_saves(kind: str) -> None:
+    """Counted in another way: every storage that autograd saves, once, without the weights."""
+    found = Hollow(CONFIGS[kind](**SIZES), "shared", HeadShape(), torch.float32).training(SHAPE, (4, 4), False)
+    policy = a_policy(CONFIGS[kind](**SIZES))
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    stream = a_stream(policy)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logprobs_T = policy(stream, 1.0, True).logprobs_T
+        assert logprobs_T.requires_grad
+    assert found.kept == pytest.approx(sum(saved.values()), rel=0.1)
+
+
+def test_narrow_activations_are_about_half_and_checkpointing_keeps_a_layer_s_input() -> None:
+    config = Qwen3Config(**SIZES)
+    wide, narrow = (Hollow(config, "shared", HeadShape(), d) for d in (torch.float32, torch.bfloat16))
+    parts = (SHAPE, (4, 4))
+    assert 0.45 < narrow.training(*parts, False).kept / wide.training(*parts, False).kept < 0.75
+    shallow, deep = (
+        Hollow(Qwen3Config(**SIZES | {"num_hidden_layers": n}), "shared", HeadShape(), torch.float32) for n in (3, 13)
+    )
+    tokens = 2 * (24 + 4 * 15)
+    more = deep.training(*parts, True).kept - shallow.training(*parts, True).kept
+    assert more == pytest.approx(10 * tokens * 64 * 4, rel=0.1)
+
+
+def test_parts_are_those_that_the_learner_cuts() -> None:
+    """A group has 24 + 4 * 16 = 88 tokens: two fit into 200, and into 80 only (80 - 24) // 16 = 3 outputs of one."""
+    assert Shape(3, 4, 24, 16).parts(200, shared=True) == [(4, 4), (4,)]
+    assert Shape(1, 4, 24, 16).parts(80, shared=True) == [(3,), (1,)]
+    assert Shape(1, 4, 24, 16).parts(80, shared=False) == [(2,), (2,)]
+
+
+def test_more_tokens_take_more_bytes() -> None:
+    config = Qwen3Config(**SIZES)
+    sizes = [activation_bytes(config, n, torch.float32, False, prompt=16, length=16) for n in (144, 288, 576)]
+    assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=0.05)
+
+
+def test_layers_that_are_not_alike_are_run_one_by_one() -> None:
+    sizes = SIZES | {"num_hidden_layers": 4, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}
+    found = Hollow(Qwen3Config(**sizes), "shared", HeadShape(), torch.float32).training(SHAPE, (4,), False)
+    alike = Hollow(Qwen3Config(**SIZES | {"num_hidden_layers": 4}), "shared", HeadShape(), torch.float32)
+    assert found.kept > alike.training(SHAPE, (4,), False).kept  # by the masks of windows
+
+
+def test_experts_are_counted() -> None:
+    config = CONFIG_MAPPING["qwen3_moe"](**SIZES, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert Hollow(config, "shared", HeadShape(), dtype).training(SHAPE, (4,), False).kept > 0
+
+
+def test_a_class_that_branches_on_data_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return x if bool((x > 0).any()) else -x
+
+    monkeypatch.setattr(Qwen3MLP, "forward", forward)
+    with pytest.raises(ModelError, match="qwen3 holds and computes cannot be told"):
+        Hollow(Qwen3Config(**SIZES), "shared", HeadShape(), torch.float32).training(SHAPE, (4,), False)
+
+
+def test_a_deep_model_with_a_wide_vocabulary_is_at_its_most_at_the_head() -> None:
+    """One and two layers are at their most at the embedding's gradient: what is kept of eight counts at the head."""
+    config = Qwen3Config(**SIZES | {"num_hidden_layers": 8, "vocab_size": 4000})
+    found = Hollow(config, "shared", HeadShape(), torch.float32).training(SHAPE, (4, 4), False)
+    assert found.peak >= found.kept
