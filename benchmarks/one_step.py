@@ -47,7 +47,7 @@ def main(path: str, steps: int) -> None:
     model.codec.end_token_ids = frozenset()
     objective = parts.objective_of(job)
     engine = parts.NativeEngine(model.loaded.policy, model.codec, max_live=job.sampling.max_live_outputs)
-    learner = Learner(model.loaded.policy, objective, parts._learner_settings(job, model.loaded.compute_dtype))
+    learner = Learner(model.loaded.policy, objective, parts.learner_settings(job, model.loaded.compute_dtype))
     reference = Reference(learner.policy) if objective.needs_reference else NoReference()
     seconds: dict[str, list[float]] = {"sampling": [], "training": []}
     count = job.sampling.num_generations

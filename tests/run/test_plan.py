@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -184,15 +185,11 @@ def test_rates_are_of_this_machine(at: Path) -> None:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "float32": {},
     "float32, checkpointed": {"model.gradient_checkpointing": "true", "train.prompts_per_step": 24},
     "float32 with a reference, several micro-batches": {"objective.beta": 0.04, "train.tokens_per_micro_batch": 1600},
-    # Half the work: processors without bfloat16 of their own take ten times as long over it.
+    # A third of the work: processors without bfloat16 of their own take ten times as long over it.
     "bfloat16 with a reference": {
-        "model.dtype": '"bfloat16"', "objective.beta": 0.04, "train.prompts_per_step": 6,
-    },
-    "bfloat16, checkpointed": {
-        "model.dtype": '"bfloat16"', "model.gradient_checkpointing": "true", "train.prompts_per_step": 6,
+        "model.dtype": '"bfloat16"', "objective.beta": 0.04, "train.prompts_per_step": 4,
     },
 }  # fmt: skip
 
@@ -223,6 +220,8 @@ def real_and_planned(at: Path, changes: dict[str, Any]) -> tuple[int, Plan]:
     job = at / "job.toml"
     job.write_text("".join("\n".join([f"[{section}]", *rows, ""]) for section, rows in lines.items()))
     script = Path(__file__).parents[2] / "benchmarks" / "one_step.py"
-    done = subprocess.run([sys.executable, script, job], capture_output=True, text=True, check=False)
+    # glibc keeps what small tensors leave, as much again as such a model needs; here it gives all of it back at once.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    done = subprocess.run([sys.executable, script, job], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return int(json.loads(done.stdout)["bytes"]), groupwise.plan(str(job))
