@@ -177,9 +177,7 @@ def training_prompts(job: Job, model: Model, given: Given) -> PromptSet:
     return encoded_prompts(job, model.codec, model.loaded.context, given)
 
 
-def encoded_prompts(
-    job: Job, codec: Codec, context: int | None, given: Given, limit: int | None = None
-) -> PromptSet:
+def encoded_prompts(job: Job, codec: Codec, context: int | None, given: Given, limit: int | None = None) -> PromptSet:
     """The same for a model that is not loaded, whose rows have at most `context` tokens; the first `limit` of them."""
     rows = _rows(job.data.path, given.rows, "data", lambda: arithmetic.questions("train", job.seed, TRAINING_QUESTIONS))
     longest = _room(job, context, job.sampling.max_completion_length, "sampling.max_completion_length")
