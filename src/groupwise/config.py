@@ -57,8 +57,9 @@ class ModelSection(Section):
     """What forward and backward compute in (master weights are float32). `auto`: bfloat16 on CUDA, else float32."""
     layout: Literal["auto", "shared", "plain"] = "auto"
     """`shared` computes a prompt once per group, `plain` once per output; `auto`: shared where a probe proves it."""
-    gradient_checkpointing: bool = _resumable(False)
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | None = _resumable(None)
+    """Recompute activations in the backward pass: less memory, about a third more time. Default: where a step would
+    not fit into memory otherwise."""
 
 
 class DataSection(Section):
@@ -175,8 +176,9 @@ class TrainSection(Section):
     """Added to the denominator."""
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
     """The gradient is scaled down to this norm; `inf` turns it off."""
-    tokens_per_micro_batch: int = _resumable(16384, ge=1)
-    """Most tokens of one forward; groups are split where needed. Memory, not mathematics."""
+    tokens_per_micro_batch: int | None = _resumable(None, ge=1)
+    """Most tokens of one forward; groups are split where needed. Memory, not mathematics. Default: 16384, or what fits
+    into memory; halved when memory runs out all the same."""
 
 
 class EvalSection(Section):

@@ -129,7 +129,7 @@ def _train(train: TrainSection, sampling: SamplingSection) -> Iterator[str]:
             f"`train.warmup_steps` = {train.warmup_steps}: the job has {updates} updates in all, so the learning rate "
             "would never reach `train.learning_rate`. Take fewer."
         )
-    if train.tokens_per_micro_batch < sampling.max_completion_length:
+    if train.tokens_per_micro_batch is not None and train.tokens_per_micro_batch < sampling.max_completion_length:
         yield (
             f"`train.tokens_per_micro_batch` = {train.tokens_per_micro_batch} is less than `sampling."
             f"max_completion_length` = {sampling.max_completion_length}: an output with its prompt has to fit."

@@ -49,13 +49,13 @@ def batch_arithmetic(job: Job) -> list[str]:
     train, limit = job.train, job.sampling.max_completion_length
     outputs = train.prompts_per_step * job.sampling.num_generations
     updates = train.num_iterations * train.updates_per_batch
-    steps = train.iterations * train.steps
+    steps, budget = train.iterations * train.steps, train.tokens_per_micro_batch
     several = f"s per step (num_iterations {train.num_iterations} x updates_per_batch {train.updates_per_batch})"
     return [
         f"{train.prompts_per_step:,} prompts x {job.sampling.num_generations:,} outputs = {outputs:,} outputs"
         f" -> {updates:,} update{several if updates > 1 else ' per step'}",
         f"at most {outputs:,} x {limit:,} = {outputs * limit:,} output tokens per step,"
-        f" in micro-batches of at most {train.tokens_per_micro_batch:,} tokens",
+        f" in micro-batches {f'of at most {budget:,} tokens' if budget else 'that fit into memory'}",
         f"{train.iterations:,} x {train.steps:,} = {steps:,} steps -> {steps * outputs:,} outputs,"
         f" {steps * updates:,} updates in all",
     ]

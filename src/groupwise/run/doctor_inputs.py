@@ -14,6 +14,7 @@ from groupwise.disk import in_words
 from groupwise.learn.learner import peak_memory
 from groupwise.models.codec import Codec
 from groupwise.rewards.combine import unique_names
+from groupwise.run.parts import memory_settings
 from groupwise.run.patient import LOOKED_AT, Patient, credit, unscored
 from groupwise.run.record import Record
 from groupwise.run.report import Finding, Verdict, measured
@@ -161,7 +162,7 @@ def _largest(patient: Patient) -> list[ScoredGroup]:
     length, n = job.sampling.max_completion_length, job.sampling.num_generations
     tokens = tuple(islice(cycle(longest.token_ids), length))
     size = n * length + len(longest.token_ids) * (1 if shared else n)
-    count = max(1, min(job.train.prompts_per_step, job.train.tokens_per_micro_batch // size))
+    count = max(1, min(job.train.prompts_per_step, memory_settings(job)[0] // size))
     outputs = (Completion(tokens, "", (-1.0,) * length, "length"),) * n
     return [unscored(Group(GroupKey(0, slot, longest.prompt_id), longest, outputs)) for slot in range(count)]
 

@@ -43,6 +43,8 @@ PYTHON = "python:"
 """Marks, in a job, what was handed over as a Python object and cannot be named in a file."""
 TRAINING_QUESTIONS = 8192
 """How many of the built-in questions are an epoch."""
+BUDGET = 16384
+"""Tokens of a micro-batch where memory is no question: more would take memory and no less time."""
 CHECKED_PROMPTS = 64
 """How many prompts the tokenizer is tried on."""
 Rows = Iterable[Mapping[str, Any]]
@@ -76,7 +78,7 @@ def open_model(job: Job, given: Given, say: Callable[[str], None], *, training: 
         check_memory(job, source, given.trust_remote_code)
     loaded = load_policy(
         source, revision=section.revision, device=section.device, dtype=section.dtype, layout=section.layout,
-        gradient_checkpointing=section.gradient_checkpointing and training, trust_remote_code=given.trust_remote_code,
+        gradient_checkpointing=memory_settings(job)[1] and training, trust_remote_code=given.trust_remote_code,
     )  # fmt: skip
     codec = Codec.load(
         source, revision=section.revision, trust_remote_code=given.trust_remote_code,
@@ -132,6 +134,12 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def memory_settings(job: Job) -> tuple[int, bool]:
+    """A job's token budget, and whether layers are computed twice: where it names none, as if there were room."""
+    budget = job.train.tokens_per_micro_batch or max(BUDGET, job.sampling.max_completion_length)
+    return budget, bool(job.model.gradient_checkpointing)
 
 
 def objective_of(job: Job) -> Objective:
@@ -294,7 +302,7 @@ def build(
     learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype))
     reference = Reference(learner.policy) if objective.needs_reference else NoReference()
     penalty = (
-        RewardPenalty(learner, reference, objective.beta, job.train.tokens_per_micro_batch)
+        RewardPenalty(learner, reference, objective.beta, memory_settings(job)[0])
         if objective.kl_in_reward and isinstance(reference, Reference)
         else NoPenalty()
     )
@@ -338,7 +346,7 @@ def learner_settings(job: Job, compute_dtype: torch.dtype) -> LearnerSettings:
     )  # fmt: skip
     return LearnerSettings(
         optimizer=optimizer, temperature=job.sampling.temperature, num_iterations=section.num_iterations,
-        updates_per_batch=section.updates_per_batch, tokens_per_micro_batch=section.tokens_per_micro_batch,
+        updates_per_batch=section.updates_per_batch, tokens_per_micro_batch=memory_settings(job)[0],
         mask_truncated=job.objective.mask_truncated_completions,
         correct_sampler=job.objective.importance_sampling != "none", compute_dtype=compute_dtype, seed=job.seed,
     )  # fmt: skip

@@ -23,8 +23,9 @@ from groupwise.models.probe import probe
 from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.models.small import character_tokenizer, small_model
 from groupwise.objective import Objective
+from groupwise.run.fit import NOTHING_FITS
 from groupwise.run.memory import SamplingCosts, sampling_costs
-from groupwise.run.parts import Given, available_memory, encoded_prompts, objective_of
+from groupwise.run.parts import Given, available_memory, encoded_prompts, memory_settings, objective_of
 from groupwise.run.rates import measure
 from groupwise.watch.words import duration
 from groupwise.wording import one_line
@@ -129,7 +130,7 @@ def plan_of(job: Job, given: Given | None = None) -> Plan:
     sampling = sampling_costs(hollow, planned.shape(prompts.longest), job.sampling.max_live_outputs, planned.cached)
     held |= sampling.stores
     stays, free = sum(held.values()), available_memory(planned.device)
-    budget, checkpointing = job.train.tokens_per_micro_batch, job.model.gradient_checkpointing
+    budget, checkpointing = memory_settings(job)
     training = planned.training(budget, checkpointing)
     passes = {**sampling.passes, "forward and backward of the largest micro-batch": round(training.peak)}
     would_do = _what_fits(planned, int(ROOM * free) - stays, max(sampling.passes.values()))
@@ -201,9 +202,9 @@ def _what_fits(planned: _Planned, room: int, sampling: int) -> tuple[int, bool] 
     if sampling > room:
         return None
     job, shape = planned.job, planned.update(planned.prompts.longest)
-    shared, own = planned.hollow.layout == "shared", job.model.gradient_checkpointing
+    shared, (asked, own) = planned.hollow.layout == "shared", memory_settings(job)
     group, one = (shape.tokens((outputs,), shared) for outputs in (shape.outputs, 1))
-    budgets = [job.train.tokens_per_micro_batch]
+    budgets = [asked]
     most = min(budgets[0], shape.groups * group)
     budgets += [most >> halvings for halvings in range(1, 32) if most >> halvings >= one]
     whole = [(budget, own) for budget in budgets if budget >= group]
@@ -217,11 +218,11 @@ def _what_fits(planned: _Planned, room: int, sampling: int) -> tuple[int, bool] 
 
 def _verdict(job: Job, would_do: tuple[int, bool] | None) -> str:
     if would_do is None:
-        return "does not fit"
+        return NOTHING_FITS
     changes = []
-    if would_do[1] != job.model.gradient_checkpointing:
+    if would_do[1] != memory_settings(job)[1]:
         changes.append("gradient checkpointing")
-    if would_do[0] != job.train.tokens_per_micro_batch:
+    if would_do[0] != memory_settings(job)[0]:
         changes.append(f"tokens_per_micro_batch = {would_do[0]}")
     return f"fits with {' and '.join(changes)}" if changes else "fits"
 
@@ -232,9 +233,9 @@ def _activations(planned: _Planned, training: Cost) -> dict[str, int]:
         "kept for the backward pass": round(training.kept),
         "a chunk of the head, a layer's backward": round(training.peak - training.kept),
     }
-    own = planned.job.model.gradient_checkpointing
+    budget, own = memory_settings(planned.job)
     if planned.hollow.can_checkpoint:
-        other = planned.training(planned.job.train.tokens_per_micro_batch, not own)
+        other = planned.training(budget, not own)
         found[f"in all {'without' if own else 'with'} gradient checkpointing"] = round(other.peak)
     return found
 
@@ -244,10 +245,11 @@ def _seconds(planned: _Planned, sampling: SamplingCosts, training: Cost) -> dict
     job, hollow, objective = planned.job, planned.hollow, planned.objective
     prompt, shared = max(1, round(planned.prompts.mean)), hollow.layout == "shared"
     shape, update = planned.shape(prompt), planned.update(prompt)
-    parts = update.parts(job.train.tokens_per_micro_batch, shared)
+    budget, checkpointing = memory_settings(job)
+    parts = update.parts(budget, shared)
     if shape.prompt < planned.prompts.longest:
         sampling = sampling_costs(hollow, shape, job.sampling.max_live_outputs, planned.cached)
-        training = hollow.training(shape, parts[0], job.model.gradient_checkpointing)
+        training = hollow.training(shape, parts[0], checkpointing)
     first = shape.tokens(parts[0], shared)
     share = sum(shape.tokens(part, shared) for part in parts) / first * shape.groups / update.groups
     weights = planned.parameters * hollow.dtype.itemsize

@@ -15,6 +15,7 @@ from groupwise.errors import GroupwiseError
 from groupwise.jobfile import to_toml
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.run import loop
+from groupwise.run.fit import settle
 from groupwise.run.folder import RunFolder, git_commit
 from groupwise.run.parts import Given, build, open_watch, total_steps
 from groupwise.run.progress import StopSignals
@@ -76,6 +77,7 @@ def run_job(job: Job, folder: RunFolder, given: Given, show: Mode, clock: Clock,
 
 
 def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: Clock, start: Start) -> Result:
+    job = settle(job, given, terminal.say)
     with ExitStack() as closing:
         if not start.forked:
             folder.write_job(to_toml(job))

@@ -1,0 +1,61 @@
+"""How a step is made to fit into memory: what a job leaves to the library is settled before weights are read.
+
+What was settled stands in the run folder's job, so that a resumed run cuts its micro-batches as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from groupwise.config import BUILTIN, Job
+from groupwise.disk import in_words
+from groupwise.errors import ModelError
+from groupwise.models.load import load_config
+from groupwise.models.size import parameter_count
+from groupwise.run.parts import Given, memory_settings
+
+NOTHING_FITS: Final = "does not fit"
+"""The verdict of a plan that has no way."""
+SMALL: Final = 100_000_000
+"""Parameters below which a model is not looked at: tracing it would take longer than loading it."""
+
+
+def settle(job: Job, given: Given, say: Callable[[str], None]) -> Job:
+    """The job with numbers where it names none: the largest budget, and checkpointing only where it is needed.
+
+    Raises ModelError where nothing fits.
+    """
+    named = (job.train.tokens_per_micro_batch, job.model.gradient_checkpointing)
+    if None not in named or _is_small(job, given):
+        return _with(job, *memory_settings(job))
+    from groupwise.run.plan import plan_of  # it traces the model: nobody else pays for importing that
+
+    say("planning memory")
+    plan = plan_of(job, given)
+    chosen = (plan.tokens_per_micro_batch, plan.gradient_checkpointing)
+    if plan.verdict == NOTHING_FITS or any(
+        mine not in (None, found) for mine, found in zip(named, chosen, strict=True)
+    ):
+        raise ModelError(
+            f"A step of this job would take {in_words(plan.needed)} of the {in_words(plan.free)} that are free; it "
+            f"{plan.verdict}. `groupwise plan` tells what takes how much. Shorten outputs or prompts, lower "
+            "train.prompts_per_step or sampling.max_live_outputs, or use a larger device."
+        )
+    if not plan.fits:
+        say(f"memory: {plan.verdict}")
+    return _with(job, *chosen)
+
+
+def _with(job: Job, budget: int, checkpointing: bool) -> Job:
+    changes: dict[str, Any] = {
+        "train": job.train.model_copy(update={"tokens_per_micro_batch": budget}),
+        "model": job.model.model_copy(update={"gradient_checkpointing": checkpointing}),
+    }
+    return job.model_copy(update=changes)
+
+
+def _is_small(job: Job, given: Given) -> bool:
+    if job.model.path == BUILTIN:
+        return True
+    config = load_config(job.model.path, revision=job.model.revision, trust_remote_code=given.trust_remote_code)
+    return parameter_count(config, given.trust_remote_code) < SMALL
