@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from groupwise.engines import cache
-from groupwise.engines.cache import SharedDecoder, Store
+from groupwise.engines.cache import SharedDecoder
+from groupwise.engines.stores import Store
 from tests.engines.policies import make_policy, requests, sample
 
 

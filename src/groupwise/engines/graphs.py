@@ -1,0 +1,145 @@
+"""Decoding steps that are captured once and replayed: on a GPU, handing out a step's operations takes longer than they.
+
+A captured step has fixed shapes and reads fixed places. So live rows, prompts and lengths are rounded up to a bucket;
+what is added attends to nothing and its results are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from groupwise.engines.stores import Fold, Prompts, Step, Stores
+from groupwise.models.policy import Policy
+from groupwise.wording import one_line
+
+Run = Callable[[], Tensor]
+Capture = Callable[[Run], tuple[Callable[[], object], Tensor]]
+"""Takes a step, returns what replays it and where its result then lies."""
+_SHORTEST = 64
+"""Tokens of an output that a captured step looks back on at least."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The shapes of a captured step: live rows, tokens of an output, prompts, rows of a prompt."""
+
+    rows: int
+    reach: int
+    prompts: int
+    width: int
+
+
+class Live(NamedTuple):
+    """What a step reads: how rows fold, each row's last token, its length and its position, the prompts' lengths."""
+
+    fold: Fold
+    token_R: Tensor
+    length_R: Tensor
+    position_R: Tensor
+    prompt_length_Q: Tensor
+
+
+class _Captured(NamedTuple):
+    """A captured step, and the places that it reads and writes."""
+
+    replay: Callable[[], object]
+    logits_RV: Tensor
+    places: Live
+
+
+class Graphs:
+    """Captured steps by bucket. They end with the stores that they were captured on.
+
+    A class that cannot be captured (it looks at values on the way) is decoded step by step; `refused` says why.
+    """
+
+    def __init__(self, policy: Policy, capture: Capture | None = None) -> None:
+        self.policy = policy
+        self.capture = capture or _on_cuda
+        self.refused = ""
+        self._steps: dict[Bucket, _Captured] = {}
+        self._made_on: tuple[int, int] | None = None
+
+    @staticmethod
+    def bucket(fold: Fold, reach: int, longest: int) -> Bucket:
+        """The smallest one that holds a step whose longest output has `reach` tokens, and none more than `longest`."""
+        prompts, width = fold.row_QM.shape
+        back = min(longest, max(_SHORTEST, 1 << (reach - 1).bit_length()))
+        return Bucket(rounded(len(fold.place_R)), back, rounded(prompts), rounded(width))
+
+    def step(self, stores: Stores, bucket: Bucket, live: Live) -> Tensor | None:
+        """Logits of the live rows `[R, V]`, overwritten by the next step; None where nothing can be captured."""
+        made_on = (stores.prompts.version, stores.outputs.version)
+        if made_on != self._made_on:
+            self._steps, self._made_on = {}, made_on
+        if bucket not in self._steps:
+            captured = self._capture(stores, bucket, live)
+            if captured is None:
+                return None
+            self._steps[bucket] = captured
+        replay, logits_RV, places = self._steps[bucket]
+        _place(places, live)
+        replay()
+        return logits_RV[: len(live.token_R)]
+
+    def _capture(self, stores: Stores, bucket: Bucket, live: Live) -> _Captured | None:
+        def places(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=self.policy.device)
+
+        fold = Fold(places(bucket.prompts, bucket.width), places(bucket.rows))
+        token_R, length_R, position_R = (places(bucket.rows) for _ in range(3))
+        fixed = Live(fold, token_R, length_R, position_R, places(bucket.prompts))
+        prompts = Prompts(fixed.prompt_length_Q, stores.prompts.length, ragged=True)
+        # Capturing runs the step: on what is live, or it would write over it.
+        _place(fixed, live)
+
+        def run() -> Tensor:
+            layout = Step(stores, fold, length_R, bucket.reach, prompts)
+            hidden = self.policy.hidden(token_R[:, None], position_R[:, None], layout)
+            return self.policy.logits(hidden[:, 0])
+
+        try:
+            replay, logits_RV = self.capture(run)
+        except RuntimeError as error:
+            # Named boundary: whatever a model does that a graph cannot hold; it is decoded step by step instead.
+            self.refused = one_line(error, 200)
+            return None
+        return _Captured(replay, logits_RV, fixed)
+
+
+def rounded(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16 and so on: at most a third is added."""
+    power = 1 << (count - 1).bit_length()
+    return 3 * power // 4 if count <= 3 * power // 4 and power >= 4 else power
+
+
+def _place(fixed: Live, live: Live) -> None:
+    """Put what is live where a captured step reads it."""
+    _fill(fixed.fold.row_QM, live.fold.row_QM)
+    _fill(fixed.fold.place_R, live.fold.place_of(fixed.fold.row_QM.shape[1]))
+    for target, source in zip(fixed[1:], live[1:], strict=True):
+        _fill(target, source)
+
+
+def _fill(target: Tensor, source: Tensor) -> None:
+    """Copy into the corner of a place, and zero the rest."""
+    target.zero_()
+    target[tuple(slice(n) for n in source.shape)].copy_(source)
+
+
+def _on_cuda(run: Run) -> tuple[Callable[[], object], Tensor]:
+    # Kernels are chosen and libraries woken before, on another stream, as capturing asks for.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits_RV = run()
+    return graph.replay, logits_RV
