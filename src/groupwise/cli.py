@@ -161,7 +161,7 @@ def doctor(
     job: JobFile = None, model: Model = None, data: Data = None, reward: Rewards = None, eval_data: EvalData = None,
     set_: Sets = None, json_: JsonResult = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
-    """Try the library's properties on a job's own model, data and rewards; status 1 where one fails."""
+    """Try on a job what the library promises; status 1 where it fails."""
     load_job(job, set_ or (), {"model": model, "data": data, "reward": reward or None, "eval_data": eval_data})
     from groupwise.run import api
     from groupwise.run.report import print_report
@@ -184,7 +184,7 @@ def plan(
     model: Model = None, data: Data = None, reward: Rewards = None, eval_data: EvalData = None, run: Run = None,
     set_: Sets = None, json_: JsonResult = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
-    """Tell what a job will take on this machine: memory by component, time by phase. Reads no weights."""
+    """Tell before weights are read what a job will take."""
     if job is not None and Path(job).is_dir():
         job = str(Path(job) / "job.toml")
     options = {"model": model, "data": data, "reward": reward or None, "eval_data": eval_data, "run": run}

@@ -48,6 +48,7 @@ class Learner:
         self.policy, self.objective, self.settings = policy, objective, settings
         self.optimizer = MasterOptimizer(policy.model, settings.optimizer, settings.compute_dtype)
         self._tally = _Tally()
+        # What a forward pass may hold now: less than in the settings once memory ran out.
         self.budget, self.halved = settings.tokens_per_micro_batch, 0
 
     @property
