@@ -75,6 +75,7 @@ def _prompts(count: int, length: int) -> list[tuple[str, tuple[int, ...]]]:
 def _shared_step(policy: Policy, shape: Shape, rows: int, prompts: int, reach: int) -> Step:
     """A step of rows that have `reach` tokens after it."""
     decoder = SharedDecoder(policy)
+    decoder.graphs = None  # there is nothing to capture where tensors have no data
     decoder.begin(_prompts(prompts, shape.prompt))
     decoder.row_uid = [str(row // shape.outputs) for row in range(rows)]
     decoder.lengths = [reach - 1] * rows
