@@ -10,14 +10,14 @@ from typing import Any, Final
 from groupwise.config import BUILTIN, Job
 from groupwise.disk import in_words
 from groupwise.errors import ModelError
-from groupwise.models.load import load_config
+from groupwise.models.load import choose_device, load_config
 from groupwise.models.size import parameter_count
-from groupwise.run.parts import Given, memory_settings
+from groupwise.run.parts import Given, available_memory, memory_settings
 
 NOTHING_FITS: Final = "does not fit"
 """The verdict of a plan that has no way."""
-SMALL: Final = 100_000_000
-"""Parameters below which a model is not looked at: tracing it would take longer than loading it."""
+_PER_LAYER = (20, 6)
+"""Numbers that a layer keeps of a token for the backward pass, in widths and in inner widths: more than any seen."""
 
 
 def settle(job: Job, given: Given, say: Callable[[str], None]) -> Job:
@@ -26,11 +26,11 @@ def settle(job: Job, given: Given, say: Callable[[str], None]) -> Job:
     Raises ModelError where nothing fits.
     """
     named = (job.train.tokens_per_micro_batch, job.model.gradient_checkpointing)
-    if None not in named or _is_small(job, given):
+    if None not in named or _is_roomy(job, given):
         return _with(job, *memory_settings(job))
     from groupwise.run.plan import plan_of  # it traces the model: nobody else pays for importing that
 
-    say("planning memory")
+    say("planning memory, which may take a minute or two")
     plan = plan_of(job, given)
     chosen = (plan.tokens_per_micro_batch, plan.gradient_checkpointing)
     if plan.verdict == NOTHING_FITS or any(
@@ -54,8 +54,18 @@ def _with(job: Job, budget: int, checkpointing: bool) -> Job:
     return job.model_copy(update=changes)
 
 
-def _is_small(job: Job, given: Given) -> bool:
+def _is_roomy(job: Job, given: Given) -> bool:
+    """Whether twice what a step may take by a rough count is free: then nothing is traced, which takes its time."""
     if job.model.path == BUILTIN:
         return True
     config = load_config(job.model.path, revision=job.model.revision, trust_remote_code=given.trust_remote_code)
-    return parameter_count(config, given.trust_remote_code) < SMALL
+    text, sampling = config.get_text_config(), job.sampling
+    width = int(text.hidden_size)
+    inner = int(getattr(text, "intermediate_size", None) or 4 * width)
+    rows = min(job.train.prompts_per_step * sampling.num_generations, sampling.max_live_outputs)
+    stored = rows * sampling.max_completion_length * 2 * width
+    kept = memory_settings(job)[0] * (_PER_LAYER[0] * width + _PER_LAYER[1] * inner)
+    weights = 24 * parameter_count(config, given.trust_remote_code)
+    return 2 * (weights + 4 * text.num_hidden_layers * (stored + kept)) < available_memory(
+        choose_device(job.model.device)
+    )
