@@ -66,6 +66,5 @@ def _is_roomy(job: Job, given: Given) -> bool:
     stored = rows * sampling.max_completion_length * 2 * width
     kept = memory_settings(job)[0] * (_PER_LAYER[0] * width + _PER_LAYER[1] * inner)
     weights = 24 * parameter_count(config, given.trust_remote_code)
-    return 2 * (weights + 4 * text.num_hidden_layers * (stored + kept)) < available_memory(
-        choose_device(job.model.device)
-    )
+    needed = weights + 4 * int(text.num_hidden_layers) * (stored + kept)
+    return 2 * needed < available_memory(choose_device(job.model.device))
