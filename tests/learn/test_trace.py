@@ -10,7 +10,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from groupwise.errors import ModelError
 from groupwise.learn.meter import Cost, Meter
-from groupwise.learn.trace import Hollow, Shape, activation_bytes
+from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.attention import NAME
 from groupwise.models.head import HeadShape
 from groupwise.models.layout import Stream
@@ -118,8 +118,8 @@ def test_parts_are_those_that_the_learner_cuts() -> None:
 
 
 def test_more_tokens_take_more_bytes() -> None:
-    config = Qwen3Config(**SIZES)
-    sizes = [activation_bytes(config, n, torch.float32, False, prompt=16, length=16) for n in (144, 288, 576)]
+    hollow = Hollow(Qwen3Config(**SIZES), "shared", HeadShape(), torch.float32)
+    sizes = [hollow.training(Shape(n, 8, 16, 16), (8,) * n, False).peak for n in (1, 2, 4)]
     assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=0.05)
 
 

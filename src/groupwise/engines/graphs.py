@@ -5,6 +5,7 @@ what is added attends to nothing and its results are dropped."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -107,6 +108,10 @@ class Graphs:
         except RuntimeError as error:
             # Named boundary: whatever a model does that a graph cannot hold; it is decoded step by step instead.
             self.refused = one_line(error, 200)
+            warnings.warn(
+                "This model's decoding steps cannot be captured; each is handed out by itself, which takes several"
+                f" times as long: {self.refused}", RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
             return None
         return _Captured(replay, logits_RV, fixed)
 

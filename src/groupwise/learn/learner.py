@@ -102,12 +102,12 @@ class Learner:
             # The longest group came first, so little is lost when what was gathered is dropped.
             self.optimizer.zero_grad()
             self._tally = before
-            self.budget, self.halved = max(1, self.budget // 2), self.halved + 1
+            asked, self.budget, self.halved = self.budget, max(1, self.budget // 2), self.halved + 1
             if self.policy.device.type == "cuda":
                 torch.cuda.empty_cache()
             if not self._accumulated(batch, live, weights_T, first_pass):
                 raise ModelError(
-                    f"The device's memory is not enough for micro-batches of {2 * self.budget:,} tokens, nor of "
+                    f"The device's memory is not enough for micro-batches of {asked:,} tokens, nor of "
                     f"{self.budget:,}. Lower train.tokens_per_micro_batch, set model.gradient_checkpointing to true, "
                     "or shorten prompts or outputs; `groupwise plan` tells what fits."
                 )

@@ -190,22 +190,6 @@ class Hollow:
         )
 
 
-def activation_bytes(
-    config: PreTrainedConfig, tokens: int, dtype: torch.dtype, checkpointing: bool, *,
-    prompt: int = 256, length: int = 256, outputs: int = 8, layout: LayoutName = "shared",
-    head: HeadShape | None = None, device: torch.device | str = "cpu",
-) -> int:  # fmt: skip
-    """Most bytes that forward and backward of a micro-batch of at most `tokens` tokens hold beside the weights.
-
-    The micro-batch is the largest of many groups of `outputs` outputs. Raises ModelError where that cannot be told.
-    """
-    hollow = Hollow(config, layout, head or HeadShape(), dtype, device)
-    shared = layout == "shared"
-    groups = 1 + tokens // (prompt + length)
-    shape = Shape(groups, outputs, prompt, length)
-    return round(hollow.training(shape, shape.parts(tokens, shared)[0], checkpointing).peak)
-
-
 def _stream(policy: Policy, shape: Shape, part: Sequence[int]) -> Stream:
     # With data: it is small, and thousands of operations without would take seconds.
     with unset_fake_temporarily():
