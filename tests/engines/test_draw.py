@@ -80,7 +80,9 @@ def test_a_token_is_the_one_whose_interval_holds_the_uniform(vocabulary: int, sh
     generator = torch.Generator().manual_seed(vocabulary)
     probs = torch.softmax(sharpness * torch.randn(300, vocabulary, generator=generator), -1)
     u = torch.rand(300, generator=generator, dtype=torch.float64)
-    found = inverse_cdf(probs, u).numpy()
+    token_R, total_R = inverse_cdf(probs * 3, u)
+    found = token_R.numpy()
+    assert total_R.numpy() == pytest.approx(3.0, abs=1e-5)
     edges = probs.double().cumsum(-1).numpy()
     goal = u.numpy() * edges[:, -1]
     expected = (edges <= goal[:, None]).sum(-1)
@@ -99,7 +101,7 @@ def test_a_token_of_probability_zero_is_never_drawn(u: float) -> None:
         row[support] = torch.rand(len(support), generator=torch.Generator().manual_seed(1)) + 1e-30
         rows += [row, row * 1e-30, row / row.sum()]
     probs = torch.stack(rows)
-    tokens = inverse_cdf(probs, torch.full((len(rows),), u, dtype=torch.float64))
+    tokens, _ = inverse_cdf(probs, torch.full((len(rows),), u, dtype=torch.float64))
     assert (probs.gather(1, tokens[:, None]) > 0).all()
 
 
@@ -110,7 +112,7 @@ def test_the_first_token_of_a_block_is_not_drawn_for_a_rounding_error() -> None:
     probs[:, 0], probs[:, 513] = small, 1.0
     assert ((small.double() + 1.0) - 1.0 > small.double()).any()
     u = small.double() / (small.double() + 1.0)
-    tokens = inverse_cdf(probs, u)
+    tokens, _ = inverse_cdf(probs, u)
     assert (probs.gather(1, tokens[:, None]) > 0).all()
 
 
@@ -118,7 +120,7 @@ def test_the_first_token_of_a_block_is_not_drawn_for_a_rounding_error() -> None:
 @settings(max_examples=200, deadline=None)
 def test_whatever_the_rounding_a_possible_token_is_drawn(values: list[float], u: float) -> None:
     probs = torch.tensor([[*values, 1e-3, 0.0]]).repeat_interleave(60, 1)
-    token = inverse_cdf(probs, torch.tensor([u], dtype=torch.float64))
+    token, _ = inverse_cdf(probs, torch.tensor([u], dtype=torch.float64))
     assert probs[0, token] > 0
 
 
@@ -126,7 +128,7 @@ def test_frequencies_are_the_probabilities() -> None:
     count, probs = 40_000, torch.softmax(torch.linspace(-3, 2, 20), -1)
     filters = Filters.of([Sampling()] * count, CPU)
     u = uniforms(torch.arange(count), torch.zeros(count, dtype=torch.long))
-    tokens, logprobs = draw(probs.log().repeat(count, 1), u, filters, False)
+    tokens, logprobs = draw(probs.log().repeat(count, 1), u, filters)
     observed = torch.bincount(tokens, minlength=20)
     chi_square = ((observed - count * probs) ** 2 / (count * probs)).sum().item()
     assert chi_square < 36.2  # 19 degrees of freedom, 1 %
@@ -154,7 +156,7 @@ def drawable(logits: list[float], settings_: Sampling) -> tuple[set[int], dict[i
     count = 4001
     filters = Filters.of([settings_] * count, CPU)
     grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    tokens, logprobs = draw(torch.tensor(logits).repeat(count, 1), grid, filters, filters.cut_support)
+    tokens, logprobs = draw(torch.tensor(logits).repeat(count, 1), grid, filters)
     return set(tokens.tolist()), dict(zip(tokens.tolist(), logprobs.tolist(), strict=True))
 
 
@@ -187,9 +189,9 @@ def test_top_p_of_one_keeps_a_tail_that_rounding_would_cut_off() -> None:
     logits = torch.tensor([[0.0] + [-17.7] * 1500])  # each 2e-8, less than half of what float32 can add to 1
     both = Filters.of([Sampling(), Sampling(top_p=0.5)], CPU)
     u = torch.tensor([1 - 5e-6, 0.3], dtype=torch.float64)
-    alone, _ = draw(logits.clone(), u[:1], Filters.of([Sampling()], CPU), False)
-    beside, _ = draw(logits.repeat(2, 1), u, both, both.cut_support)
-    assert both.cut_support
+    alone, _ = draw(logits.clone(), u[:1], Filters.of([Sampling()], CPU))
+    beside, _ = draw(logits.repeat(2, 1), u, both)
+    assert both.cut
     assert alone.item() > 1000
     assert beside.tolist() == [alone.item(), 0]
 
@@ -197,7 +199,7 @@ def test_top_p_of_one_keeps_a_tail_that_rounding_would_cut_off() -> None:
 def rows_of(*settings_: Sampling) -> tuple[Tensor, Tensor]:
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3)).repeat(len(settings_), 1)
     filters = Filters.of(settings_, CPU)
-    return draw(logits, torch.full((len(settings_),), 0.37, dtype=torch.float64), filters, filters.cut_support)
+    return draw(logits, torch.full((len(settings_),), 0.37, dtype=torch.float64), filters)
 
 
 def test_rows_with_other_settings_do_not_touch_each_other() -> None:
@@ -215,7 +217,7 @@ def test_rows_with_other_settings_do_not_touch_each_other() -> None:
 def test_greedy_takes_the_likeliest_and_says_its_log_prob_at_temperature_one() -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
     filters = Filters.of([Sampling(temperature=0.0)], CPU)
-    token, logprob = draw(logits.clone(), torch.tensor([0.999], dtype=torch.float64), filters, filters.cut_support)
+    token, logprob = draw(logits.clone(), torch.tensor([0.999], dtype=torch.float64), filters)
     assert token.item() == 1
     assert logprob.item() == pytest.approx(torch.log_softmax(logits, -1)[0, 1].item(), abs=1e-6)
 
@@ -226,6 +228,6 @@ def test_impossible_tokens_stay_impossible() -> None:
     u = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
     for sampling in (Sampling(), Sampling(top_p=0.99), Sampling(top_k=3)):
         filters = Filters.of([sampling] * 200, CPU)
-        tokens, logprobs = draw(logits.clone(), u, filters, filters.cut_support)
+        tokens, logprobs = draw(logits.clone(), u, filters)
         assert set(tokens.tolist()) == {2, 4}
         assert torch.isfinite(logprobs).all()

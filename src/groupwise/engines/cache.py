@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from groupwise.engines.graphs import Graphs, Live
-from groupwise.engines.stores import Fold, Prompts, Step, Store, Stores
+from groupwise.engines.stores import Fold, Outputs, Prompts, Step, Store, Stores
 from groupwise.models.attention import ForestAttention
 from groupwise.models.layout import Forest, build_forest
 from groupwise.models.policy import Policy
@@ -96,19 +96,20 @@ class SharedDecoder:
         device = token_R.device
         if self._fold is None:
             slot_of = {uid: slot for slot, uid in enumerate(self.slots)}
-            self._row_slots = [slot_of[uid] for uid in self.row_uid]
-            self._fold = Fold.of(self._row_slots, len(self.slots), device)
-            self._slot_R = torch.tensor(self._row_slots, device=device)
+            self._fold = Fold.of([slot_of[uid] for uid in self.row_uid], len(self.slots), device)
+            self._prompt_R = self.prompt_length_Q[self._fold.slot_R]
         length_R = torch.tensor(self.lengths, device=device)
-        position_R = self.prompt_length_Q[self._slot_R] + length_R
+        position_R = self._prompt_R + length_R
         reach = max(self.lengths) + 1
+        ragged = min(self.lengths) + 1 < reach
         if reach > self.outputs.length:
             self.outputs.reserve(len(self.row_uid), min(self._longest, 2 * self.outputs.length))
         self.lengths = [n + 1 for n in self.lengths]
         logits_RV = self._replayed(reach, token_R, length_R, position_R)
         if logits_RV is None:
             prompts = Prompts(self.prompt_length_Q, self.prompt_reach, self.ragged)
-            layout = Step(Stores(self.prompts, self.outputs), self._fold, length_R, reach, prompts)
+            outputs = Outputs(length_R, reach, ragged)
+            layout = Step(Stores(self.prompts, self.outputs), self._fold, prompts, outputs)
             hidden = self.policy.hidden(token_R[:, None], position_R[:, None], layout)
             logits_RV = self.policy.logits(hidden[:, 0])
         return logits_RV

@@ -42,39 +42,45 @@ def uniforms(seed_R: Tensor, index_R: Tensor) -> Tensor:
 
 
 class Filters(NamedTuple):
-    """The sampling settings of the live rows, as `[R]` tensors."""
+    """The sampling settings of the live rows, as `[R]` tensors, and which of them any row asks for."""
 
     temperature_R: Tensor
     top_p_R: Tensor
     top_k_R: Tensor
     min_p_R: Tensor
+    tempered: bool
+    greedy: bool
+    cut: bool
 
     @classmethod
     def of(cls, settings: Sequence[Sampling], device: torch.device) -> Filters:
         """One row per entry of `settings`."""
         columns = [[s.temperature for s in settings], [s.top_p for s in settings]]
         columns += [[float(s.top_k) for s in settings], [s.min_p for s in settings]]
-        return cls(*torch.tensor(columns, dtype=torch.float32, device=device).unbind(0))
+        return cls(
+            *torch.tensor(columns, dtype=torch.float32, device=device).unbind(0),
+            tempered=any(s.temperature not in (0, 1) for s in settings),
+            greedy=any(s.temperature == 0 for s in settings),
+            cut=any(s.top_p < 1 or s.top_k > 0 or s.min_p > 0 for s in settings),
+        )
 
-    @property
-    def cut_support(self) -> bool:
-        """Whether any row drops tokens from the distribution."""
-        return bool((self.top_p_R < 1).any() or (self.top_k_R > 0).any() or (self.min_p_R > 0).any())
 
-
-def draw(logits_RV: Tensor, uniform_R: Tensor, filters: Filters, cut_support: bool) -> tuple[Tensor, Tensor]:
+def draw(logits_RV: Tensor, uniform_R: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
     """Tokens `[R]` and their log-probs `[R]` under the distribution that was sampled. `logits_RV` is overwritten.
 
     Temperature 0 takes the likeliest token; its log-prob is that at temperature 1.
     """
     greedy_R = filters.temperature_R == 0
-    scaled = logits_RV.div_(torch.where(greedy_R, 1.0, filters.temperature_R)[:, None])
-    if cut_support:
-        scaled = _cut(scaled, filters)
-    lse_R = torch.logsumexp(scaled, -1)
-    token_R = inverse_cdf((scaled - lse_R[:, None]).exp_(), uniform_R)
-    token_R = torch.where(greedy_R, scaled.argmax(-1), token_R)
-    return token_R, scaled.gather(-1, token_R[:, None])[:, 0] - lse_R
+    if filters.tempered:
+        logits_RV.div_(torch.where(greedy_R, 1.0, filters.temperature_R)[:, None])
+    if filters.cut:
+        logits_RV = _cut(logits_RV, filters)
+    # Each pass over the vocabulary counts: the largest logit is taken out of all, and the sum serves the draw as well.
+    relative = logits_RV.sub_(logits_RV.amax(-1, keepdim=True))
+    token_R, total_R = inverse_cdf(relative.exp(), uniform_R)
+    if filters.greedy:
+        token_R = torch.where(greedy_R, relative.argmax(-1), token_R)
+    return token_R, relative.gather(-1, token_R[:, None])[:, 0] - total_R.log().to(relative.dtype)
 
 
 def _cut(scaled_RV: Tensor, filters: Filters) -> Tensor:
@@ -93,24 +99,30 @@ def _cut(scaled_RV: Tensor, filters: Filters) -> Tensor:
     return torch.empty_like(scaled_RV).scatter_(-1, order, ordered)
 
 
-def inverse_cdf(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """The token whose interval of the cumulative distribution holds the row's uniform, `[R]`.
+def inverse_cdf(weights_RV: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The token whose interval of the cumulative weights holds the row's uniform, `[R]`, and their sum, float64 `[R]`.
 
-    Two levels (blocks, then tokens of one block) keep the sums short: exact where one long float32 sum is not, and
-    the vocabulary is read once. A token of probability 0 is never drawn.
+    Weights need not sum to 1. Two levels (blocks, then tokens of one block) keep the sums short: exact where one long
+    float32 sum is not, and the vocabulary is read once. A token of weight 0 is never drawn.
     """
-    rows, vocabulary = probs_RV.shape
-    padded = torch.nn.functional.pad(probs_RV, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
+    rows, vocabulary = weights_RV.shape
+    if vocabulary <= _BLOCK:
+        upper = weights_RV.double().cumsum(-1)
+        goal_R1 = _below(uniform_R[:, None] * upper[:, -1:], upper[:, -1:])
+        return _first_above(upper, goal_R1)[:, 0], upper[:, -1]
+    padded = torch.nn.functional.pad(weights_RV, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
     block_RB = padded.sum(-1).double()
     upper_RB = block_RB.cumsum(-1)
-    goal_R1 = _below(uniform_R[:, None] * upper_RB[:, -1:], upper_RB[:, -1:])
+    total_R1 = upper_RB[:, -1:]
+    goal_R1 = _below(uniform_R[:, None] * total_R1, total_R1)
     block_R1 = _first_above(upper_RB, goal_R1)
     inside = padded.gather(1, block_R1[:, :, None].expand(-1, 1, _BLOCK))[:, 0].double()
     upper = inside.cumsum(-1)
     # Rounding may push the rest outside the block's own sum: stay on its first or last possible token.
     rest = _below((goal_R1 - (upper_RB - block_RB).gather(1, block_R1)).clamp_min(0), upper[:, -1:])
-    # Where probabilities are nan any token is as wrong as another, but it has to be one: the caller sees its log-prob.
-    return (block_R1 * _BLOCK + _first_above(upper, rest))[:, 0].clamp_max(vocabulary - 1)
+    # Where weights are nan any token is as wrong as another, but it has to be one: the caller sees its log-prob.
+    token_R = (block_R1 * _BLOCK + _first_above(upper, rest))[:, 0].clamp_max(vocabulary - 1)
+    return token_R, total_R1[:, 0]
 
 
 def _below(goal: Tensor, total: Tensor) -> Tensor:

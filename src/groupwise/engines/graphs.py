@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from groupwise.engines.stores import Fold, Prompts, Step, Stores
+from groupwise.engines.stores import Fold, Outputs, Prompts, Step, Stores
 from groupwise.models.policy import Policy
 from groupwise.wording import one_line
 
@@ -99,7 +99,7 @@ class Graphs:
         _place(fixed, live)
 
         def run() -> Tensor:
-            layout = Step(stores, fold, length_R, bucket.reach, prompts)
+            layout = Step(stores, fold, prompts, Outputs(length_R, bucket.reach, ragged=True))
             hidden = self.policy.hidden(token_R[:, None], position_R[:, None], layout)
             return self.policy.logits(hidden[:, 0])
 

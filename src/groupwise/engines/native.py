@@ -184,7 +184,7 @@ class NativeEngine:
         settings = self._settings
         index = torch.tensor([len(row.token_ids) for row in self._rows], device=logits_RV.device)
         settings.forbid_early_end(logits_RV, index)
-        tokens, logprobs = draw(logits_RV, uniforms(settings.seed_R, index), settings.filters, settings.cut_support)
+        tokens, logprobs = draw(logits_RV, uniforms(settings.seed_R, index), settings.filters)
         ended: list[int] = []
         for i, (row, token, logprob) in enumerate(zip(self._rows, tokens.tolist(), logprobs.tolist(), strict=True)):
             if not math.isfinite(logprob):
@@ -263,7 +263,6 @@ class _Settings:
     def __init__(self, rows: Sequence[_Row], end_token_ids: frozenset[int], device: torch.device) -> None:
         sampling: list[Sampling] = [row.request.sampling for row in rows]
         self.filters = Filters.of(sampling, device)
-        self.cut_support = self.filters.cut_support
         self.seed_R = torch.tensor([row.request.seed + row.index for row in rows], device=device)
         self.min_R = torch.tensor([s.min_tokens for s in sampling], device=device)
         self.any_min = any(s.min_tokens > 1 for s in sampling)

@@ -1,7 +1,9 @@
 """Key/value stores of decoding, and the attention of a step over them.
 
-Per layer there is one store for prompts `[slots, H_kv, P, d]` and one for outputs `[rows, H_kv, C, d]`. A step attends
-to both apart and merges by log-sum-exp."""
+Per layer there is one store for prompts `[slots, H_kv, P, d]` and one for outputs `[rows, H_kv, C, d]`. A step computes
+scores against both apart, a prompt's for all its rows in one product, and takes one softmax over them.
+
+Index arrays: `R` live rows, `Q` live prompts, `M` rows of a prompt, `H_kv` heads of keys, `r` heads that share keys."""
 
 from __future__ import annotations
 
@@ -62,11 +64,13 @@ class Store:
 class Fold:
     """Rows gathered by prompt, `[Q, M]`, and back: a group's queries meet its prompt's keys in one product.
 
-    `place_R` is where row `r` stands in the flat `row_QM`, which is padded by row 0.
+    `place_R` is where row `r` stands in the flat `row_QM`, which is padded by row 0. Where every prompt has as many rows
+    as the others, in order, the fold is `even`: a view.
     """
 
     row_QM: Tensor
     place_R: Tensor
+    even: bool = False
 
     @classmethod
     def of(cls, slots: Sequence[int], prompts: int, device: torch.device) -> Fold:
@@ -79,19 +83,43 @@ class Fold:
         width = max(map(len, members))
         padded = [rows + [0] * (width - len(rows)) for rows in members]
         return cls(
-            torch.tensor(padded, device=device), torch.tensor([slot * width + m for slot, m in place], device=device)
-        )
+            torch.tensor(padded, device=device), torch.tensor([slot * width + m for slot, m in place], device=device),
+            even=[row for rows in padded for row in rows] == list(range(len(slots))),
+        )  # fmt: skip
+
+    @property
+    def slot_R(self) -> Tensor:
+        """The prompt of each row."""
+        return self.place_R // self.row_QM.shape[1]
 
     def place_of(self, width: int) -> Tensor:
         """The places in a fold of the same rows that is `width` wide."""
         own = self.row_QM.shape[1]
         return self.place_R // own * width + self.place_R % own
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """`[R, H_kv, r, X] -> [Q, H_kv, M * r, X]`."""
+        of_prompt = rows.unflatten(0, self.row_QM.shape) if self.even else rows[self.row_QM]
+        return of_prompt.transpose(1, 2).flatten(2, 3)
+
+    def spread(self, folded: Tensor) -> Tensor:
+        """The way back: `[Q, H_kv, M * r, X] -> [R, H_kv, r, X]`."""
+        rows = folded.unflatten(2, (self.row_QM.shape[1], -1)).transpose(1, 2).flatten(0, 1)
+        return rows if self.even else rows[self.place_R]
+
 
 class Prompts(NamedTuple):
     """The live prompts: their lengths `[Q]`, how far the store is looked at, and whether lengths differ."""
 
     length_Q: Tensor
+    reach: int
+    ragged: bool
+
+
+class Outputs(NamedTuple):
+    """The live outputs: their lengths `[R]` before this step, how far the store is looked at, whether lengths differ."""
+
+    length_R: Tensor
     reach: int
     ragged: bool
 
@@ -104,75 +132,77 @@ class Stores(NamedTuple):
 
 
 class Step:
-    """One decoding step's attention: each row's own tokens and its prompt's, merged."""
+    """One decoding step's attention: each row's own tokens and its prompt's under one softmax."""
 
-    def __init__(self, stores: Stores, fold: Fold, length_R: Tensor, reach: int, prompts: Prompts) -> None:
-        self.stores, self.fold, self.length_R, self.reach, self.prompts = stores, fold, length_R, reach, prompts
-        self.row_R = torch.arange(len(length_R), device=length_R.device)
+    def __init__(self, stores: Stores, fold: Fold, prompts: Prompts, outputs: Outputs) -> None:
+        self.stores, self.fold, self.prompts, self.outputs = stores, fold, prompts, outputs
+        self._hidden: dict[int | None, Tensor | None] = {}
+        self._places: dict[tuple[int, int], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         rows, heads, _, width = query.shape
-        kv_heads = key.shape[1]
-        own_k, own_v = self.stores.outputs.at(layer, key, value)
-        own_k[self.row_R, :, self.length_R] = key[:, :, 0]
-        own_v[self.row_R, :, self.length_R] = value[:, :, 0]
-        grouped = (query[:, :, 0] * options.scale).view(rows, kv_heads, heads // kv_heads, width)
-        own_k, own_v = (stored[:rows, :, : self.reach] for stored in (own_k, own_v))
-        own = _part(grouped, own_k, own_v, self._own_mask(options), options)
-        prompt = self._prompt_part(layer, grouped, options)
-        sink = None if options.sinks is None else options.sinks.view(1, kv_heads, -1, 1)
-        return _merge(own, prompt, sink).view(rows, 1, heads, -1).to(query.dtype)
+        own_k, own_v = self._write(layer, key, value)
+        prompt_k, prompt_v = (
+            stored[: len(self.prompts.length_Q), :, : self.prompts.reach] for stored in self.stores.prompts.layers[layer]
+        )
+        scaled = (query[:, :, 0] * options.scale).view(rows, key.shape[1], -1, width)
+        prompt_scores = self.fold.gather(scaled) @ prompt_k.transpose(-1, -2)
+        parts = [self.fold.spread(prompt_scores), scaled @ own_k.transpose(-1, -2)]
+        weights = self._weights(wide(torch.cat(parts, -1)), options).to(value.dtype)
+        out = wide(weights[..., self.prompts.reach :] @ own_v)
+        out += self.fold.spread(self.fold.gather(weights[..., : self.prompts.reach]) @ prompt_v)
+        return out.view(rows, 1, heads, -1).to(query.dtype)
 
-    def _prompt_part(self, layer: int, grouped: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-        fold, live = self.fold, len(self.prompts.length_Q)
-        key, value = (x[:live, :, : self.prompts.reach] for x in self.stores.prompts.layers[layer])
-        # [R, H_kv, r, d] -> [Q, M, H_kv, r, d] -> [Q, H_kv, M * r, d]
-        folded = grouped[fold.row_QM].transpose(1, 2).flatten(2, 3)
-        visible = self._prompt_mask(options, grouped.shape[2])
-        out, lse = (x.unflatten(2, (fold.row_QM.shape[1], -1)) for x in _part(folded, key, value, visible, options))
-        return out.transpose(1, 2).flatten(0, 1)[fold.place_R], lse.transpose(1, 2).flatten(0, 1)[fold.place_R]
+    def _weights(self, scores: Tensor, options: Options) -> Tensor:
+        """The softmax of `[R, H_kv, r, P + C]`; sinks take part in its denominator only."""
+        if options.softcap is not None:
+            scores = scores.div_(options.softcap).tanh_().mul_(options.softcap)
+        hidden = self._what_is_hidden(options.window)
+        if hidden is not None:
+            scores.masked_fill_(hidden, float("-inf"))
+        if options.sinks is None:
+            return scores.softmax(-1)
+        sinks = options.sinks.to(scores.dtype).view(1, scores.shape[1], -1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
 
-    def _prompt_mask(self, options: Options, heads_per_key: int) -> Tensor | None:
-        """What the folded rows may see of their prompts, `[Q, 1, 1 or M * r, P]`; None where that is all of it."""
-        lengths_Q = self.prompts.length_Q
-        if not self.prompts.ragged and options.window is None:
-            return None
-        column = torch.arange(self.prompts.reach, device=lengths_Q.device)
-        visible = (column < lengths_Q[:, None])[:, None, None]
-        if options.window is not None:
-            position_QM = lengths_Q[:, None] + self.length_R[self.fold.row_QM]
-            near = position_QM[:, :, None] - column < options.window
-            visible = visible & near[:, None].repeat_interleave(heads_per_key, 2)
-        return visible
+    def _write(self, layer: int, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Put each row's new key and value behind its others; returns what the rows have then, `[R, H_kv, C, d]`."""
+        rows, found = len(key), []
+        length_R, reach, ragged = self.outputs
+        for stored, new in zip(self.stores.outputs.at(layer, key, value), (key, value), strict=True):
+            if ragged:
+                kv_heads, room, width = stored.shape[1:]
+                place = self._place(kv_heads, room)
+                stored.view(-1, width).index_copy_(0, place, new[:, :, 0].reshape(-1, width))
+            else:
+                stored[:rows, :, reach - 1] = new[:, :, 0]
+            found.append(stored[:rows, :, :reach])
+        return found
 
-    def _own_mask(self, options: Options) -> Tensor:
-        column = torch.arange(self.reach, device=self.length_R.device)
-        visible = column <= self.length_R[:, None]
-        if options.window is not None:
-            visible = visible & (self.length_R[:, None] - column < options.window)
-        return visible[:, None, None]
+    def _place(self, kv_heads: int, room: int) -> Tensor:
+        """Where a store of `[.., H_kv, room, d]`, laid flat, has the next token of each row and head."""
+        if (kv_heads, room) not in self._places:
+            length_R = self.outputs.length_R
+            entry = torch.arange(len(length_R) * kv_heads, device=length_R.device).view(-1, kv_heads)
+            self._places[kv_heads, room] = (entry * room + length_R[:, None]).flatten()
+        return self._places[kv_heads, room]
 
+    def _what_is_hidden(self, window: int | None) -> Tensor | None:
+        """Columns that a row may not see, bool `[R, 1, 1, P + C]`; None where it may see all."""
+        if window not in self._hidden:
+            plain = not (self.prompts.ragged or self.outputs.ragged)
+            near = window is None or window >= self.prompts.reach + self.outputs.reach
+            self._hidden[window] = None if plain and near else self._build_hidden(window)
+        return self._hidden[window]
 
-def _part(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
-    """Attention of scaled queries `[B, H, M, d]` over one store: result `[B, H, M, d_v]` and log-sum-exp `[.., 1]`."""
-    scores = wide(q @ k.transpose(-1, -2))
-    if options.softcap is not None:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    # Where a window hides everything the maximum is -inf; any finite number gives weights of 0 then.
-    top = scores.amax(-1, keepdim=True).clamp_min(-1e30)
-    weights = (scores - top).exp_()
-    total = weights.sum(-1, keepdim=True)
-    out = wide(weights.to(v.dtype) @ v) / total.clamp_min(1e-30)
-    return out, top + total.log()
-
-
-def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], sink: Tensor | None) -> Tensor:
-    """Two partial attentions as one; a sink takes part in the denominator only."""
-    top = torch.maximum(a[1], b[1])
-    if sink is not None:
-        top = torch.maximum(top, sink)
-    weight_a, weight_b = (a[1] - top).exp(), (b[1] - top).exp()
-    total = weight_a + weight_b + (0 if sink is None else (sink - top).exp())
-    return (a[0] * weight_a + b[0] * weight_b) / total
+    def _build_hidden(self, window: int | None) -> Tensor:
+        length_R = self.outputs.length_R
+        prompt_R = self.prompts.length_Q[self.fold.slot_R]
+        column = torch.arange(max(self.prompts.reach, self.outputs.reach), device=length_R.device)
+        in_prompt, own = column[: self.prompts.reach], column[: self.outputs.reach]
+        hidden = torch.cat([in_prompt >= prompt_R[:, None], own > length_R[:, None]], 1)
+        if window is not None:
+            # Distances from the new token: it stands at `prompt + length`, what it made itself from `prompt` on.
+            far = [(prompt_R + length_R)[:, None] - in_prompt >= window, length_R[:, None] - own >= window]
+            hidden |= torch.cat(far, 1)
+        return hidden[:, None, None]

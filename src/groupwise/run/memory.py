@@ -100,4 +100,4 @@ def _drawn(logits_RV: Tensor) -> Tensor:
     count, device = len(logits_RV), logits_RV.device
     index_R = torch.zeros(count, dtype=torch.long, device=device)
     filters = Filters.of([Sampling()] * count, device)
-    return draw(logits_RV.float(), uniforms(index_R, index_R), filters, cut_support=False)[0]
+    return draw(logits_RV.float(), uniforms(index_R, index_R), filters)[0]
