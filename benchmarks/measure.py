@@ -51,8 +51,8 @@ class Bench:
         """A worker of a system: `ours`, `trl`, `generate` or `vllm`."""
         separate = system in ("trl", "vllm")
         python = environments.python_of(system) if separate else Path(sys.executable)
-        # As the command line of groupwise sets it; the others run with what they come with.
-        own = {"GOMP_SPINCOUNT": "1000"} if system == "ours" else {}
+        # As the command line of groupwise sets it on an idle machine; the others run with what they come with.
+        own = {"GOMP_SPINCOUNT": "10000"} if system == "ours" else {}
         return Worker(
             python, f"{system}_worker", {"case": asdict(case), "folder": str(self.models / case.shape), **settings},
             log=self.logs / f"{system}.log", environment={"OMP_NUM_THREADS": str(self.threads), **own},

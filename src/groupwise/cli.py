@@ -221,11 +221,19 @@ def _exit(stopped_by: int | None) -> None:
         raise typer.Exit(128 + stopped_by)
 
 
+_SPINS = {True: 10_000, False: 1_000}
+"""How often threads look for new work before they sleep. By default it is so often that one busy core beside us makes
+training 16 times slower; seldom, that is twice, and small steps on an idle machine take a fifth longer (LOG.md)."""
+
+
+def _is_idle() -> bool:
+    """Whether nobody else has been computing here for the last minute, as far as the system tells."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] < 0.5
+
+
 def main() -> None:
     """Run the command line; errors that a user can mend end with one paragraph and status 2."""
-    # Read when torch is first imported. By default its threads spin for one another, and one busy core beside us made
-    # training 16 times slower; with a short spin 2 times, and no slower where the machine is quiet (LOG.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS[_is_idle()]))  # read when torch is first imported
     try:
         app(prog_name="groupwise")
     except GroupwiseError as error:

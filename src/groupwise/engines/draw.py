@@ -57,12 +57,13 @@ class Filters(NamedTuple):
         """One row per entry of `settings`."""
         columns = [[s.temperature for s in settings], [s.top_p for s in settings]]
         columns += [[float(s.top_k) for s in settings], [s.min_p for s in settings]]
+        temperature, top_p, top_k, min_p = torch.tensor(columns, dtype=torch.float32, device=device).unbind(0)
         return cls(
-            *torch.tensor(columns, dtype=torch.float32, device=device).unbind(0),
+            temperature, top_p, top_k, min_p,
             tempered=any(s.temperature not in (0, 1) for s in settings),
             greedy=any(s.temperature == 0 for s in settings),
             cut=any(s.top_p < 1 or s.top_k > 0 or s.min_p > 0 for s in settings),
-        )
+        )  # fmt: skip
 
 
 def draw(logits_RV: Tensor, uniform_R: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:

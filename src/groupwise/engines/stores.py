@@ -64,8 +64,8 @@ class Store:
 class Fold:
     """Rows gathered by prompt, `[Q, M]`, and back: a group's queries meet its prompt's keys in one product.
 
-    `place_R` is where row `r` stands in the flat `row_QM`, which is padded by row 0. Where every prompt has as many rows
-    as the others, in order, the fold is `even`: a view.
+    `place_R` is where row `r` stands in the flat `row_QM`, which is padded by row 0. Where every prompt has as many
+    rows as the others, in order, the fold is `even`: a view.
     """
 
     row_QM: Tensor
@@ -99,12 +99,12 @@ class Fold:
 
     def gather(self, rows: Tensor) -> Tensor:
         """`[R, H_kv, r, X] -> [Q, H_kv, M * r, X]`."""
-        of_prompt = rows.unflatten(0, self.row_QM.shape) if self.even else rows[self.row_QM]
+        of_prompt: Tensor = rows.unflatten(0, self.row_QM.shape) if self.even else rows[self.row_QM]
         return of_prompt.transpose(1, 2).flatten(2, 3)
 
     def spread(self, folded: Tensor) -> Tensor:
         """The way back: `[Q, H_kv, M * r, X] -> [R, H_kv, r, X]`."""
-        rows = folded.unflatten(2, (self.row_QM.shape[1], -1)).transpose(1, 2).flatten(0, 1)
+        rows: Tensor = folded.unflatten(2, (self.row_QM.shape[1], -1)).transpose(1, 2).flatten(0, 1)
         return rows if self.even else rows[self.place_R]
 
 
@@ -117,7 +117,7 @@ class Prompts(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The live outputs: their lengths `[R]` before this step, how far the store is looked at, whether lengths differ."""
+    """The live outputs: their lengths `[R]` before the step, how far the store is looked at, whether lengths differ."""
 
     length_R: Tensor
     reach: int
@@ -142,15 +142,14 @@ class Step:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         rows, heads, _, width = query.shape
         own_k, own_v = self._write(layer, key, value)
-        prompt_k, prompt_v = (
-            stored[: len(self.prompts.length_Q), :, : self.prompts.reach] for stored in self.stores.prompts.layers[layer]
-        )
+        live, reach = len(self.prompts.length_Q), self.prompts.reach
+        prompt_k, prompt_v = (stored[:live, :, :reach] for stored in self.stores.prompts.layers[layer])
         scaled = (query[:, :, 0] * options.scale).view(rows, key.shape[1], -1, width)
         prompt_scores = self.fold.gather(scaled) @ prompt_k.transpose(-1, -2)
         parts = [self.fold.spread(prompt_scores), scaled @ own_k.transpose(-1, -2)]
         weights = self._weights(wide(torch.cat(parts, -1)), options).to(value.dtype)
-        out = wide(weights[..., self.prompts.reach :] @ own_v)
-        out += self.fold.spread(self.fold.gather(weights[..., : self.prompts.reach]) @ prompt_v)
+        out = wide(weights[..., reach:] @ own_v)
+        out += self.fold.spread(self.fold.gather(weights[..., :reach]) @ prompt_v)
         return out.view(rows, 1, heads, -1).to(query.dtype)
 
     def _weights(self, scores: Tensor, options: Options) -> Tensor:
@@ -168,15 +167,14 @@ class Step:
     def _write(self, layer: int, key: Tensor, value: Tensor) -> list[Tensor]:
         """Put each row's new key and value behind its others; returns what the rows have then, `[R, H_kv, C, d]`."""
         rows, found = len(key), []
-        length_R, reach, ragged = self.outputs
         for stored, new in zip(self.stores.outputs.at(layer, key, value), (key, value), strict=True):
-            if ragged:
+            if self.outputs.ragged:
                 kv_heads, room, width = stored.shape[1:]
                 place = self._place(kv_heads, room)
                 stored.view(-1, width).index_copy_(0, place, new[:, :, 0].reshape(-1, width))
             else:
-                stored[:rows, :, reach - 1] = new[:, :, 0]
-            found.append(stored[:rows, :, :reach])
+                stored[:rows, :, self.outputs.reach - 1] = new[:, :, 0]
+            found.append(stored[:rows, :, : self.outputs.reach])
         return found
 
     def _place(self, kv_heads: int, room: int) -> Tensor:
