@@ -43,12 +43,13 @@ class Cost:
 
 
 class Meter(TorchDispatchMode):
-    """Counts the operations under it."""
+    """Counts the operations under it, each `times` times; what they allocate is there once."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.kept = self.moved = self.operations = 0
         self.flops = self.attention_flops = 0.0
+        self.times = 1
         self.top: int | None = None
         self._live, self._peaks = [0, 0], [0, 0]
         self._alive: dict[int, Any] = {}
@@ -103,15 +104,15 @@ class Meter(TorchDispatchMode):
     def _computed(self, func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         if not outputs:  # a question, such as what device a tensor is on
             return
-        self.operations += 1
+        self.operations += self.times
         name = func.overloadpacket.__name__
         if name == "_grouped_mm":  # tokens by expert, `[M, K]`, and `[experts, K, N]`
-            self.flops += 2.0 * inputs[0].numel() * outputs[0].shape[-1]
+            self.flops += self.times * 2.0 * inputs[0].numel() * outputs[0].shape[-1]
         elif name in _PRODUCTS:  # the last two inputs are the factors, `[.., M, K]` and `[.., K, N]`
-            self.flops += 2.0 * outputs[0].numel() * inputs[-2].shape[-1]
+            self.flops += self.times * 2.0 * outputs[0].numel() * inputs[-2].shape[-1]
         elif "scaled_dot_product" in name:
             backward = "backward" in name
             query, key = inputs[1 if backward else 0], inputs[2 if backward else 1]
-            self.attention_flops += (10.0 if backward else 4.0) * query.numel() * key.shape[-2]
+            self.attention_flops += self.times * (10.0 if backward else 4.0) * query.numel() * key.shape[-2]
         elif not func.is_view:
-            self.moved += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+            self.moved += self.times * sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))

@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from groupwise.errors import ModelError
+from groupwise.learn.alike import Counting
 from groupwise.learn.meter import Cost, Meter
 from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
 from groupwise.learn.pack import Output, micro_batches
-from groupwise.models.attention import NAME
+from groupwise.models.attention import NAME, counted_tiles
 from groupwise.models.head import HeadShape
 from groupwise.models.layout import Stream
 from groupwise.models.load import checkpoint_gradients
@@ -136,7 +137,11 @@ class Hollow:
 
         def cost_of(policy: Policy) -> Cost:
             meter = Meter()
-            run(policy, meter, dtype)
+            token = counted_tiles.set(Counting(meter))
+            try:
+                run(policy, meter, dtype)
+            finally:
+                counted_tiles.reset(token)
             return meter.cost
 
         with _without_data():

@@ -5,6 +5,8 @@ of the model's forward; a call without one raises, because silently plain attent
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +14,16 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from groupwise.models.layout import Forest
-from groupwise.models.tiles import Options, TiledAttention
+from groupwise.models.tiles import Options, Tile, TiledAttention
+
+Tiles = tuple[Tile, ...]
 
 NAME = "groupwise"
 KEYWORD = "groupwise_layout"
+
+
+counted_tiles: ContextVar[Callable[[Tiles, Options], Tiles] | None] = ContextVar("counted_tiles", default=None)
+"""What a pass on tensors without data puts in place of the tiles: see `groupwise.learn.alike`. None elsewhere."""
 
 
 class AttentionLayout(Protocol):
@@ -63,7 +71,9 @@ def _tiled(forest: Forest, query_N: Tensor, key_N: Tensor, value_N: Tensor, opti
     """`[N, H, d]` queries and `[N, H_kv, d]` keys and values in, `[N, H, d_v]` out."""
     heads, kv_heads = query_N.shape[1], key_N.shape[1]
     flat = [x.reshape(-1, x.shape[-1]) for x in (query_N * options.scale, key_N, value_N)]
-    tiles = forest.tiles(heads, kv_heads)
+    tiles, counted = forest.tiles(heads, kv_heads), counted_tiles.get()
+    if counted is not None:
+        tiles = counted(tiles, options)
     out: Tensor = TiledAttention.apply(*flat, options.sinks, (tiles, options))  # type: ignore[no-untyped-call]
     return out.view(-1, heads, out.shape[-1])
 
