@@ -100,9 +100,7 @@ class Counting:
         return _Replayed.apply(self.meter, self.known[key], *inputs)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _run_alone(
-    tiles: Sequence[Tile], inputs: Sequence[Tensor | None], options: Options, needed: bool
-) -> _Attention:
+def _run_alone(tiles: Sequence[Tile], inputs: Sequence[Tensor | None], options: Options, needed: bool) -> _Attention:
     """Attention forward and, where it is `needed`, backward, on tensors of its own, by one tile of each kind."""
     own = [None if x is None else torch.empty_like(x).detach().requires_grad_(x.requires_grad) for x in inputs]
     meter = Meter()
@@ -160,7 +158,8 @@ def _hollow(tile: Tile) -> Tile:
     """The tile without data too: an operation on both sorts of tensors takes several times as long."""
     mode = detect_fake_mode()
     assert mode is not None
-    return replace(tile, **{name: mode.from_tensor(tensor) for name, tensor in _tensors(tile).items()})
+    hollow: dict[str, Any] = {name: mode.from_tensor(tensor) for name, tensor in _tensors(tile).items()}
+    return replace(tile, **hollow)
 
 
 def _tensors(tile: Tile) -> dict[str, Any]:

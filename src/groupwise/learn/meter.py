@@ -51,8 +51,8 @@ class Span:
     peaks: tuple[int, int]
     flops: float
     attention_flops: float
-    moved: float
-    operations: float
+    moved: int
+    operations: int
 
 
 class Meter(TorchDispatchMode):
@@ -92,7 +92,8 @@ class Meter(TorchDispatchMode):
         """Count a span, whose tensors are gone, once more; what stays of it is to be allocated by the caller."""
         if not self._seeing:
             return
-        self._peaks = [max(peak, live + more) for peak, live, more in zip(self._peaks, self._live, span.peaks, strict=True)]
+        for large, more in enumerate(span.peaks):
+            self._peaks[large] = max(self._peaks[large], self._live[large] + more)
         self.flops += span.flops
         self.attention_flops += span.attention_flops
         self.moved += span.moved
