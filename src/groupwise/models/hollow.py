@@ -23,7 +23,7 @@ class Counter(Protocol):
     def attention(
         self, forest: Forest, heads: tuple[int, int], inputs: Sequence[Tensor | None], options: Options
     ) -> Tensor:
-        """What `TiledAttention` returns for queries, keys, values and sinks; `heads` are those of queries and of keys."""
+        """What `TiledAttention` returns for queries, keys, values and sinks. `heads`: of queries, of keys."""
 
 
 counter: ContextVar[Counter | None] = ContextVar("counter", default=None)
