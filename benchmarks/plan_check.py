@@ -1,4 +1,4 @@
-"""Plans against real steps, in memory and in time, for three shapes: `python benchmarks/plan_check.py`.
+"""Plans against real steps, in memory and in time, for four shapes: `python benchmarks/plan_check.py`.
 
 Random weights, outputs of full length; each step runs in a process of its own, the second of two is timed."""
 
@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from groupwise.models.small import character_tokenizer, small_model
 ALPHABET = "".join(chr(0x4E00 + i) for i in range(20_000))
 SHAPES = {
     # name: (vocabulary, hidden, layers, prompts, prompt tokens, output tokens, dtype)
+    "embedded: hidden 192, 2 layers, Q16 G8 P10 C48": (62, 192, 2, 16, 10, 48, "float32"),
     "tiny: hidden 128, 4 layers, Q16 G8 P16 C64": (64, 128, 4, 16, 16, 64, "float32"),
     "middle: hidden 384, 4 layers, Q4 G8 P128 C64": (4094, 384, 4, 4, 128, 64, "float32"),
     "small: hidden 512, 8 layers, Q4 G8 P256 C32": (8190, 512, 8, 4, 256, 32, "float32"),
@@ -48,12 +50,14 @@ def main() -> None:
     for name in SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             file = job(Path(folder), name)
+            start = time.perf_counter()
             plan = groupwise.plan(file)
+            planning = time.perf_counter() - start
             script = Path(__file__).with_name("one_step.py")
             done = subprocess.run([sys.executable, script, file, "2"], capture_output=True, text=True, check=True)
         real = json.loads(done.stdout)
         sampling = sum(plan.seconds[phase] for phase in ("prefill", "decode"))
-        print(name)
+        print(f"{name}, planned in {planning:.1f} s")
         for what, planned, found in (
             ("memory, MB", plan.needed / 1e6, real["bytes"] / 1e6),
             ("sampling, s", sampling, real["seconds"]["sampling"]),

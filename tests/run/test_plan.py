@@ -20,7 +20,9 @@ from groupwise.config import Job, SamplingSection
 from groupwise.jobfile import load_job
 from groupwise.learn.meter import Cost
 from groupwise.learn.trace import Hollow, Shape
+from groupwise.models.head import HeadShape
 from groupwise.models.load import load_config
+from groupwise.models.policy import LayoutName
 from groupwise.models.size import weight_bytes
 from groupwise.objective import PRESETS
 from groupwise.run import plan as plans
@@ -31,8 +33,8 @@ from groupwise.run.rates import Rates
 from tests.run.tiny import save_model, save_rewards, save_rows
 
 RATES = Rates(
-    flops_many=1e9, flops_few=1e9, bytes_activation=1e9, bytes_memory=1e9, operation_forward=0.0,
-    operation_training=0.0,
+    flops_many=1e9, flops_few=1e9, bytes_many=1e9, bytes_few=1e9, bytes_memory=1e9, operation_decoding=0.0,
+    operation_forward=0.0, operation_training=0.0,
 )  # fmt: skip
 
 
@@ -176,12 +178,28 @@ def test_the_command_tells_what_python_does(at: Path, monkeypatch: pytest.Monkey
     assert found == json.loads(json.dumps(plain.as_dict()))
 
 
-def test_rates_are_of_this_machine(at: Path) -> None:
-    found = rates.measure(load_config(str(at / "model")), torch.float32, torch.device("cpu"), few=2, many=64)
+@pytest.mark.parametrize(("layout", "cached"), [("shared", True), ("plain", True), ("plain", False)])
+def test_rates_are_of_this_machine(at: Path, layout: LayoutName, cached: bool) -> None:
+    hollow = Hollow(load_config(str(at / "model")), layout, HeadShape(), torch.float32)
+    found = rates.measure(hollow, few=2, many=64, cached=cached)
     assert found.flops_few > 1e6
     assert 1e7 < found.flops_many < 1e15
     assert 1e7 < found.bytes_memory < 1e13
-    assert 1e-8 < found.operation_forward < 1e-2
+    for seconds in (found.operation_decoding, found.operation_forward, found.operation_training):
+        assert 1e-8 < seconds < 1e-2
+
+
+def test_seconds_by_hand() -> None:
+    """A decoding step: weights of 8 bytes at 2 a second outlast 6 FLOPs at 2; 5 of 1 byte; 3 operations of 7."""
+    cost = Cost(flops=6, moved=5, operations=3)
+    found = Rates(
+        flops_many=1, flops_few=2, bytes_many=10, bytes_few=1, bytes_memory=2, operation_decoding=7,
+        operation_forward=11, operation_training=13,
+    )  # fmt: skip
+    assert found.decoding(cost, weights=8) == 4 + 5 + 21
+    assert found.decoding(cost, weights=2) == 3 + 5 + 21
+    assert found.seconds(cost) == 6 + 0.5 + 33
+    assert found.seconds(cost, training=True) == 6 + 0.5 + 39
 
 
 CASES: dict[str, dict[str, Any]] = {

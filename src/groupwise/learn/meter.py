@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,13 +43,28 @@ class Cost:
         return Cost(**{name: getattr(self, name) + times * getattr(other, name) for name in names})
 
 
+@dataclass(frozen=True)
+class Span:
+    """What operations take that can be counted again: bytes of small and of large blocks, beside what was before."""
+
+    stays: tuple[int, int]
+    peaks: tuple[int, int]
+    flops: float
+    attention_flops: float
+    moved: int
+    operations: int
+
+
 class Meter(TorchDispatchMode):
-    """Counts the operations under it."""
+    """Counts the operations under it, each `times` times; what they allocate is there once."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.kept = self.moved = self.operations = 0
         self.flops = self.attention_flops = 0.0
+        self.times = 1
+        self._seeing = False
+        self._start = Span((0, 0), (0, 0), 0, 0, 0, 0)
         self.top: int | None = None
         self._live, self._peaks = [0, 0], [0, 0]
         self._alive: dict[int, Any] = {}
@@ -57,6 +73,63 @@ class Meter(TorchDispatchMode):
         """What lives now is what is kept for the backward pass."""
         self.kept = self.live
         self.top = None
+
+    def span(self) -> Span:
+        """What was done since the last span, or since the start."""
+        old = self._start
+        now = Span(
+            (self._live[0], self._live[1]), (self._peaks[0], self._peaks[1]), self.flops, self.attention_flops,
+            self.moved, self.operations,
+        )  # fmt: skip
+        self._start, self._peaks = now, [*self._live]
+        return Span(
+            (now.stays[0] - old.stays[0], now.stays[1] - old.stays[1]),
+            (now.peaks[0] - old.stays[0], now.peaks[1] - old.stays[1]), now.flops - old.flops,
+            now.attention_flops - old.attention_flops, now.moved - old.moved, now.operations - old.operations,
+        )  # fmt: skip
+
+    def replay(self, span: Span) -> None:
+        """Count a span, whose tensors are gone, once more; what stays of it is to be allocated by the caller."""
+        if not self._seeing:
+            return
+        for large, more in enumerate(span.peaks):
+            self._peaks[large] = max(self._peaks[large], self._live[large] + more)
+        self.flops += span.flops
+        self.attention_flops += span.attention_flops
+        self.moved += span.moved
+        self.operations += span.operations
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Inside, operations allocate and are not counted."""
+        self.times, before = 0, self.times
+        try:
+            yield
+        finally:
+            self.times = before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is seen."""
+        self._seeing, before = False, self._seeing
+        try:
+            yield
+        finally:
+            self._seeing = before
+
+    def __enter__(self) -> Self:
+        self._seeing = True
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._seeing = False
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor that was made where operations are not seen, such as one of an array."""
+        if self._seeing:
+            self._allocated(tensor, set())
 
     @property
     def peak(self) -> int:
@@ -72,6 +145,8 @@ class Meter(TorchDispatchMode):
         """Run an operation and count it."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if not self._seeing:
+            return out
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         old = {tensor.untyped_storage()._cdata for tensor in inputs}
@@ -103,15 +178,15 @@ class Meter(TorchDispatchMode):
     def _computed(self, func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         if not outputs:  # a question, such as what device a tensor is on
             return
-        self.operations += 1
+        self.operations += self.times
         name = func.overloadpacket.__name__
         if name == "_grouped_mm":  # tokens by expert, `[M, K]`, and `[experts, K, N]`
-            self.flops += 2.0 * inputs[0].numel() * outputs[0].shape[-1]
+            self.flops += self.times * 2.0 * inputs[0].numel() * outputs[0].shape[-1]
         elif name in _PRODUCTS:  # the last two inputs are the factors, `[.., M, K]` and `[.., K, N]`
-            self.flops += 2.0 * outputs[0].numel() * inputs[-2].shape[-1]
+            self.flops += self.times * 2.0 * outputs[0].numel() * inputs[-2].shape[-1]
         elif "scaled_dot_product" in name:
             backward = "backward" in name
             query, key = inputs[1 if backward else 0], inputs[2 if backward else 1]
-            self.attention_flops += (10.0 if backward else 4.0) * query.numel() * key.shape[-2]
+            self.attention_flops += self.times * (10.0 if backward else 4.0) * query.numel() * key.shape[-2]
         elif not func.is_view:
-            self.moved += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+            self.moved += self.times * sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,11 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from groupwise.errors import ModelError
+from groupwise.learn.alike import Counting
 from groupwise.learn.meter import Cost, Meter
 from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
 from groupwise.learn.pack import Output, micro_batches
 from groupwise.models.attention import NAME
 from groupwise.models.head import HeadShape
+from groupwise.models.hollow import counter
 from groupwise.models.layout import Stream
 from groupwise.models.load import checkpoint_gradients
 from groupwise.models.policy import LayoutName, Policy
@@ -75,6 +77,7 @@ class Hollow:
     dtype: torch.dtype
     device: torch.device | str = "cpu"
     trust_remote_code: bool = False
+    _seen: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def training(self, shape: Shape, part: Sequence[int], checkpointing: bool) -> Cost:
         """Forward and backward of a micro-batch; masters and gradients are there before, as in training."""
@@ -136,7 +139,11 @@ class Hollow:
 
         def cost_of(policy: Policy) -> Cost:
             meter = Meter()
-            run(policy, meter, dtype)
+            token = counter.set(Counting(meter, self._seen))
+            try:
+                run(policy, meter, dtype)
+            finally:
+                counter.reset(token)
             return meter.cost
 
         with _without_data():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from groupwise.models.hollow import counter
 from groupwise.models.layout import Forest
 from groupwise.models.tiles import Options, TiledAttention
 
@@ -63,8 +64,12 @@ def _tiled(forest: Forest, query_N: Tensor, key_N: Tensor, value_N: Tensor, opti
     """`[N, H, d]` queries and `[N, H_kv, d]` keys and values in, `[N, H, d_v]` out."""
     heads, kv_heads = query_N.shape[1], key_N.shape[1]
     flat = [x.reshape(-1, x.shape[-1]) for x in (query_N * options.scale, key_N, value_N)]
-    tiles = forest.tiles(heads, kv_heads)
-    out: Tensor = TiledAttention.apply(*flat, options.sinks, (tiles, options))  # type: ignore[no-untyped-call]
+    counting = counter.get()
+    if counting is None:
+        tiles = forest.tiles(heads, kv_heads)
+        out: Tensor = TiledAttention.apply(*flat, options.sinks, (tiles, options))  # type: ignore[no-untyped-call]
+    else:
+        out = counting.attention(forest, (heads, kv_heads), (*flat, options.sinks), options)
     return out.view(-1, heads, out.shape[-1])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groupwise.models.hollow import counter
 from groupwise.models.precision import wide, wide_dtype
 
 _CHUNK_ELEMENTS = 1 << 20
@@ -53,7 +54,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx.shape, ctx.temperature, ctx.totals = shape, temperature, None
         if slope_T is not None and any(ctx.needs_input_grad):
             ctx.totals = _Totals(inputs, ctx.needs_input_grad, target_T, shape, temperature)
-        for rows in _chunks(len(target_T), weight_VD):
+        ctx.chunks = _chunks(len(target_T), weight_VD)
+        for rows in ctx.chunks:
             logits = _logits(hidden_TD[rows], weight_VD, bias_V, shape)
             scaled = logits if temperature == 1.0 else logits / temperature
             top = scaled.amax(-1, keepdim=True)
@@ -80,7 +82,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             hidden_TD, weight_VD, bias_V, target_T, lse_T = ctx.saved_tensors
             inputs = (hidden_TD, weight_VD, bias_V)
             totals = _Totals(inputs, ctx.needs_input_grad, target_T, ctx.shape, ctx.temperature)
-            for rows in _chunks(len(target_T), weight_VD):
+            for rows in ctx.chunks:
                 logits = _logits(hidden_TD[rows], weight_VD, bias_V, ctx.shape)
                 probs = torch.exp(logits / ctx.temperature - lse_T[rows, None])
                 totals.add(rows, probs, logits, grad_T[rows])
@@ -162,7 +164,9 @@ def _finite(logits: Tensor) -> Tensor:
     return logits.clamp_min(torch.finfo(logits.dtype).min)
 
 
-def _chunks(rows: int, weight_VD: Tensor) -> list[slice]:
+def _chunks(rows: int, weight_VD: Tensor) -> Sequence[slice]:
     vocabulary = weight_VD.shape[0]
     size = max(16, max(_CHUNK_ELEMENTS, weight_VD.numel() // 4) // vocabulary)
-    return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
+    chunks = [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
+    counting = counter.get()
+    return chunks if counting is None else counting.rounds(chunks, lambda chunk: chunk.stop - chunk.start)

@@ -30,8 +30,8 @@ def settle(job: Job, given: Given, say: Callable[[str], None]) -> Job:
         return _with(job, *memory_settings(job))
     from groupwise.run.plan import plan_of  # it traces the model: nobody else pays for importing that
 
-    say("planning memory, which may take a minute or two")
-    plan = plan_of(job, given)
+    say("planning memory")
+    plan = plan_of(job, given, memory_only=True)
     chosen = (plan.tokens_per_micro_batch, plan.gradient_checkpointing)
     if plan.verdict == NOTHING_FITS or any(
         mine not in (None, found) for mine, found in zip(named, chosen, strict=True)

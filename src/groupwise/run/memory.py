@@ -58,14 +58,22 @@ def sampling_costs(hollow: Hollow, shape: Shape, max_live: int, cached: bool) ->
         return lambda: decoder.begin(_prompts(prompts, shape.prompt))
 
     def decode(reach: int) -> Callable[[Policy], Step]:
-        if shared:
-            return lambda policy: _shared_step(policy, shape, rows, prompts, reach)
-        return lambda policy: _plain_step(policy, rows, shape.prompt + reach, cached)
+        return lambda policy: decoding(policy, shape, rows, reach, cached)
 
     return SamplingCosts(
         rows, hollow.inference(prefill), hollow.inference(decode(max(1, shape.length // 2))),
         hollow.inference(decode(shape.length)),
     )  # fmt: skip
+
+
+def decoding(policy: Policy, shape: Shape, rows: int, reach: int, cached: bool) -> Step:
+    """A decoding step, and the draw, of the first `rows` outputs of a step, which have `reach` tokens after it.
+
+    It can be called again: the outputs stay as long as they are.
+    """
+    if policy.layout == "shared":
+        return _shared_step(policy, shape, rows, -(-rows // shape.outputs), reach)
+    return _plain_step(policy, rows, shape.prompt + reach, cached)
 
 
 def _prompts(count: int, length: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -78,10 +86,14 @@ def _shared_step(policy: Policy, shape: Shape, rows: int, prompts: int, reach: i
     decoder.graphs = None  # there is nothing to capture where tensors have no data
     decoder.begin(_prompts(prompts, shape.prompt))
     decoder.row_uid = [str(row // shape.outputs) for row in range(rows)]
-    decoder.lengths = [reach - 1] * rows
     decoder.outputs.reserve(rows, shape.length)
     token_R = torch.zeros(rows, dtype=torch.long, device=policy.device)
-    return lambda: _drawn(decoder.step(token_R))
+
+    def step() -> object:
+        decoder.lengths = [reach - 1] * rows
+        return _drawn(decoder.step(token_R))
+
+    return step
 
 
 def _plain_step(policy: Policy, rows: int, length: int, cached: bool) -> Step:

@@ -1,4 +1,4 @@
-"""How fast this machine is at what a step consists of, measured for about half a second."""
+"""How fast this machine is at what a step consists of, measured for about a second."""
 
 from __future__ import annotations
 
@@ -7,83 +7,98 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig
 
 from groupwise.learn.meter import Cost, Meter
+from groupwise.learn.trace import Hollow, Shape
+from groupwise.models.attention import NAME
 from groupwise.models.clone import tiny_clone
-from groupwise.models.head import HeadShape
 from groupwise.models.policy import Policy
+from groupwise.run.memory import decoding
 
 _PATIENCE = 0.1
 """Seconds for each thing that is measured."""
 _MOST_ROWS = 1024
 _COPIED = 1 << 24
 """Elements of a copy that no cache holds."""
+_TINY = Shape(groups=1, outputs=2, prompt=4, length=4)
+"""A step in which there is next to nothing to compute."""
 
 
 @dataclass(frozen=True)
 class Rates:
     """FLOPs per second of products with many and with few rows, bytes per second, and seconds per operation.
 
-    `bytes_moved` counts what is read and what is written: of an activation, and of weights that lie in main memory.
+    Bytes count what is read and what is written: of activations of many and of few rows, and of weights that lie in
+    main memory. An operation has its own price in a decoding step, in a forward pass, and in training.
     """
 
     flops_many: float
     flops_few: float
-    bytes_activation: float
+    bytes_many: float
+    bytes_few: float
     bytes_memory: float
+    operation_decoding: float
     operation_forward: float
     operation_training: float
 
-    def seconds(self, cost: Cost, *, few: bool = False, training: bool = False, weights: int = 0) -> float:
-        """How long a pass takes; `weights` are the bytes that it reads of them, which bound it where rows are few."""
-        rate = self.flops_few if few else self.flops_many
-        products = max(cost.flops / rate, weights / self.bytes_memory)
-        overhead = self.operation_training if training else self.operation_forward
-        moved = cost.moved / self.bytes_activation
-        return products + cost.attention_flops / self.flops_many + moved + cost.operations * overhead
+    def decoding(self, cost: Cost, weights: int) -> float:
+        """Seconds of a decoding step that reads `weights` bytes of them, which bound it where rows are few."""
+        products = max(cost.flops / self.flops_few, weights / self.bytes_memory)
+        rest = cost.attention_flops / self.flops_many + cost.moved / self.bytes_few
+        return products + rest + cost.operations * self.operation_decoding
+
+    def seconds(self, cost: Cost, *, training: bool = False) -> float:
+        """Seconds of a pass over many tokens."""
+        computed = (cost.flops + cost.attention_flops) / self.flops_many + cost.moved / self.bytes_many
+        return computed + cost.operations * (self.operation_training if training else self.operation_forward)
 
 
-def measure(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, few: int, many: int) -> Rates:
-    """Rates at the widths of a model: products of `few` rows (decoding) and of `many` (training)."""
-    text = config.get_text_config()
+def measure(hollow: Hollow, few: int, many: int, cached: bool) -> Rates:
+    """Rates at the widths of a model: with `few` rows (decoding) and with `many` (training)."""
+    text, device = hollow.config.get_text_config(), torch.device(hollow.device)
     width = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", None) or 4 * width)
-    weight = torch.randn(inner, width, device=device).to(dtype)
+    weight = torch.randn(inner, width, device=device).to(hollow.dtype)
     many = min(many, _MOST_ROWS)
 
     def product(rows: int) -> float:
-        x = torch.randn(rows, width, device=device).to(dtype)
+        x = torch.randn(rows, width, device=device).to(hollow.dtype)
         return 2.0 * rows * width * inner / _seconds(lambda: torch.nn.functional.linear(x, weight), device)
 
-    x = torch.randn(many, inner, device=device).to(dtype)
-    activation = 5 * x.nbytes / _seconds(lambda: x * x.sigmoid(), device)
+    def activation(rows: int) -> float:
+        x = torch.randn(rows, inner, device=device).to(hollow.dtype)
+        return 5 * x.nbytes / _seconds(lambda: x * x.sigmoid(), device)
+
     long = torch.zeros(_COPIED, device=device)
     target = torch.empty_like(long)
     memory = 2 * long.nbytes / _seconds(lambda: target.copy_(long), device)
-    forward, training = _overheads(config, device)
-    return Rates(product(many), product(few), activation, memory, forward, training)
+    return Rates(
+        product(many), product(few), activation(many), activation(few), memory, *_overheads(hollow, device, cached)
+    )
 
 
-def _overheads(config: PreTrainedConfig, device: torch.device) -> tuple[float, float]:
-    """Seconds per operation where there is next to nothing to compute: forward alone, and with backward."""
-    policy = Policy(tiny_clone(config), "plain", HeadShape()).to(device)
-    stream = policy.stream([((1, 2), [(3, 4)])])
+def _overheads(hollow: Hollow, device: torch.device, cached: bool) -> tuple[float, float, float]:
+    """Seconds per operation of a tiny clone, by the code that a run uses: decoding, forward, forward and backward."""
+    clone = tiny_clone(hollow.config, hollow.trust_remote_code)
+    if hollow.layout == "shared":
+        clone.set_attn_implementation(NAME)
+    policy = Policy(clone, hollow.layout, hollow.head).to(device)
+    stream = policy.stream([((0,) * _TINY.prompt, [(0,) * _TINY.length] * _TINY.outputs)])
+    with torch.no_grad():
+        decode = decoding(policy, _TINY, _TINY.outputs, _TINY.length, cached)
+        found = [_per_operation(run, device) for run in (decode, lambda: policy(stream))]
 
-    def forward() -> None:
-        with torch.no_grad():
-            policy.model.base_model(input_ids=stream.input_ids, use_cache=False)
+    def training() -> object:
+        return policy(stream, 1.0, True).logprobs_T.sum().backward()
 
-    def training() -> Tensor:
-        return policy.model.base_model(input_ids=stream.input_ids, use_cache=False)[0].sum().backward()  # type: ignore[no-any-return]
+    return found[0], found[1], _per_operation(training, device)
 
-    found = []
-    for run in (forward, training):
-        with Meter() as meter:
-            run()
-        found.append(_seconds(run, device) / meter.operations)
-    return found[0], found[1]
+
+def _per_operation(run: Callable[[], object], device: torch.device) -> float:
+    run()  # what is made once, such as tiles and stores
+    with Meter() as meter:
+        run()
+    return _seconds(run, device) / meter.operations
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
