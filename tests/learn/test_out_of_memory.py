@@ -9,6 +9,7 @@ import torch
 
 from groupwise.errors import ModelError
 from groupwise.learn.learner import Learner, is_out_of_memory
+from groupwise.learn.reference import Reference
 from groupwise.models.layout import Stream
 from tests.learn.tiny import Gradient, distance, gradients, make_learner, some_credit, some_groups, tiny_policy
 
@@ -18,7 +19,7 @@ REFUSALS = [
 ]
 
 
-def learner_with_room(tokens: int, error: RuntimeError = REFUSALS[0], **settings: Any) -> Learner:
+def learner_with_room(tokens: int, error: RuntimeError = REFUSALS[0], preset: str = "dapo", **settings: Any) -> Learner:
     """A learner on a device that refuses passes of more than so many tokens, after it has computed some of them."""
     policy = tiny_policy()
     compute = policy.forward
@@ -29,7 +30,7 @@ def learner_with_room(tokens: int, error: RuntimeError = REFUSALS[0], **settings
         return compute(stream, *inputs, **options)
 
     policy.forward = forward  # type: ignore[method-assign]
-    return make_learner(policy, "dapo", **{"tokens_per_micro_batch": 40, **settings})
+    return make_learner(policy, preset, **{"tokens_per_micro_batch": 40, **settings})
 
 
 def gradient(learner: Learner) -> Gradient:
@@ -43,6 +44,20 @@ def test_the_budget_is_halved_and_the_gradient_is_the_same(error: RuntimeError) 
     whole, halved = learner_with_room(1000), learner_with_room(20, error)
     assert distance(gradient(whole), gradient(halved)) < 1e-12
     assert (whole.budget, whole.halved, halved.budget, halved.halved) == (40, 0, 20, 1)
+
+
+def test_so_are_the_passes_of_the_old_policy_and_of_the_reference() -> None:
+    batches = []
+    for room in (1000, 20):
+        learner = learner_with_room(room, preset="grpo", num_iterations=2)
+        assert learner.objective.kl_in_loss
+        reference = Reference(learner.policy)
+        groups = some_groups(learner.policy, 1.0)
+        batches.append(learner.prepare(groups, some_credit(groups), reference))
+        assert (learner.budget, learner.halved) == ((40, 0) if room == 1000 else (20, 1))
+    whole, halved = batches
+    for name in ("old_logprobs_T", "ref_logprobs_T"):
+        torch.testing.assert_close(getattr(whole, name), getattr(halved, name), rtol=0, atol=1e-12)
 
 
 def test_it_is_counted_and_the_lost_passes_are_not() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from groupwise.seeds import stable_hash
 from groupwise.types import Scored
 
 Metrics = dict[str, float]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Learner:
         live = self._live(batch, range(len(batch.outputs)))
         old = ref = None
         if self.settings.num_iterations * self.settings.updates_per_batch > 1:
-            old = self.logprobs(batch, live)
+            old = self._with_room(lambda: self.logprobs(batch, live))
         if self.objective.kl_in_loss:
-            ref = reference.logprobs(batch, self.budget, live)
+            ref = self._with_room(lambda: reference.logprobs(batch, self.budget, live))
         return batch.with_logprobs(old=old, ref=ref)
 
     def logprobs(self, batch: Batch, members: Sequence[int] | None = None) -> Tensor:
@@ -98,34 +99,40 @@ class Learner:
         live = self._live(batch, members)
         weights_T = self._weights(batch, members)
         before = self._tally.copy()
-        if not self._accumulated(batch, live, weights_T, first_pass):
-            # The longest group came first, so little is lost when what was gathered is dropped.
+
+        def accumulate() -> None:
+            for part in micro_batches(batch.outputs, live, self.budget, self.policy.layout == "shared"):
+                self._accumulate(batch, part, weights_T, first_pass)
+
+        def drop() -> None:
+            # The longest group came first, so little is lost.
             self.optimizer.zero_grad()
             self._tally = before
-            asked, self.budget, self.halved = self.budget, max(1, self.budget // 2), self.halved + 1
-            if self.policy.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if not self._accumulated(batch, live, weights_T, first_pass):
-                raise ModelError(
-                    f"The device's memory is not enough for micro-batches of {asked:,} tokens, nor of "
-                    f"{self.budget:,}. Lower train.tokens_per_micro_batch, set model.gradient_checkpointing to true, "
-                    "or shorten prompts or outputs; `groupwise plan` tells what fits."
-                )
+
+        self._with_room(accumulate, drop)
         self._tally.updated(*self.optimizer.step())
         if first_pass:
             self._tally.tokens_skipped += sum(len(batch.outputs[m].token_ids) for m in set(members) - set(live))
 
-    def _accumulated(self, batch: Batch, live: Sequence[int], weights_T: Tensor, first_pass: bool) -> bool:
-        """Forward and backward over all micro-batches of an update; False where the device ran out of memory."""
-        try:
-            for part in micro_batches(batch.outputs, live, self.budget, self.policy.layout == "shared"):
-                self._accumulate(batch, part, weights_T, first_pass)
-        except RuntimeError as error:
-            # Named boundary: the allocator's refusal, nothing else. What the error's frames hold is freed on return.
-            if not is_out_of_memory(error):
-                raise
-            return False
-        return True
+    def _with_room(self, work: Callable[[], Result], drop: Callable[[], None] = lambda: None) -> Result:
+        """What `work` gives; where memory runs out, once more with half the token budget, which stays so.
+
+        `drop` takes back what was done until then. Raises ModelError where half is not enough.
+        """
+        done = _tried(work)
+        if done is None:
+            asked, self.budget, self.halved = self.budget, max(1, self.budget // 2), self.halved + 1
+            drop()
+            if self.policy.device.type == "cuda":
+                torch.cuda.empty_cache()
+            done = _tried(work)
+        if done is None:
+            raise ModelError(
+                f"The device's memory is not enough for micro-batches of {asked:,} tokens, nor of {self.budget:,}. "
+                "Lower train.tokens_per_micro_batch, set model.gradient_checkpointing to true, or shorten prompts or "
+                "outputs; `groupwise plan` tells what fits."
+            )
+        return done[0]
 
     def _weights(self, batch: Batch, members: Sequence[int]) -> Tensor:
         """The normalisation of one update: 0 on outputs that take no part in it."""
@@ -276,6 +283,17 @@ class _Tally:
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
+
+
+def _tried(work: Callable[[], Result]) -> tuple[Result] | None:
+    """What `work` gives; None where the device's memory ran out."""
+    try:
+        return (work(),)
+    except RuntimeError as error:
+        # Named boundary: the allocator's refusal, nothing else. What the error's frames hold is freed on return.
+        if not is_out_of_memory(error):
+            raise
+    return None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
