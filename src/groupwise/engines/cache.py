@@ -28,12 +28,16 @@ class _Prefill:
 
     def __init__(self, forest: Forest, store: Store, first: int) -> None:
         self.attention, self.store, self.first = ForestAttention(forest), store, first
+        length_Q = torch.tensor(forest.lengths)
+        column = torch.arange(max(forest.lengths))
+        index_QL = (length_Q.cumsum(0) - length_Q)[:, None] + column
+        # What stands behind a shorter prompt is never looked at; its first token does as well as any.
+        self.index_QL = index_QL.where(column < length_Q[:, None], 0).to(forest.position_N.device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        index = self.attention.forest.levels[0].query_RL
-        rows = slice(self.first, self.first + index.shape[0])
+        rows = slice(self.first, self.first + len(self.index_QL))
         for stored, new in zip(self.store.at(layer, key, value), (key, value), strict=True):
-            stored[rows, :, : index.shape[1]] = new[0].transpose(0, 1)[index].transpose(1, 2)
+            stored[rows, :, : self.index_QL.shape[1]] = new[0].transpose(0, 1)[self.index_QL].transpose(1, 2)
         return self.attention.attend(layer, query, key, value, options)
 
 
