@@ -71,14 +71,11 @@ def test_what_needs_a_reference(change: dict[str, object], reference: bool, in_l
 
 
 def test_ignored_fields() -> None:
-    clip = Objective(beta=0.1).ignored_fields
-    assert clip == {"sapo_temperature_pos", "sapo_temperature_neg", "max_completion_length"}
-    assert Objective(scale="none", weights="constant_length", kl="k2").ignored_fields == {
-        "sapo_temperature_pos",
-        "sapo_temperature_neg",
-        "scale_eps",
-        "kl",
-    }
+    never = {"sapo_temperature_pos", "sapo_temperature_neg", "step_return", "step_normalization"}
+    assert Objective(beta=0.1).ignored_fields == never | {"max_completion_length"}
+    assert Objective(scale="none", weights="constant_length", kl="k2").ignored_fields == never | {"scale_eps", "kl"}
+    steps = Objective(beta=0.1, process_weight=0.5, outcome_weight=0.0).ignored_fields
+    assert steps == {"sapo_temperature_pos", "sapo_temperature_neg", "max_completion_length"}
     assert PRESETS["sapo"].ignored_fields >= {"epsilon", "epsilon_high", "dual_clip"}
     known = {field.name for field in fields(Objective)}
     assert all(objective.ignored_fields < known for objective in PRESETS.values())

@@ -390,7 +390,8 @@ def some(prompts: Any, completions: Any, **_: Any) -> list[float | None]:
 )
 def test_rewards(reward: Callable[..., Any], verdict: str, said: str, patient: Patient) -> None:
     with ExitStack() as closing:
-        scorer = parts.open_scorer(patient.job, Given([reward]), None, patient.warnings.append, closing)
+        functions = parts.open_functions(patient.job, Given([reward]), None, closing)
+        scorer = parts.scorer_of(patient.job, functions, patient.model.codec, patient.warnings.append)
         [finding] = doctor._tried("rewards", doctor_inputs.rewards, replace(patient, scorer=scorer))
     assert finding.verdict == verdict
     assert said in finding.words
