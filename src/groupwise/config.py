@@ -159,9 +159,9 @@ class ObjectiveSection(Section):
     scale_rewards: Literal["group", "batch", "none"] | None = None
     """What advantages are divided by: the group's std, the batch's, or nothing."""
     outcome_weight: float | None = Field(None, ge=0)
-    """Times the advantages of outputs' rewards. Default: 1 where `reward.functions` names any, else 0."""
+    """Times the advantages of outputs' rewards, which `reward.functions` give."""
     process_weight: float | None = Field(None, ge=0)
-    """Times the advantages of steps' rewards. Default: 1 where `reward.step_functions` names any, else 0."""
+    """Times the advantages of steps' rewards, which `reward.step_functions` give."""
     step_return: Literal["sum", "mean"] | None = None
     """A token's advantage from the steps that end at it or later: the sum of their normalised rewards (the paper and
     the default), or their mean, which does not grow with the steps that remain."""

@@ -123,6 +123,8 @@ def test_an_unknown_choice_is_refused(name: str) -> None:
         ({"epsilon_high": -0.1}, "epsilon_high must be at least 0"),
         ({"beta": nan}, "beta must be at least 0, found nan"),
         ({"scale_eps": -1e-4}, "scale_eps must be at least 0"),
+        ({"outcome_weight": -1.0}, "outcome_weight must be at least 0"),
+        ({"process_weight": nan}, "process_weight must be at least 0"),
         ({"dual_clip": 1.0}, "dual_clip must be above 1, found 1.0"),
         ({"max_completion_length": 0}, "max_completion_length must be at least 1, found 0"),
         ({"sapo_temperature_neg": 0.0}, "sapo_temperature_neg must be above 0"),

@@ -161,8 +161,8 @@ class FunctionSegmenter:
         positions = list(_positions(answer, len(text)))
         if len(positions) != len(_as_list(answer)) or positions != sorted(set(positions)):
             raise RewardError(
-                f"segmenter `{self._calls.name}` returned {answer!r:.200} for a text of {len(text)} characters; it "
-                "must return a list of rising whole numbers between 1 and that: after how many characters each step ends\n"
+                f"segmenter `{self._calls.name}` returned {repr(answer)[:200]} for a text of {len(text)} characters; "
+                "it must return a list of rising whole numbers between 1 and that: after how many characters each step ends\n"
                 f"{show_output(group, index)}"
             )
         return cut(text, len(output.token_ids), at_characters(positions, characters))

@@ -110,7 +110,7 @@ def rewards(patient: Patient) -> list[Finding]:
     patient.warnings.clear()
     groups, record = patient.groups, Record(1)
     start = time.perf_counter()
-    scored = patient.scorer(groups, record)
+    scored = patient.scorer(groups, record, training=True)
     took = time.perf_counter() - start
     scores = [score for group in scored for score in group.scores]
     missing = sum(score.reward is None and all(s.reward is None for s in score.steps) for score in scores) / len(scores)

@@ -58,10 +58,10 @@ class Given:
     """What a job file cannot hold: objects from Python, and the consent to run a model's own code."""
 
     rewards: Sequence[Callable[..., Any]] = ()
-    step_rewards: Sequence[Callable[..., Any]] = ()
     rows: Rows | None = None
     eval_rows: Rows | None = None
     trust_remote_code: bool = False
+    step_rewards: Sequence[Callable[..., Any]] = ()
 
 
 @dataclass(frozen=True)
