@@ -16,7 +16,8 @@ MACHINE = {"processor": "P", "cores": 2}
 
 
 def result(cell: Cell, last: float, **more: Any) -> dict[str, Any]:
-    points = [{"outputs": 0, "accuracy": 0.25}, {"outputs": 1280, "accuracy": last, "step_accuracy": 0.5, **more}]
+    points = [{"outputs": 0, "accuracy": 0.25, "step_accuracy": 0.25}]
+    points += [{"outputs": 1280, "accuracy": last, "step_accuracy": 0.5, **more}]
     return {**cell._asdict(), "seconds": 60.0, "commit": "abcdef0123", "machine": MACHINE, "curve": points}
 
 
@@ -59,7 +60,7 @@ def test_a_cell_that_has_a_file_is_not_run_again(tmp_path: Path, monkeypatch: py
 def test_a_table_has_mean_and_spread_over_seeds() -> None:
     text = evidence.tables([result(Cell("carry", "outcome", seed), last) for seed, last in enumerate((0.5, 0.7, 0.9))])
     assert "| outcome (3 seeds) | 0.250 ± 0.000 | 0.700 ± 0.200 |" in text
-    assert "| outcome (3 seeds) | – | 0.500 ± 0.000 |" in text
+    assert "| outcome (3 seeds) | 0.250 ± 0.000 | 0.500 ± 0.000 |" in text
     assert "| outputs sampled | 0 | 1,280 |" in text
     one = evidence.tables([result(Cell("luck", "process", 0), 0.5, mean_length=24.25)])
     assert "| process (1 seeds) | – | 24.2 |" in one

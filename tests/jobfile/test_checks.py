@@ -74,7 +74,7 @@ def test_steps_of_ones_own_data_need_a_function_of_ones_own() -> None:
 
 def test_steps_alone_need_no_reward_of_outputs() -> None:
     for source in (None, "arithmetic"):
-        found = load_job(source, options=OWN | {"reward": None, "step_reward": "s.py:f"})
+        found = load_job(source, ["eval.every=0"], OWN | {"reward": None, "step_reward": "s.py:f"})
         assert found.job.reward.functions == []
         assert found.origins["reward.functions"] == "--step-reward"
     assert load_job(options={"step_reward": "s.py:f"}).job.reward.functions == [BUILTIN], "the built-in data has one"

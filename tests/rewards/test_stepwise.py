@@ -94,7 +94,9 @@ def test_an_async_function_may_log() -> None:
         return lengths(steps)
 
     context, _ = listening()
-    scored(step_reward(score), context=context)
+    reward = step_reward(score)
+    scored(reward, context=context)
+    reward.close()
     assert (context.metrics["mine"], context.extras["why"]) == (3.0, [2, 1, 1, 3])
 
 

@@ -74,7 +74,7 @@ def test_outcome_and_process_are_the_same_run_where_an_output_is_one_step(
 ) -> None:
     """Bit for bit, a KL penalty in the loss or in the reward included."""
     common: dict[str, Any] = {"preset": preset, "beta": 0.05, "num_iterations": 2, "steps": 3, "reward": letters}
-    one_step = ["process.segmenter=token_ids", "process.token_ids=[0]"]  # padding, which no output holds
+    one_step = ["process.segmenter=pattern", "process.pattern=Z"]  # which the alphabet lacks
     train(model, tmp_path / "outcome", **common)
     train(model, tmp_path / "process", **common, step_reward=whole, outcome_weight=0.0, overrides=one_step)
     assert same(weights(tmp_path / "outcome"), weights(tmp_path / "process"))
@@ -289,7 +289,8 @@ def test_a_step_of_training_in_numbers_of_steps() -> None:
     assert step_summary(scored([1.0, 0.0])) == {}
     found = step_summary(with_steps([[1.0, 0.0], [None, 0.25]], [[None], [0.5, 1.0, 1.0]]))
     assert found == {
-        "step_reward": pytest.approx(3.75 / 6), "steps/per_output": 2.0, "steps/first_right": 1.0, "steps/unscored": 1.0,
+        "step_reward": pytest.approx(3.75 / 6), "steps/per_output": 2.0, "steps/first_right": 1.0,
+        "steps/unscored": 1.0,
     }  # fmt: skip
 
 

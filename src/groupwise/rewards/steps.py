@@ -18,6 +18,7 @@ from groupwise.rewards.base import RewardContext
 from groupwise.rewards.calling import Number
 from groupwise.rewards.checks import show_output
 from groupwise.types import Completion, Group
+from groupwise.wording import shown
 
 PATTERNS = {"newline": r"\n", "blank_line": r"\n[ \t\r]*\n"}
 """Segmenters that are regular expressions with a name."""
@@ -161,8 +162,9 @@ class FunctionSegmenter:
         positions = list(_positions(answer, len(text)))
         if len(positions) != len(_as_list(answer)) or positions != sorted(set(positions)):
             raise RewardError(
-                f"segmenter `{self._calls.name}` returned {repr(answer)[:200]} for a text of {len(text)} characters; "
-                "it must return a list of rising whole numbers between 1 and that: after how many characters each step ends\n"
+                f"segmenter `{self._calls.name}` returned {shown(answer)} for a text of {len(text)} characters; it "
+                "must return a list of rising whole numbers between 1 and that: after how many characters each step "
+                "ends\n"
                 f"{show_output(group, index)}"
             )
         return cut(text, len(output.token_ids), at_characters(positions, characters))
