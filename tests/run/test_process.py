@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,7 @@ def test_weights_of_credit_follow_from_what_is_scored() -> None:
     assert objective(functions=[], step_functions=["s.py:f"]) == (0.0, 1.0)
     job = Job(reward={"step_functions": ["s.py:f"]}, objective={"outcome_weight": 0.3, "process_weight": 0.7})
     assert parts.objective_of(job).outcome_weight == 0.3
-    assert parts.objective_of(Job()) == PRESETS["grpo"]
+    assert parts.objective_of(Job()) == replace(PRESETS["grpo"], max_completion_length=256)
 
 
 def test_a_step_of_training_in_numbers_of_steps() -> None:
