@@ -57,6 +57,21 @@ def test_a_cell_that_has_a_file_is_not_run_again(tmp_path: Path, monkeypatch: py
     assert "old" not in page.read_text()
 
 
+def test_a_cell_trains_and_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = {"hidden": 32, "layers": 1, "demonstrations": 64, "batch_size": 8}
+    quick |= {"ready_loss": 9.0, "tail_steps": 3, "max_steps": 9, "lucky": 0.3}
+    monkeypatch.setenv("GROUPWISE_CACHE", str(tmp_path))
+    for name, value in {"TASKS": {"luck": quick}, "STEPS": 10, "EVERY": 5, "HELD_OUT": 4}.items():
+        monkeypatch.setattr(evidence, name, value)
+    found = evidence.run(Cell("luck", "process, mean", 1))
+    assert [point["outputs"] for point in found["curve"]] == [0, 640, 1280]
+    assert all({"accuracy", "step_accuracy", "mean_length"} <= point.keys() for point in found["curve"])
+    assert (found["task"], found["credit"], found["seed"]) == ("luck", "process, mean", 1)
+    assert found["objective"]["step_return"] == "mean"
+    assert json.loads(json.dumps(found)) == found
+    assert "(1 seeds)" in evidence.tables([found])
+
+
 def test_a_table_has_mean_and_spread_over_seeds() -> None:
     text = evidence.tables([result(Cell("carry", "outcome", seed), last) for seed, last in enumerate((0.5, 0.7, 0.9))])
     assert "| outcome (3 seeds) | 0.250 ± 0.000 | 0.700 ± 0.200 |" in text
