@@ -34,7 +34,7 @@ docs: $(INSTALLED)
 evidence: $(INSTALLED)
 	$(BIN)/python benchmarks/evidence.py
 
-# Outcome against process supervision, about an hour and a quarter; cells that are there are kept.
+# Outcome against process supervision, about an hour; cells that are there are kept.
 evidence-process: $(INSTALLED)
 	$(BIN)/python -m benchmarks.evidence_process $(ARGS)
 

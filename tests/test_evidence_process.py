@@ -57,6 +57,7 @@ def test_a_cell_that_has_a_file_is_not_run_again(tmp_path: Path, monkeypatch: py
     assert "old" not in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_cell_trains_and_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {"hidden": 32, "layers": 1, "demonstrations": 64, "batch_size": 8}
     quick |= {"ready_loss": 9.0, "tail_steps": 3, "max_steps": 9, "lucky": 0.3}
