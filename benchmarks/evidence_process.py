@@ -32,7 +32,7 @@ STEPS, EVERY = 80, 10
 OUTPUTS_PER_STEP = 128
 HELD_OUT = 256
 SEEDS = (0, 1, 2)
-TASKS: Mapping[str, Mapping[str, float]] = {"carry": {}, "luck": {"careless": 0.4, "lucky": 0.3}}
+TASKS: Mapping[str, Mapping[str, float]] = {"carry": {}, "luck": {"careless": 0.2, "lucky": 0.6}}
 """What the demonstrations of the warm-up are like, beside the defaults."""
 PROCESS = {"outcome_weight": 0.0, "process_weight": 1.0}
 CREDITS: Mapping[str, Mapping[str, Any]] = {
