@@ -56,10 +56,14 @@ def main() -> None:
             )
     target = options.output or RESULTS / f"{options.recipe}.json"
     target.parent.mkdir(exist_ok=True)
-    machine = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-    target.write_text(json.dumps({"machine": machine, "seeds": rows}, indent=2) + "\n")
+    target.write_text(json.dumps({"machine": machine(), "seeds": rows}, indent=2) + "\n")
     if not all(row["met"] for row in rows):
         sys.exit(1)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
 
 
 def _processor() -> str:

@@ -116,7 +116,8 @@ def test_what_the_command_line_itself_refuses(at: Path) -> None:
     assert call("train", "--step", "3").status == 2
     refused(train("--quiet", "--json"), "--quiet and --json")
     refused(train("--set", "train.steps"), "--set takes section.key=value")
-    refused(call("sample", "run", "a"), "run is no run folder, no job file and no recipe (arithmetic)")
+    recipes = "(arithmetic, arithmetic-process)"
+    refused(call("sample", "run", "a"), f"run is no run folder, no job file and no recipe {recipes}")
 
 
 def test_no_room_for_a_reference(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +280,57 @@ def test_a_reward_that_fails_on_some_outputs_costs_only_their_scores(
     assert event[f"rewards/score/{counted}"] > 0
     assert 0 < event["rewards/unscored"] == event["rewards/score/failed"] < 32
     assert event["reward"] == 1.0, "not scored is not a reward of 0"
+
+
+ONE_EACH = "def score(steps, **columns):\n    return [[1.0] * len(output) for output in steps]\n"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("def score(steps, **kw):\n    return [[1.0]] * 3\n", ["returned 3 values for 8 outputs"]),
+        (ONE_EACH.replace("[1.0]", "[1.0, 1.0]"), ["`score` returned", "values for the", "steps of an output"]),
+        (ONE_EACH.replace("1.0", "float('nan')"), ["returned nan, which is not finite", "output 1 of 4", "step 1 of"]),
+        ("def score(completions, **kw):\n    return 1\n", ["returned int 1; it must return a list of 8 lists"]),
+        ("def score(completions):\n    return 1\n", ["does not take `steps`"]),
+        (None, ["step reward function `mine.py:score` cannot be loaded", "there is no file"]),
+    ],
+)
+def test_a_step_reward_that_cannot_be_used(at: Path, text: str | None, said: list[str]) -> None:
+    if text is not None:
+        (at / "mine.py").write_text(text)
+    refused(train("--step-reward", "mine.py:score"), *said)
+
+
+def test_an_output_without_any_boundary_is_one_step(at: Path) -> None:
+    (at / "mine.py").write_text(ONE_EACH)
+    ended = train("--step-reward", "mine.py:score", process__segmenter="blank_line")
+    assert ended.status == 0
+    assert all(event["steps/per_output"] == 1 for event in events(at / "run"))
+
+
+def test_a_segmenter_that_never_finds_anything(at: Path) -> None:
+    """The model's alphabet has no `Z`."""
+    (at / "mine.py").write_text(ONE_EACH)
+    segmenter = {"process__segmenter": "pattern", "process__pattern": "Z", "train__steps": 20}
+    ended = train("--step-reward", "mine.py:score", **segmenter)
+    refused(ended, "For 10 batches in a row the segmenter found no boundary in any output", "`process.segmenter`")
+    assert ended.err.count("warning: the segmenter found no boundary") == 1
+    assert "output " in ended.err.split("groupwise: ")[0], "the warning shows one"
+    assert len(events(at / "run")) == 9
+
+
+def test_a_step_function_that_hangs_costs_only_the_scores_of_what_it_hangs_on(at: Path) -> None:
+    body = "    if 'a' in completion[:1]:\n        __import__('time').sleep(60)\n    return [1.0] * len(steps)\n"
+    (at / "mine.py").write_text("def score(completion, steps):\n" + body)
+    knobs = {"reward__timeout": 0.3, "reward__output_timeout": 0.3, "train__steps": 1}
+    ended = train("--step-reward", "mine.py:score", sampling__num_generations=8, train__prompts_per_step=4, **knobs)
+    assert ended.status == 0, ended
+    assert "step reward function `score` failed on an output" in ended.err
+    assert "it took longer than 0.3 s" in ended.err
+    event = events(at / "run")[-1]
+    assert 0 < event["steps/unscored"] == event["step_rewards/score/failed"] < 32
+    assert event["step_reward"] == 1.0, "not scored is not a reward of 0"
 
 
 def test_a_run_that_exists_is_not_written_over(at: Path) -> None:

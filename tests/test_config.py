@@ -6,10 +6,12 @@ KNOBS = {
     "": "schema_version run seed",
     "model": "path revision device dtype layout gradient_checkpointing",
     "data": "path revision subset split prompt_column chat_template_kwargs max_prompt_length long_prompts shuffle",
-    "reward": "functions weights timeout output_timeout",
+    "reward": "functions weights step_functions step_weights timeout output_timeout",
+    "process": "segmenter pattern token_ids function",
     "sampling": "num_generations temperature max_completion_length min_completion_length top_p top_k min_p stop"
     " max_live_outputs",
-    "objective": "preset beta kl epsilon epsilon_high dual_clip scale_rewards mask_truncated_completions"
+    "objective": "preset beta kl epsilon epsilon_high dual_clip scale_rewards outcome_weight process_weight"
+    " step_return step_normalization mask_truncated_completions"
     " importance_sampling importance_sampling_cap",
     "train": "iterations steps prompts_per_step num_iterations updates_per_batch learning_rate lr_scheduler_type"
     " warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm tokens_per_micro_batch",

@@ -31,6 +31,7 @@ def test_the_objectives_names_are_these():
         "outcome_advantages",
         "policy_loss",
         "process_advantages",
+        "token_advantages",
         "token_losses",
         "token_weights",
     ]

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,9 @@ Data = Annotated[
 ]
 EvalData = Annotated[str | None, typer.Option(metavar="FILE|DIR|ID", help="Held-out prompts, as --data takes them.")]
 Rewards = Annotated[list[str] | None, typer.Option("--reward", metavar="FILE.PY:NAME", help="May be given repeatedly.")]
+StepRewards = Annotated[
+    list[str] | None, typer.Option("--step-reward", metavar="FILE.PY:NAME", help="Scores steps; repeatable.")
+]
 Run = Annotated[str | None, typer.Option(metavar="DIR", help="The run folder.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, as in train.steps=10.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and the last line.")]
@@ -58,19 +61,19 @@ def _main(version: Version = False) -> None:
 
 @app.command()
 def train(
-    job: JobFile = None, model: Model = None, data: Data = None, reward: Rewards = None, eval_data: EvalData = None,
-    run: Run = None, set_: Sets = None, quiet: Quiet = False, json_: Json = False, trust_remote_code: Trust = False,
+    job: JobFile = None, model: Model = None, data: Data = None, reward: Rewards = None,
+    step_reward: StepRewards = None, eval_data: EvalData = None, run: Run = None, set_: Sets = None,
+    quiet: Quiet = False, json_: Json = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Train a model; without arguments, the embedded job."""
     # A job that cannot run is refused at once, not after the seconds that torch takes to be imported.
-    options = {"model": model, "data": data, "reward": reward or None, "eval_data": eval_data, "run": run}
+    options = _options(model, data, reward, step_reward, eval_data, run)
     load_job(job, set_ or (), options)
     from groupwise.run import api
 
     result = api.train(
-        job, model=model, data=data, reward=reward or None, eval_data=eval_data, run=run, overrides=set_ or (),
-        show=_mode(quiet, json_), trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        job, **options, overrides=set_ or (), show=_mode(quiet, json_), trust_remote_code=trust_remote_code
+    )
     _exit(result.stopped_by)
 
 
@@ -91,8 +94,8 @@ def resume(
 
 @app.command("eval")
 def evaluate(
-    target: Target, which: Which = "latest", data: EvalData = None, reward: Rewards = None, set_: Sets = None,
-    json_: JsonResult = False, trust_remote_code: Trust = False,
+    target: Target, which: Which = "latest", data: EvalData = None, reward: Rewards = None,
+    step_reward: StepRewards = None, set_: Sets = None, json_: JsonResult = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Evaluate weights: mean reward, accuracy, pass@k, intervals."""
     from groupwise.run import api
@@ -100,7 +103,7 @@ def evaluate(
 
     found = api.evaluate(
         target, overrides=set_ or (), which=which, eval_data=data, reward=reward or None,
-        trust_remote_code=trust_remote_code,
+        step_reward=step_reward or None, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     typer.echo(json.dumps(found) if json_ else eval_table(found))
 
@@ -142,8 +145,8 @@ def export(
 @app.command()
 def show(
     job: Annotated[str | None, typer.Argument(metavar="RUN|JOB", help="A run, a job file or a recipe's name.")] = None,
-    model: Model = None, data: Data = None, reward: Rewards = None, eval_data: EvalData = None, run: Run = None,
-    set_: Sets = None,
+    model: Model = None, data: Data = None, reward: Rewards = None,
+    step_reward: StepRewards = None, eval_data: EvalData = None, run: Run = None, set_: Sets = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of job files instead.")] = False,
 ) -> None:  # fmt: skip
     """Print a job as it would run, and where each value came from."""
@@ -152,24 +155,23 @@ def show(
         return
     if job is not None and Path(job).is_dir():
         job = str(Path(job) / "job.toml")
-    options = {"model": model, "data": data, "reward": reward or None, "eval_data": eval_data, "run": run}
+    options = _options(model, data, reward, step_reward, eval_data, run)
     typer.echo(show_job(load_job(job, set_ or (), options)))
 
 
 @app.command()
 def doctor(
-    job: JobFile = None, model: Model = None, data: Data = None, reward: Rewards = None, eval_data: EvalData = None,
-    set_: Sets = None, json_: JsonResult = False, trust_remote_code: Trust = False,
+    job: JobFile = None, model: Model = None, data: Data = None, reward: Rewards = None,
+    step_reward: StepRewards = None, eval_data: EvalData = None, set_: Sets = None,
+    json_: JsonResult = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Try on a job what the library promises; status 1 where it fails."""
-    load_job(job, set_ or (), {"model": model, "data": data, "reward": reward or None, "eval_data": eval_data})
+    options = _options(model, data, reward, step_reward, eval_data)
+    load_job(job, set_ or (), options)
     from groupwise.run import api
     from groupwise.run.report import print_report
 
-    report = api.doctor(
-        job, model=model, data=data, reward=reward or None, eval_data=eval_data, overrides=set_ or (),
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    report = api.doctor(job, **options, overrides=set_ or (), trust_remote_code=trust_remote_code)
     if json_:
         typer.echo(json.dumps(report.as_dict()))
     else:
@@ -181,21 +183,19 @@ def doctor(
 @app.command()
 def plan(
     job: Annotated[str | None, typer.Argument(metavar="RUN|JOB", help="A run, a job file or a recipe's name.")] = None,
-    model: Model = None, data: Data = None, reward: Rewards = None, eval_data: EvalData = None, run: Run = None,
-    set_: Sets = None, json_: JsonResult = False, trust_remote_code: Trust = False,
+    model: Model = None, data: Data = None, reward: Rewards = None,
+    step_reward: StepRewards = None, eval_data: EvalData = None, run: Run = None, set_: Sets = None,
+    json_: JsonResult = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Tell before weights are read what a job will take."""
     if job is not None and Path(job).is_dir():
         job = str(Path(job) / "job.toml")
-    options = {"model": model, "data": data, "reward": reward or None, "eval_data": eval_data, "run": run}
+    options = _options(model, data, reward, step_reward, eval_data, run)
     load_job(job, set_ or (), options)  # what cannot run is refused before torch is imported
     from groupwise.run import api
     from groupwise.run.plan import in_text
 
-    found = api.plan(
-        job, model=model, data=data, reward=reward or None, eval_data=eval_data, run=run, overrides=set_ or (),
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    found = api.plan(job, **options, overrides=set_ or (), trust_remote_code=trust_remote_code)
     typer.echo(json.dumps(found.as_dict()) if json_ else in_text(found))
 
 
@@ -208,6 +208,15 @@ def init(path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to wri
     except OSError as error:
         raise ConfigError(f"The job file {path} cannot be written: {error.strerror}. Name another one.") from error
     typer.echo(f"wrote {path}; edit it, look at it with `groupwise show {path}`, run it with `groupwise train {path}`")
+
+
+def _options(
+    model: str | None, data: str | None, reward: list[str] | None, step_reward: list[str] | None,
+    eval_data: str | None, run: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What commands have in common, as `load_job` and `groupwise.run.api` take it: None was not given."""
+    given = {"model": model, "data": data, "reward": reward or None, "step_reward": step_reward or None}
+    return given | {"eval_data": eval_data} | ({"run": run} if run else {})
 
 
 def _mode(quiet: bool, json_: bool) -> Mode:

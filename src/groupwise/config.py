@@ -88,14 +88,34 @@ class DataSection(Section):
 class RewardSection(Section):
     """What scores an output."""
 
-    functions: list[str] = Field(default_factory=lambda: [BUILTIN], min_length=1)
-    """`file.py:name` (run in a worker process), `package.module:name`, or `builtin:arithmetic`."""
+    functions: list[str] = Field(default_factory=lambda: [BUILTIN])
+    """`file.py:name` (run in a worker process), `package.module:name`, or `builtin:arithmetic`; none where steps alone
+    are scored."""
     weights: list[float] | None = None
     """One weight per function; the reward is their weighted sum. Default: 1 each."""
+    step_functions: list[str] = Field(default_factory=list)
+    """Functions that score the steps of an output, named as above: process supervision."""
+    step_weights: list[float] | None = None
+    """One weight per step function; a step's reward is their weighted sum. Default: 1 each."""
     timeout: float = _resumable(60.0, gt=0)
     """Seconds that one call over a step's outputs may take before its worker is restarted."""
     output_timeout: float = _resumable(10.0, gt=0)
     """Seconds for an output that is tried alone after a batch failed or ran out of time."""
+
+
+class ProcessSection(Section):
+    """Where the steps of an output end. The text after the last boundary is a step too."""
+
+    segmenter: Literal["newline", "blank_line", "pattern", "token_ids", "function"] = "newline"
+    """What a step ends with: its line, an empty line, a match of `pattern`, one of `token_ids`, or what `function`
+    says."""
+    pattern: str | None = None
+    """For the segmenter `pattern`: a regular expression of Python's; a step ends where a match ends."""
+    token_ids: list[int] | None = Field(None, min_length=1)
+    """For the segmenter `token_ids`: a step ends with any of these tokens."""
+    function: str | None = None
+    """For the segmenter `function`: `file.py:name`, called as a reward function is; returns, per output, where in its
+    text the steps end, as rising numbers of characters."""
 
 
 class SamplingSection(Section):
@@ -138,6 +158,16 @@ class ObjectiveSection(Section):
     """For negative advantages the loss of a token is at most this times |A|."""
     scale_rewards: Literal["group", "batch", "none"] | None = None
     """What advantages are divided by: the group's std, the batch's, or nothing."""
+    outcome_weight: float | None = Field(None, ge=0)
+    """Times the advantages of outputs' rewards, which `reward.functions` give."""
+    process_weight: float | None = Field(None, ge=0)
+    """Times the advantages of steps' rewards, which `reward.step_functions` give."""
+    step_return: Literal["sum", "mean"] | None = None
+    """A token's advantage from the steps that end at it or later: the sum of their normalised rewards (the paper and
+    the default), or their mean, which does not grow with the steps that remain."""
+    step_normalization: Literal["group", "index"] | None = None
+    """What a step's reward is normalised with: all steps of the group (the paper and the default), or those of the
+    same number in their outputs (first with first)."""
     mask_truncated_completions: bool = False
     """Leave outputs that met the length limit out of the loss; their rewards stay in the group's mean and std."""
     importance_sampling: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
@@ -240,6 +270,7 @@ class Job(Section):
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     reward: RewardSection = Field(default_factory=RewardSection)
+    process: ProcessSection = Field(default_factory=ProcessSection)
     sampling: SamplingSection = Field(default_factory=SamplingSection)
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
     train: TrainSection = Field(default_factory=TrainSection)

@@ -101,10 +101,14 @@ class Group:
 
 
 class Step(NamedTuple):
-    """A step's reward: it covers the output's tokens before `end` (exclusive), after the previous end."""
+    """A step and its reward: it covers the output's tokens before `end` (exclusive), after the previous end.
+
+    `reward` None means "not scored". The texts of an output's steps, laid end to end, are its text.
+    """
 
     end: int
     reward: float | None
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,16 @@ class ScoredGroup:
     def rewards(self) -> list[float | None]:
         """One reward per output; None where it was not scored."""
         return [score.reward for score in self.scores]
+
+    @property
+    def steps(self) -> list[list[tuple[int, float | None]]]:
+        """`(end, reward)` of each output's steps; none where steps are not scored."""
+        return [[(step.end, step.reward) for step in score.steps] for score in self.scores]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each output."""
+        return [len(completion.token_ids) for completion in self.group.completions]
 
 
 Scored = Sequence[ScoredGroup]

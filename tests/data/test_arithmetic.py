@@ -11,6 +11,7 @@ from groupwise.data.arithmetic import (
     careless_solution,
     demonstrations,
     held_out,
+    lucky_solution,
     numbers_of,
     questions,
     row,
@@ -75,6 +76,29 @@ def test_carelessness_forgets_the_carry_and_carries_its_mistake_on() -> None:
 def test_careless_answers_are_right_exactly_where_no_ones_carry(a: int, b: int, c: int) -> None:
     right = careless_solution(row((a, b, c))) == solution(row((a, b, c)))
     assert right == (a % 10 + b % 10 + c % 10 < 10)
+
+
+def test_luck_forgets_a_carry_in_the_first_line_and_adds_it_in_the_second() -> None:
+    assert lucky_solution(row((47, 38, 95))) == "47+38=75\n75+95=180\n180"
+    assert lucky_solution(row((41, 38, 95))) == solution(row((41, 38, 95)))
+
+
+@given(NUMBER, NUMBER, NUMBER)
+def test_a_lucky_answer_is_right_and_its_lines_are_wrong_where_the_first_needs_a_carry(a: int, b: int, c: int) -> None:
+    first, second, last = lucky_solution(row((a, b, c))).split("\n")
+    assert last == str(a + b + c)
+    assert (first == f"{a}+{b}={a + b}") == (a % 10 + b % 10 < 10)
+    left, right = (sum(map(int, side.split("+"))) for side in second.split("="))
+    assert right - left == (10 if a % 10 + b % 10 >= 10 else 0)
+
+
+def test_demonstrations_are_lucky_in_the_share_asked_for() -> None:
+    shown = demonstrations(3, 4000, careless=0.4, lucky=0.3)
+    telling = [(q, answer) for q, answer in shown if lucky_solution(q) != solution(q)]
+    assert abs(sum(answer == lucky_solution(q) for q, answer in telling) / len(telling) - 0.3) < 0.03
+    assert abs(sum(answer == solution(q) for q, answer in telling) / len(telling) - 0.3) < 0.03
+    for (question, answer), (_, without) in zip(shown, demonstrations(3, 4000, careless=0.4), strict=True):
+        assert answer == without or (answer == lucky_solution(question) and without == solution(question))
 
 
 def test_demonstrations_are_careless_in_the_share_asked_for_and_hold_nothing_out() -> None:

@@ -7,6 +7,8 @@ from groupwise.jobfile.checks import problems
 
 OWN = {"model": "my-model", "data": "prompts.jsonl", "reward": "rewards.py:score"}
 
+STEPS = ["reward.step_functions=['s.py:f']"]
+
 
 def load(*overrides, **options):
     return load_job(overrides=overrides, options=OWN | options)
@@ -35,6 +37,25 @@ def load(*overrides, **options):
         (["train.steps=10", "train.warmup_steps=11"], "10 updates in all"),
         (["train.tokens_per_micro_batch=100"], "has to fit"),
         (["eval.every=10"], "no held-out prompts"),
+        (["reward.step_functions=['steps.py']"], "file.py:name"),
+        ([*STEPS, "reward.step_weights=[1, 2]"], "2 values for the functions s.py:f"),
+        (["reward.weights=[]", "reward.functions=[]"], "no step is scored either"),
+        (["objective.process_weight=1"], "nothing scores steps"),
+        (["objective.outcome_weight=0"], "every advantage would be 0"),
+        ([*STEPS, "objective.process_weight=0", "objective.outcome_weight=0"], "every advantage would be 0"),
+        (["objective.step_return=mean"], "no effect where steps do not count"),
+        ([*STEPS, "objective.process_weight=0", "objective.step_normalization=index"], "no effect where steps"),
+        (["process.segmenter=blank_line"], "no effect where no step is scored"),
+        (["process.pattern='a'"], "no effect where no step is scored"),
+        ([*STEPS, "process.pattern='a'"], 'no effect with `process.segmenter` = "newline"'),
+        ([*STEPS, "process.segmenter=pattern"], "needs `process.pattern`, and it is not set"),
+        ([*STEPS, "process.segmenter=pattern", "process.pattern=''"], "is empty"),
+        ([*STEPS, "process.segmenter=pattern", "process.pattern='('"], "no regular expression"),
+        ([*STEPS, "process.segmenter=pattern", "process.pattern='a*'"], "matches nothing at all"),
+        ([*STEPS, "process.segmenter=token_ids"], "needs `process.token_ids`"),
+        ([*STEPS, "process.segmenter=function", "process.function=cut"], "file.py:name"),
+        ([*STEPS, "reward.functions=[]", "objective.outcome_weight=1"], "`reward.functions` is empty"),
+        ([*STEPS, "eval.data=held.jsonl", "reward.functions=[]"], "what is held out is judged by it"),
         (["eval.num_generations=4"], "the same output 4 times"),
         (["model.path='builtin:arithmetic'", "model.revision=main"], "no effect"),
         (["data.path='builtin:arithmetic'", "data.subset=main"], "no effect"),
@@ -46,6 +67,20 @@ def test_a_combination_that_cannot_work_is_refused_with_its_reason(overrides, re
     assert f"`{overrides[-1].partition('=')[0]}`" in str(caught.value)
 
 
+def test_steps_of_ones_own_data_need_a_function_of_ones_own() -> None:
+    with pytest.raises(ConfigError, match=r"needs a reward of its own(.|\n)*step_functions = "):
+        load_job("arithmetic-process", options=OWN)
+
+
+def test_steps_alone_need_no_reward_of_outputs() -> None:
+    for source in (None, "arithmetic"):
+        found = load_job(source, ["eval.every=0"], OWN | {"reward": None, "step_reward": "s.py:f"})
+        assert found.job.reward.functions == []
+        assert found.origins["reward.functions"] == "--step-reward"
+    assert load_job(options={"step_reward": "s.py:f"}).job.reward.functions == [BUILTIN], "the built-in data has one"
+    assert load(step_reward="s.py:f").job.reward.functions == ["rewards.py:score"]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -54,6 +89,11 @@ def test_a_combination_that_cannot_work_is_refused_with_its_reason(overrides, re
         ["objective.epsilon=inf", "objective.epsilon_high=inf"],
         ["objective.preset=dapo", "objective.kl=k3", "objective.beta=0.01"],
         ["objective.kl=k2", "objective.beta=0"],
+        [*STEPS, "objective.outcome_weight=0", "objective.step_return=mean", "objective.step_normalization=index"],
+        [*STEPS, "objective.process_weight=0", "eval.data=held.jsonl"],
+        [*STEPS, "process.segmenter=token_ids", "process.token_ids=[5, 6]"],
+        [*STEPS, "process.segmenter=pattern", "process.pattern='(?=Step)'", "reward.step_weights=[2]"],
+        [*STEPS, "process.segmenter=function", "process.function=cut.py:ends"],
         ["objective.importance_sampling=token_mask", "objective.importance_sampling_cap=5"],
         ["train.updates_per_batch=8"],
         ["train.steps=10", "train.warmup_steps=10"],

@@ -167,7 +167,7 @@ def test_an_ambiguous_option_asks_which():
         ("model.revision = 123", ["a string", 'Write "123"']),
         ('model.device = "gpu"', ["`cuda`", '"gpu"']),
         ('reward.functions = "a.py:f"', ["a list of strings", 'Write ["a.py:f"]']),
-        ("reward.functions = []", ["not empty"]),
+        ("process.token_ids = []", ["a list of whole numbers, not empty"]),
         ('reward.weights = [1, "2"]', ["a list of numbers", '[1, "2"]']),
         ("data.chat_template_kwargs = 3", ["a table", "3"]),
         ("train = 3", ["`train` is a section", "3"]),

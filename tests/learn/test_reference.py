@@ -11,7 +11,7 @@ import torch
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
 from groupwise.models.policy import Policy
-from groupwise.types import Completion, Score, ScoredGroup
+from groupwise.types import Completion, Score, ScoredGroup, Step
 from groupwise.watch.metrics import unknown
 from tests.learn.tiny import EVERYTHING, make_learner, some_credit, some_groups, stock_output, tiny_policy
 
@@ -102,6 +102,45 @@ def test_the_penalty_is_taken_off_every_scored_reward(mask_truncated: bool, budg
     assert max(map(abs, taken)) > 1e-2
     assert metrics == {"reward/kl_penalty": pytest.approx(sum(taken) / len(taken), abs=1e-10)}
     assert unknown(metrics) == []
+
+
+@torch.no_grad()
+def test_every_scored_step_pays_for_its_own_tokens() -> None:
+    learner, reference = moved()
+    scored = []
+    for group in groups():
+        scores = []
+        for score, length in zip(group.scores, group.lengths, strict=True):
+            middle = (length + 1) // 2
+            steps = (Step(middle, 0.25, "a"), Step(length, None if length % 3 == 0 else 1.0))
+            scores.append(replace(score, steps=steps[-1:] if middle == length else steps))
+        scored.append(replace(group, scores=tuple(scores)))
+    charged = RewardPenalty(learner, reference, BETA, EVERYTHING).charge(scored, {})
+    taken = []
+    for before, after in zip(scored, charged, strict=True):
+        prompt = before.group.prompt.token_ids
+        for output, old, new in zip(before.group.completions, before.scores, after.scores, strict=True):
+            now_T, then_T = (
+                stock_output(p.model, prompt, output.token_ids, TEMPERATURE) for p in (learner.policy, reference.policy)
+            )
+            start = 0
+            for was, found in zip(old.steps, new.steps, strict=True):
+                kl = float((now_T - then_T)[start : was.end].sum())
+                expected = None if was.reward is None else pytest.approx(was.reward - BETA * kl, abs=1e-10)
+                assert found == (was.end, expected, was.text)
+                start = was.end
+                taken.append(abs(BETA * kl))
+    assert max(taken) > 1e-2
+
+
+def test_one_step_pays_what_its_output_pays_bit_for_bit() -> None:
+    learner, reference = moved()
+    scored = []
+    for group in groups():
+        pairs = zip(group.scores, group.lengths, strict=True)
+        scored.append(replace(group, scores=tuple(replace(s, steps=(Step(n, s.reward),)) for s, n in pairs)))
+    for group in RewardPenalty(learner, reference, BETA, EVERYTHING).charge(scored, {}):
+        assert group.rewards == [score.steps[0].reward for score in group.scores]
 
 
 def test_a_policy_that_is_its_reference_pays_nothing() -> None:

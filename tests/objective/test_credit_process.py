@@ -114,7 +114,7 @@ def test_counts_that_differ_are_refused() -> None:
 
 
 def test_a_step_reward_that_is_no_number_is_refused() -> None:
-    with pytest.raises(RewardError, match="step 1 is nan"):
+    with pytest.raises(RewardError, match="output 1, step 0 is nan"):
         process_advantages([[(1, 0.0)], [(1, math.nan)]], [1, 1])
 
 

@@ -71,14 +71,11 @@ def test_what_needs_a_reference(change: dict[str, object], reference: bool, in_l
 
 
 def test_ignored_fields() -> None:
-    clip = Objective(beta=0.1).ignored_fields
-    assert clip == {"sapo_temperature_pos", "sapo_temperature_neg", "max_completion_length"}
-    assert Objective(scale="none", weights="constant_length", kl="k2").ignored_fields == {
-        "sapo_temperature_pos",
-        "sapo_temperature_neg",
-        "scale_eps",
-        "kl",
-    }
+    never = {"sapo_temperature_pos", "sapo_temperature_neg", "step_return", "step_normalization"}
+    assert Objective(beta=0.1).ignored_fields == never | {"max_completion_length"}
+    assert Objective(scale="none", weights="constant_length", kl="k2").ignored_fields == never | {"scale_eps", "kl"}
+    steps = Objective(beta=0.1, process_weight=0.5, outcome_weight=0.0).ignored_fields
+    assert steps == {"sapo_temperature_pos", "sapo_temperature_neg", "max_completion_length"}
     assert PRESETS["sapo"].ignored_fields >= {"epsilon", "epsilon_high", "dual_clip"}
     known = {field.name for field in fields(Objective)}
     assert all(objective.ignored_fields < known for objective in PRESETS.values())
@@ -126,6 +123,8 @@ def test_an_unknown_choice_is_refused(name: str) -> None:
         ({"epsilon_high": -0.1}, "epsilon_high must be at least 0"),
         ({"beta": nan}, "beta must be at least 0, found nan"),
         ({"scale_eps": -1e-4}, "scale_eps must be at least 0"),
+        ({"outcome_weight": -1.0}, "outcome_weight must be at least 0"),
+        ({"process_weight": nan}, "process_weight must be at least 0"),
         ({"dual_clip": 1.0}, "dual_clip must be above 1, found 1.0"),
         ({"max_completion_length": 0}, "max_completion_length must be at least 1, found 0"),
         ({"sapo_temperature_neg": 0.0}, "sapo_temperature_neg must be above 0"),

@@ -3,7 +3,7 @@
 import pytest
 
 from groupwise.data.arithmetic import questions, solution
-from groupwise.rewards.arithmetic import check_steps, score
+from groupwise.rewards.arithmetic import check_steps, score, score_steps
 
 PROMPT = "47+38+95=\n"
 
@@ -62,3 +62,25 @@ def test_a_line_is_judged_by_what_stands_before_it(completion: str, expected: li
 def test_every_line_of_a_solution_is_right() -> None:
     for row in questions("train", 1, 50):
         assert all(right for _, right in check_steps(row["prompt"], solution(row)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (["47+38=85\n", "85+95=180\n", "180"], [1, 1, 1]),
+        (["47+38=75\n", "75+95=170\n", "170"], [0, 1, 1]),
+        (["47+38=85\n", "85+95=180\n", "180\n"], [1, 1, 0]),
+        (["47+38=85\n", "85+95=180\n"], [1, 0]),
+        (["47+38=85\n", "\n85+95=180\n", "180"], [1, 0, 1]),
+        (["180"], [0]),
+        (["\n"], [0]),
+    ],
+)
+def test_steps_are_scored_as_lines_and_a_last_break_is_one_too_many(steps: list[str], expected: list[float]) -> None:
+    assert score_steps(prompts=[PROMPT, PROMPT], steps=[steps, ["47+38=85"]]) == [expected, [1.0]]
+
+
+def test_the_steps_of_a_solution_are_right_wherever_they_are_cut_at_line_breaks() -> None:
+    for row in questions("train", 2, 50):
+        steps = solution(row).splitlines(keepends=True)
+        assert score_steps(prompts=[row["prompt"]], steps=[steps]) == [[1.0, 1.0, 1.0]]

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 import groupwise
+from groupwise.config import ProcessSection, RewardSection
 from groupwise.data.files import PromptSet
 from groupwise.engines.native import NativeEngine
 from groupwise.jobfile import load_job
@@ -390,8 +391,44 @@ def some(prompts: Any, completions: Any, **_: Any) -> list[float | None]:
 )
 def test_rewards(reward: Callable[..., Any], verdict: str, said: str, patient: Patient) -> None:
     with ExitStack() as closing:
-        scorer = parts.open_scorer(patient.job, Given([reward]), None, patient.warnings.append, closing)
+        functions = parts.open_functions(patient.job, Given([reward]), None, closing)
+        scorer = parts.scorer_of(patient.job, functions, patient.model.codec, patient.warnings.append)
         [finding] = doctor._tried("rewards", doctor_inputs.rewards, replace(patient, scorer=scorer))
+    assert finding.verdict == verdict
+    assert said in finding.words
+
+
+def ones(steps: Any, **_: Any) -> list[list[float]]:
+    return [[1.0] * len(output) for output in steps]
+
+
+def lengths(steps: Any, **_: Any) -> list[list[float]]:
+    return [[float(len(step)) for step in output] for output in steps]
+
+
+def no_steps(steps: Any, **_: Any) -> list[None]:
+    return [None for _ in steps]
+
+
+@pytest.mark.parametrize(
+    "reward, pattern, verdict, said",
+    [
+        (lengths, "[a-h]", "passed", "not scored: 0%"),
+        (ones, "[a-h]", "warning", "nothing is learned"),
+        (lengths, "Z", "warning", "found no boundary in any output"),
+        (no_steps, "[a-h]", "failed", "of the steps scored nothing"),
+    ],
+)
+def test_step_rewards(reward: Callable[..., Any], pattern: str, verdict: str, said: str, patient: Patient) -> None:
+    scoring = RewardSection(functions=[], step_functions=["python:f"])
+    process = ProcessSection(segmenter="pattern", pattern=pattern)
+    job = patient.job.model_copy(update={"reward": scoring, "process": process})
+    with ExitStack() as closing:
+        functions = parts.open_functions(job, Given(step_rewards=[reward]), None, closing)
+        scorer = parts.scorer_of(job, functions, patient.model.codec, patient.warnings.append)
+        learner = copy.copy(patient.learner)
+        learner.objective = parts.objective_of(job)
+        [finding] = doctor._tried("rewards", doctor_inputs.rewards, replace(patient, scorer=scorer, learner=learner))
     assert finding.verdict == verdict
     assert said in finding.words
 

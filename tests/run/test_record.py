@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from groupwise.rewards.base import RewardContext, Values
-from groupwise.run.record import Record, Watch
+from groupwise.run.record import Record, Watch, frac_zero
 from groupwise.run.rollouts import Scorer, summary
 from groupwise.types import Group
 from groupwise.watch.events import RolloutsFile
@@ -115,3 +115,8 @@ def test_a_step_without_a_score_has_no_reward() -> None:
     found = summary(scored([None, None]))
     assert found["reward"] != found["reward"]
     assert found["frac_reward_zero_std"] == 1
+
+
+def test_groups_without_any_advantage_are_counted() -> None:
+    assert frac_zero([[0.0, 0.0], [[0.0, 0.0], [0.0]], [[0.0, 1.0]], [0.5]]) == 0.5
+    assert frac_zero([[]]) == 1.0

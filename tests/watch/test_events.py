@@ -101,7 +101,7 @@ def test_a_file_that_may_not_be_made_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_group_is_one_line_without_its_row(tmp_path: Path) -> None:
-    score = Score(0.5, steps=(Step(2, 1.0), Step(3, None)), parts={"score": 0.5, "format": None})
+    score = Score(0.5, steps=(Step(2, 1.0, "fo"), Step(3, None, "ur")), parts={"score": 0.5, "format": None})
     file = RolloutsFile(tmp_path / "rollouts.jsonl", 10_000)
     file.write(4, [scored(4, slot=3, score=score)], [[[0.5, 0.5, 0.5], [1.0, 1.0, -0.5]]])
     file.close()
@@ -112,9 +112,13 @@ def test_a_group_is_one_line_without_its_row(tmp_path: Path) -> None:
         "reward": 0.5,
         "parts": {"score": 0.5, "format": None},
         "advantage": 0.5,
-        "steps": [[2, 1.0], [3, None]],
+        "steps": [
+            {"end": 2, "text": "fo", "reward": 1.0, "advantage": 0.5},
+            {"end": 3, "text": "ur", "reward": None, "advantage": 0.5},
+        ],
     }
-    outputs = [output, output | {"advantage": [1.0, 1.0, -0.5]}]
+    differing = [step | {"advantage": own} for step, own in zip(output["steps"], [1.0, -0.5], strict=True)]
+    outputs = [output, output | {"advantage": [1.0, 1.0, -0.5], "steps": differing}]
     expected = {"step": 4, "slot": 3, "prompt_id": "17", "prompt": "two plus two", "outputs": outputs}
     assert list(read(tmp_path / "rollouts.jsonl")) == [expected]
 

@@ -44,6 +44,8 @@ BASELINE = {
 }
 SILENT = EVENT | {"step": 43, "frac_reward_zero_std": 1.0, "loss": 0.0}
 
+STEPWISE = EVENT | {"step_reward": 0.613, "steps/per_output": 3.04, "steps/first_right": 0.48}
+
 
 class Screen(io.StringIO):
     """A stream that says that it is a terminal."""
@@ -259,3 +261,25 @@ def test_the_picture_is_an_svg_that_fetches_nothing() -> None:
     assert 'url("' not in picture
     assert "@font-face" not in picture
     assert picture == draw_svg([BASELINE, EVENT], total_steps=120, title="demo", sample="12+34=46")
+
+
+def test_steps_are_told_where_they_are_scored() -> None:
+    [line] = capture_plain(STEPWISE)
+    assert "reward  0.797  steps 0.613 of 3.04, 1st 48%  len" in line
+    [without] = capture_plain(EVENT)
+    assert "steps" not in without
+    picture = drawn(seen(STEPWISE))
+    assert "steps     0.613  mean of 3.04 per output, first right 48%" in picture
+    assert "per output" not in drawn(seen(EVENT))
+
+
+def capture_plain(event: dict[str, Any]) -> list[str]:
+    out = io.StringIO()
+    Plain(out, 120).write(event)
+    return out.getvalue().splitlines()
+
+
+def test_an_evaluation_tells_of_steps() -> None:
+    out = io.StringIO()
+    Plain(out, 120).write(BASELINE | {"eval/step_accuracy": 0.52, "eval/right_by_luck": 0.125})
+    assert "accuracy 0.270  right_by_luck 0.125  step_accuracy 0.520  length 30.1" in out.getvalue()

@@ -67,3 +67,13 @@ def test_a_step_that_teaches_nothing_says_why() -> None:
     unscored = {"step": 1, "reward": None, "rewards/unscored": 16, "frac_reward_zero_std": 1.0, "loss": 0.0}
     assert "No output of this step was scored" in str(why(unscored))
     assert "No output of this step was scored" in str(why(unscored | {"reward": math.nan}))
+
+
+def test_steps_may_teach_where_outputs_do_not() -> None:
+    alike = {"step": 1, "reward": 1.0, "frac_reward_zero_std": 1.0, "loss": 0.0}
+    assert why(alike | {"frac_advantage_zero": 0.0, "step_reward": 0.5}) is None
+    assert why(alike | {"reward": math.nan, "frac_advantage_zero": 0.5, "step_reward": 0.5}) is None
+    both = alike | {"frac_advantage_zero": 1.0, "step_reward": 1.0}
+    assert "all outputs, or all steps, earned the same" in str(why(both))
+    unlike = alike | {"frac_reward_zero_std": 0.0, "frac_advantage_zero": 1.0, "step_reward": 1.0}
+    assert "all outputs, or all steps, earned the same" in str(why(unlike)), "rewards that do not count teach nothing"

@@ -74,19 +74,36 @@ def careless_solution(question: Row) -> str:
     return _lines(question, _add_without_carry)
 
 
-def demonstrations(seed: int, n: int, careless: float) -> list[tuple[Row, str]]:
-    """`n` training questions with an answer each, of which the share `careless` is answered carelessly throughout."""
+def lucky_solution(question: Row) -> str:
+    """The right answer by two mistakes that cancel: a carry forgotten in the first line is added in the second.
+
+    Where the first line needs no carry this is the right solution.
+    """
+    a, b, c = numbers_of(question["prompt"])
+    return _written(question, _add_without_carry(a, b), a + b + c)
+
+
+def demonstrations(seed: int, n: int, careless: float, lucky: float = 0.0) -> list[tuple[Row, str]]:
+    """`n` training questions with an answer each: the share `careless` is answered carelessly throughout, the share
+    `lucky` by mistakes that cancel, the others rightly."""
     draw = random.Random(f"demonstrations {seed}")
-    return [
-        (question, careless_solution(question) if draw.random() < careless else solution(question))
-        for question in questions("train", seed, n)
-    ]
+    shown = []
+    for question in questions("train", seed, n):
+        chance = draw.random()
+        answer = careless_solution if chance < careless else lucky_solution if chance < careless + lucky else solution
+        shown.append((question, answer(question)))
+    return shown
 
 
 def _lines(question: Row, add: Callable[[int, int], int]) -> str:
     a, b, c = numbers_of(question["prompt"])
     first = add(a, b)
-    second = add(first, c)
+    return _written(question, first, add(first, c))
+
+
+def _written(question: Row, first: int, second: int) -> str:
+    """The two sums as somebody got them, and the answer."""
+    a, b, c = numbers_of(question["prompt"])
     return f"{a}+{b}={first}\n{first}+{c}={second}\n{second}"
 
 

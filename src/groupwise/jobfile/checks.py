@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from math import inf
 
-from groupwise.config import BUILTIN, EvalSection, Job, ObjectiveSection, SamplingSection, TrainSection
+from groupwise.config import BUILTIN, EvalSection, Job, ObjectiveSection, ProcessSection, SamplingSection, TrainSection
 from groupwise.errors import ConfigError
 
 REASONS = {
@@ -19,6 +20,7 @@ REASONS = {
 _WITHOUT_CLIP = {"cispo": ("epsilon", "dual_clip"), "sapo": ("epsilon", "epsilon_high", "dual_clip")}
 _WITHOUT_KL = ("dr_grpo", "dapo", "gspo", "cispo", "sapo")
 _DEFAULT_CAP = ObjectiveSection().importance_sampling_cap
+_OFF = ProcessSection().model_dump()
 
 
 def check(job: Job, origins: Mapping[str, str]) -> None:
@@ -32,6 +34,8 @@ def problems(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
     yield from _sampling(job.sampling)
     yield from _objective(job.objective)
     yield from _reward(job, origins)
+    yield from _credit(job)
+    yield from _segmenter(job.process, bool(job.reward.step_functions))
     yield from _data(job)
     yield from _train(job.train, job.sampling)
     yield from _eval(job)
@@ -86,24 +90,102 @@ def _objective(objective: ObjectiveSection) -> Iterator[str]:
 
 
 def _reward(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
-    functions, weights = job.reward.functions, job.reward.weights
-    nobody_said = origins["reward.functions"] == "default" or origins["reward.functions"].startswith("recipe ")
-    if job.data.path != BUILTIN and BUILTIN in functions and nobody_said:
-        yield (
-            f'`data.path` = "{job.data.path}" needs a reward of its own: the built-in one checks sums. '
-            'Name a function, as in --reward rewards.py:score or `functions = ["rewards.py:score"]` under [reward].'
-        )
-    for function in functions:
-        if not all(function.partition(":")):
+    section = job.reward
+    for key, functions, option in (
+        ("functions", section.functions, "--reward rewards.py:score"),
+        ("step_functions", section.step_functions, "--step-reward rewards.py:score_steps"),
+    ):
+        origin = origins.get(f"reward.{key}", "default")
+        nobody_said = origin == "default" or origin.startswith("recipe ")
+        if job.data.path != BUILTIN and BUILTIN in functions and nobody_said:
             yield (
-                f'`reward.functions` has "{function}", which does not say where and what. '
-                "Write file.py:name or package.module:name."
+                f'`data.path` = "{job.data.path}" needs a reward of its own: the built-in one checks sums. '
+                f'Name a function, as in {option} or `{key} = ["{option.split()[1]}"]` under [reward].'
             )
-    if weights is not None and len(weights) != len(functions):
+        for function in functions:
+            if not all(function.partition(":")):
+                yield (
+                    f'`reward.{key}` has "{function}", which does not say where and what. '
+                    "Write file.py:name or package.module:name."
+                )
+    for name, weights, functions in (
+        ("weights", section.weights, section.functions),
+        ("step_weights", section.step_weights, section.step_functions),
+    ):
+        if weights is not None and len(weights) != len(functions):
+            named = ", ".join(functions) or "that `reward` names: none"
+            yield f"`reward.{name}` has {len(weights)} values for the functions {named}. Give one weight to each."
+
+
+def _credit(job: Job) -> Iterator[str]:
+    """What outputs and steps earn, against what their advantages count."""
+    functions, step_functions, objective = job.reward.functions, job.reward.step_functions, job.objective
+    if not functions and not step_functions:
+        yield "`reward.functions` is empty, and no step is scored either: name a function that scores outputs or steps."
+    if not functions and objective.outcome_weight:
         yield (
-            f"`reward.weights` has {len(weights)} values for the functions {', '.join(functions)}. "
-            "Give one weight to each."
+            f"`objective.outcome_weight` = {objective.outcome_weight:g}, but `reward.functions` is empty: there are no "
+            "rewards of outputs to learn from. Name a function, or remove the weight."
         )
+    if not functions and (job.eval.data is not None or job.data.path == BUILTIN):
+        yield (
+            "`reward.functions` is empty, and what is held out is judged by it. Name one; with "
+            "`objective.outcome_weight` = 0 it stays out of training."
+        )
+    if not step_functions and objective.process_weight:
+        yield (
+            f"`objective.process_weight` = {objective.process_weight:g}, but nothing scores steps: name a function, as "
+            "in --step-reward rewards.py:score_steps, or remove the weight."
+        )
+    if objective.outcome_weight == 0 and (objective.process_weight == 0 or not step_functions):
+        yield (
+            "`objective.outcome_weight` = 0 and steps that do not count either: every advantage would be 0. "
+            "Give one of the weights a value above 0."
+        )
+    for name in ("step_return", "step_normalization"):
+        given = getattr(objective, name)
+        if given is not None and (objective.process_weight == 0 or not step_functions):
+            yield f'`objective.{name}` = "{given}" has no effect where steps do not count. Remove it.'
+
+
+def _segmenter(process: ProcessSection, steps_are_scored: bool) -> Iterator[str]:
+    if not steps_are_scored and process != ProcessSection():
+        name = next(name for name in ProcessSection.model_fields if getattr(process, name) != _OFF[name])
+        yield (
+            f"`process.{name}` has no effect where no step is scored: name a function, as in "
+            "--step-reward rewards.py:score_steps, or remove it."
+        )
+        return
+    for name in ("pattern", "token_ids", "function"):
+        given = getattr(process, name)
+        if process.segmenter == name and not given:
+            yield f'`process.segmenter` = "{name}" needs `process.{name}`, and it is {_absent(given)}.'
+        if process.segmenter != name and given is not None:
+            yield (
+                f'`process.{name}` has no effect with `process.segmenter` = "{process.segmenter}". '
+                f'Set segmenter = "{name}", or remove it.'
+            )
+    if process.function and not all(process.function.partition(":")):
+        yield (
+            f'`process.function` = "{process.function}" does not say where and what. '
+            "Write file.py:name or package.module:name."
+        )
+    if process.pattern:
+        yield from _pattern(process.pattern)
+
+
+def _pattern(pattern: str) -> Iterator[str]:
+    try:
+        found = re.compile(pattern)
+    except re.error as error:
+        yield f"`process.pattern` = {pattern!r} is no regular expression: {error}."
+        return
+    if found.match(""):
+        yield f"`process.pattern` = {pattern!r} matches nothing at all, and so would end a step after every character."
+
+
+def _absent(value: object) -> str:
+    return "not set" if value is None else "empty"
 
 
 def _data(job: Job) -> Iterator[str]:

@@ -115,6 +115,8 @@ def _default(key: str, field: FieldInfo) -> str:
 
 
 def _unset(key: str) -> str:
+    if key in ("objective.outcome_weight", "objective.process_weight"):
+        return "1 where it is scored, else 0"
     return "as the preset says" if key.startswith("objective.") else "not set"
 
 

@@ -23,12 +23,16 @@ OPTIONS = {
     "model": "model.path",
     "data": "data.path",
     "reward": "reward.functions",
+    "step_reward": "reward.step_functions",
     "eval_data": "eval.data",
     "num_generations": "sampling.num_generations",
     "temperature": "sampling.temperature",
     "max_completion_length": "sampling.max_completion_length",
 }
 """Options whose key is not the only one of its name; every other knob goes by its own (`learning_rate`)."""
+
+FUNCTIONS = ("reward.functions", "reward.step_functions")
+"""Lists of which an option may give one entry without the list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +69,18 @@ def load_job(
         both_tables = isinstance(value, dict) and isinstance(values.get(key), dict)
         values[key] = values[key] | value if both_tables else value
         origins[key] = origin
+    if _steps_alone(values, origins):
+        values["reward.functions"] = []
+        origins["reward.functions"] = origins["reward.step_functions"]
     job = _validated(values, origins)
     check(job, origins)
     return Resolved(job, origins)
+
+
+def _steps_alone(values: Mapping[str, Any], origins: Mapping[str, str]) -> bool:
+    """Whether steps of one's own data are scored and nobody named a function for outputs: the built-in one is none."""
+    own = values.get("data.path", BUILTIN) != BUILTIN and bool(values.get("reward.step_functions"))
+    return own and (origins["reward.functions"] == "default" or origins["reward.functions"].startswith("recipe "))
 
 
 def recipe_names() -> list[str]:
@@ -124,7 +137,7 @@ def _from_options(options: Mapping[str, Any]) -> Iterator[Setting]:
         if value is None:
             continue
         key = short.get(name, name)
-        value = [value] if key == "reward.functions" and isinstance(value, str | Path) else value
+        value = [value] if key in FUNCTIONS and isinstance(value, str | Path) else value
         yield from _flatten(_nested(key, _plain(name, value)), "--" + name.replace("_", "-"))
 
 

@@ -18,6 +18,7 @@ ELSEWHERE = {  # what other trainers call it
     "model_name_or_path": "model.path",
     "reward_funcs": "reward.functions",
     "reward_weights": "reward.weights",
+    "step_rewards": "reward.step_functions",
     "loss_type": "objective.preset",
     "group_size": "sampling.num_generations",
     "max_new_tokens": "sampling.max_completion_length",
@@ -30,6 +31,7 @@ _KINDS: dict[Any, str] = {
     str: "a string",
     dict: "a table",
     list[str]: "a list of strings",
+    list[int]: "a list of whole numbers",
     list[float]: "a list of numbers",
 }
 _BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice, pairwise
 from statistics import fmean
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from groupwise.learn.forward import score_outputs
 from groupwise.learn.pack import Batch
 from groupwise.models.policy import Policy
 from groupwise.objective import k1_per_output, less_kl
-from groupwise.types import Scored
+from groupwise.types import Score, Scored
 
 
 class _Learner(Protocol):
@@ -82,7 +83,8 @@ class NoReference:
 
 
 class RewardPenalty:
-    """The KL penalty inside the reward: `r_i - beta * sum_t (old - ref)`, before credit (RLOO's place for it)."""
+    """The KL penalty inside the reward, before credit: `r_i - beta * sum_t (old - ref)` over the output's tokens, and
+    the same of each step over the step's tokens."""
 
     def __init__(self, learner: _Learner, reference: Reference, beta: float, budget: int) -> None:
         self.learner, self.reference, self.beta, self.budget = learner, reference, beta, budget
@@ -92,22 +94,35 @@ class RewardPenalty:
 
         An output that is kept out of the loss pays too: its reward is in the group's mean all the same.
         """
-        nothing = [[0.0] * len(group.scores) for group in scored]
-        batch = self.learner.pack(scored, nothing)
-        k1_S = k1_per_output(
-            self.learner.logprobs(batch), self.reference.logprobs(batch, self.budget), batch.completion_T,
-            outputs=len(batch.outputs),
-        )  # fmt: skip
-        k1 = iter(k1_S.tolist())
+        batch = self.learner.pack(scored, [[0.0] * len(group.scores) for group in scored])
+        both = self.learner.logprobs(batch), self.reference.logprobs(batch, self.budget)
+        pieces = [p for group in scored for p in map(_pieces, group.scores, group.lengths)]
+        sizes = torch.tensor([size for of_output in pieces for size in of_output], dtype=torch.long)
+        piece_T = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(batch.completion_T.device)
+        by_output = iter(k1_per_output(*both, batch.completion_T, outputs=len(batch.outputs)).tolist())
+        by_piece = iter(k1_per_output(*both, piece_T, outputs=len(sizes)).tolist())
+        kl = iter([(next(by_output), list(islice(by_piece, len(of_output)))) for of_output in pieces])
         charged, taken = [], []
         for group in scored:
-            rewards = less_kl(group.rewards, [next(k1) for _ in group.scores], self.beta)
-            scores = [replace(score, reward=reward) for score, reward in zip(group.scores, rewards, strict=True)]
-            charged.append(replace(group, scores=tuple(scores)))
-            pairs = zip(group.rewards, rewards, strict=True)
+            scores = tuple(self._charged(score, *next(kl)) for score in group.scores)
+            charged.append(replace(group, scores=scores))
+            pairs = zip(group.rewards, charged[-1].rewards, strict=True)
             taken += [before - after for before, after in pairs if before is not None and after is not None]
         metrics["reward/kl_penalty"] = fmean(taken) if taken else 0.0
         return charged
+
+    def _charged(self, score: Score, kl: float, of_pieces: Sequence[float]) -> Score:
+        """`of_pieces` begins with the penalty of each step."""
+        [reward] = less_kl([score.reward], [kl], self.beta)
+        rewards = less_kl([step.reward for step in score.steps], of_pieces[: len(score.steps)], self.beta)
+        steps = tuple(step._replace(reward=own) for step, own in zip(score.steps, rewards, strict=True))
+        return replace(score, reward=reward, steps=steps)
+
+
+def _pieces(score: Score, length: int) -> list[int]:
+    """How many tokens each step of an output has; last, if any, those after the last step."""
+    ends = [0, *(step.end for step in score.steps), length]
+    return [end - start for start, end in pairwise(ends)]
 
 
 class NoPenalty:

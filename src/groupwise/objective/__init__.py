@@ -3,7 +3,13 @@
 A named algorithm is a value (`PRESETS["dapo"]`) that picks one of a few independent choices per column: credit, ratio,
 surrogate, weights, KL. The loss is always `(loss_T * weights_T).sum()`."""
 
-from groupwise.objective.credit import group_advantages, less_kl, outcome_advantages, process_advantages
+from groupwise.objective.credit import (
+    group_advantages,
+    less_kl,
+    outcome_advantages,
+    process_advantages,
+    token_advantages,
+)
 from groupwise.objective.kl import k1_per_output
 from groupwise.objective.loss import TokenLosses, policy_loss, token_losses
 from groupwise.objective.presets import CHOICES, PRESETS, Objective, objective_named
@@ -21,6 +27,7 @@ __all__ = [
     "outcome_advantages",
     "policy_loss",
     "process_advantages",
+    "token_advantages",
     "token_losses",
     "token_weights",
 ]

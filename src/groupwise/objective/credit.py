@@ -8,14 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from groupwise.errors import ObjectiveError, RewardError
-from groupwise.objective.presets import Baseline, Objective, Scale, check_choice
+from groupwise.objective.presets import Baseline, Objective, Scale, StepNormalization, StepReturn, check_choice
 
 Array = NDArray[np.float64]
+Steps = Sequence[tuple[int, float | None]]
+"""One output's steps as `(end, reward)`: a step covers the tokens before `end` (exclusive) after the previous end."""
+Advantage = float | list[float]
+"""One output's advantage: the same for all its tokens, or one per token."""
 _EQUAL_WITHIN = 1e-9
 
 _CENTRED: Mapping[str, Callable[[Array, Array], Array]] = {
@@ -61,34 +66,115 @@ def outcome_advantages(
     return _put_back(normalise(scored, scored, baseline=baseline, scale=scale, eps=eps), values)
 
 
+class Earned(Protocol):
+    """What credit reads of a group: per output its reward, its steps and its number of tokens."""
+
+    @property
+    def rewards(self) -> Sequence[float | None]:
+        """One per output; None where it was not scored."""
+
+    @property
+    def steps(self) -> Sequence[Steps]:
+        """One list per output; an empty one where it was not cut into steps."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each output."""
+
+
 def group_advantages(rewards: Iterable[Iterable[float | None]], objective: Objective) -> list[list[float]]:
     """One advantage per output of every group of a step, with the objective's baseline and scale (`batch` included)."""
     groups = [_finite(group, f"group {number}, output") for number, group in enumerate(rewards)]
     batch = _scored([value for group in groups for value in group])
-    normal = partial(normalise, baseline=objective.baseline, scale=objective.scale, eps=objective.scale_eps)
+    normal = _normal(objective)
     return [_put_back(normal(_scored(group), batch), group) for group in groups]
 
 
+def token_advantages(groups: Sequence[Earned], objective: Objective) -> list[list[Advantage]]:
+    """`outcome_weight * A_outcome + process_weight * A_process` per group and output, each normalised over its own set.
+
+    One number per output where steps do not count (`process_weight` 0), else one per token. A weight of 0 leaves what
+    the other gives alone. Raises RewardError for NaN or infinity, ObjectiveError for ends that do not rise.
+    """
+    by_output, by_step = objective.outcome_weight, objective.process_weight
+    outcome = group_advantages([group.rewards for group in groups] if by_output else [], objective)
+    if not by_step:
+        return [[by_output * advantage for advantage in group] for group in outcome]
+    steps, lengths = [group.steps for group in groups], [group.lengths for group in groups]
+    for group in groups:
+        _check_ends(group.steps, group.lengths)
+    process = _over_tokens(_normalised_steps(steps, objective), lengths, objective.step_return)
+    spread = [[[by_step * a for a in output] for output in group] for group in process]
+    if not by_output:
+        return [list(group) for group in spread]
+    pairs = [zip(of_group, of_steps, strict=True) for of_group, of_steps in zip(outcome, spread, strict=True)]
+    return [[[by_output * whole + a for a in tokens] for whole, tokens in group] for group in pairs]
+
+
 def process_advantages(
-    steps: Sequence[Sequence[tuple[int, float | None]]],
+    steps: Sequence[Steps],
     lengths: Sequence[int],
     *,
     scale: Scale = "group",
     eps: float = 1e-4,
+    step_return: StepReturn = "sum",
+    step_normalization: StepNormalization = "group",
 ) -> list[list[float]]:
     """One advantage per token: the sum of the normalised rewards of the steps that end at it or later (4.1.3).
 
     `steps` holds, per output of one group, `(end, reward)` pairs: a step covers the tokens before `end` (exclusive)
     after the previous end. `lengths` counts each output's tokens. All step rewards of the group are normalised as one
-    set; None is out of the set and adds 0. Raises ObjectiveError for ends that do not rise within the output.
+    set, or with `step_normalization="index"` those of the first steps, of the second steps and so on; None is out of
+    the set and adds 0. `step_return="mean"` divides the sum by how many scored steps it is over. Raises RewardError
+    for NaN or infinity, ObjectiveError for ends that do not rise within the output.
     """
     _check_group_choices("group_mean", scale, eps)
     _check_ends(steps, lengths)
-    values = _finite((reward for output in steps for _, reward in output), "step")
-    scored = _scored(values)
-    rewards = iter(_put_back(normalise(scored, scored, baseline="group_mean", scale=scale, eps=eps), values))
-    paired = [[(end, next(rewards)) for end, _ in output] for output in steps]
-    return [_sum_ahead(output, length) for output, length in zip(paired, lengths, strict=True)]
+    objective = Objective(
+        scale=scale, scale_eps=eps, process_weight=1.0, step_return=step_return, step_normalization=step_normalization
+    )
+    return _over_tokens(_normalised_steps([steps], objective), [lengths], step_return)[0]
+
+
+def _normal(objective: Objective) -> Callable[[Array, Array], Array]:
+    return partial(normalise, baseline=objective.baseline, scale=objective.scale, eps=objective.scale_eps)
+
+
+def _normalised_steps(groups: Sequence[Sequence[Steps]], objective: Objective) -> list[list[list[tuple[int, float]]]]:
+    """Per group and output `(end, normalised reward)` of the steps that were scored."""
+    normal, by_index = _normal(objective), objective.step_normalization == "index"
+    rewards = {
+        (g, i, j): reward
+        for g, group in enumerate(groups)
+        for i, output in enumerate(group)
+        for j, reward in enumerate(_finite((reward for _, reward in output), f"group {g}, output {i}, step"))
+        if reward is not None
+    }
+    batches: dict[int, dict[int, list[tuple[int, int, int]]]] = {}
+    for place in rewards:  # the sets that are normalised: by number of the step where asked for, and by group
+        batches.setdefault(place[2] if by_index else 0, {}).setdefault(place[0], []).append(place)
+    found: dict[tuple[int, int, int], float] = {}
+    for sets in batches.values():
+        batch = np.array([rewards[place] for places in sets.values() for place in places])
+        for places in sets.values():
+            values = normal(np.array([rewards[place] for place in places]), batch)
+            found |= dict(zip(places, values.tolist(), strict=True))
+    return [
+        [
+            [(end, found[g, i, j]) for j, (end, _) in enumerate(output) if (g, i, j) in found]
+            for i, output in enumerate(group)
+        ]
+        for g, group in enumerate(groups)
+    ]
+
+
+def _over_tokens(
+    groups: Sequence[Sequence[Sequence[tuple[int, float]]]], lengths: Sequence[Sequence[int]], step_return: StepReturn
+) -> list[list[list[float]]]:
+    return [
+        [_ahead(output, length, step_return) for output, length in zip(group, of_group, strict=True)]
+        for group, of_group in zip(groups, lengths, strict=True)
+    ]
 
 
 def less_kl(rewards: Sequence[float | None], kl: Sequence[float], beta: float) -> list[float | None]:
@@ -97,12 +183,14 @@ def less_kl(rewards: Sequence[float | None], kl: Sequence[float], beta: float) -
     return [None if reward is None else reward - beta * penalty for reward, penalty in pairs]
 
 
-def _sum_ahead(steps: Iterable[tuple[int, float]], length: int) -> list[float]:
-    """`sum over j with end_j > t of reward_j` for t = 0 .. length - 1."""
-    earned_at, ahead, backwards = dict(steps), 0.0, []
+def _ahead(steps: Iterable[tuple[int, float]], length: int, step_return: StepReturn) -> list[float]:
+    """The sum or mean over the steps with `end > t`, for t = 0 .. length - 1; 0 where there is none."""
+    earned_at = dict(steps)
+    total, count, backwards = 0.0, 0, []
     for end in range(length, 0, -1):
-        ahead += earned_at.get(end, 0.0)
-        backwards.append(ahead)
+        if end in earned_at:
+            total, count = total + earned_at[end], count + 1
+        backwards.append(total / count if step_return == "mean" and count else total)
     return backwards[::-1]
 
 

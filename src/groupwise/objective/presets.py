@@ -16,12 +16,16 @@ Ratio = Literal["token", "sequence_mean", "sequence_product"]
 Surrogate = Literal["clip", "cispo", "sapo"]
 Weights = Literal["sequence_mean", "sequence_sum", "token_mean", "constant_length"]
 KL = Literal["k1_in_reward", "k2", "k3", "k3_unbiased"]
+StepReturn = Literal["sum", "mean"]
+StepNormalization = Literal["group", "index"]
 ImportanceSampling = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "baseline": get_args(Baseline),
         "scale": get_args(Scale),
+        "step_return": get_args(StepReturn),
+        "step_normalization": get_args(StepNormalization),
         "ratio": get_args(Ratio),
         "surrogate": get_args(Surrogate),
         "weights": get_args(Weights),
@@ -29,7 +33,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "importance_sampling": get_args(ImportanceSampling),
     }
 )
-_NOT_NEGATIVE = ("scale_eps", "epsilon", "epsilon_high", "beta", "importance_sampling_floor")
+_NOT_NEGATIVE = (
+    "scale_eps", "outcome_weight", "process_weight", "epsilon", "epsilon_high", "beta", "importance_sampling_floor",
+)  # fmt: skip
 _POSITIVE = ("sapo_temperature_pos", "sapo_temperature_neg", "importance_sampling_cap")
 _BOUNDS_OF: Mapping[Surrogate, frozenset[str]] = {
     "clip": frozenset({"epsilon", "epsilon_high", "dual_clip"}),
@@ -66,6 +72,14 @@ class Objective:
     """What the difference is divided by: the sample std of the group or of the batch, or nothing."""
     scale_eps: float = 1e-4
     """Added to that std."""
+    outcome_weight: float = 1.0
+    """Times the advantages of outputs' rewards."""
+    process_weight: float = 0.0
+    """Times the advantages of steps' rewards; both weights together are how credit is spread over an output."""
+    step_return: StepReturn = "sum"
+    """What a token is given of the steps that end at it or later: the sum of their normalised rewards, or the mean."""
+    step_normalization: StepNormalization = "group"
+    """What a step's reward is compared with: all steps of the group, or those of the same number in their outputs."""
     ratio: Ratio = "token"
     """Policy now / policy that sampled: per token, or per output as the geometric mean or the product of its tokens."""
     surrogate: Surrogate = "clip"
@@ -110,6 +124,8 @@ class Objective:
             _check(getattr(self, name) >= 0, f"{name} must be at least 0, found {getattr(self, name)}.")
         for name in _POSITIVE:
             _check(getattr(self, name) > 0, f"{name} must be above 0, found {getattr(self, name)}.")
+        weights = (self.outcome_weight, self.process_weight)
+        _check(any(weights), "outcome_weight and process_weight are both 0: every advantage would be 0.")
         dual, length = self.dual_clip, self.max_completion_length
         _check(dual is None or dual > 1, f"dual_clip must be above 1, found {dual}.")
         _check(length is None or length >= 1, f"max_completion_length must be at least 1, found {length}.")
@@ -150,6 +166,7 @@ class Objective:
         ignored = frozenset().union(*_BOUNDS_OF.values()) - _BOUNDS_OF[self.surrogate]
         ignored |= frozenset() if self.weights == "constant_length" else {"max_completion_length"}
         ignored |= frozenset() if self.needs_reference else {"kl"}
+        ignored |= frozenset() if self.process_weight else {"step_return", "step_normalization"}
         return ignored | (frozenset({"scale_eps"}) if self.scale == "none" else frozenset())
 
 

@@ -7,13 +7,17 @@ that names `prompt` or `completion` is called once per output with single values
 and returns a number; `completion` is then the text, also in conversations. Else, one whose first two parameters are
 positional, have no default, and come without `**kwargs`, such as `lambda question, reply: ...`, is called once per
 output with prompt and completion by position, and with what else it names by keyword. What remains (`**kwargs` alone)
-is called with lists. Without `**kwargs` a function is given only what it names. Any of them may be `async def`."""
+is called with lists. Without `**kwargs` a function is given only what it names. Any of them may be `async def`.
+
+A function that scores steps is handed `steps` too: the texts of each output's steps, a list of lists or, where it names
+`prompt` or `completion`, one list. It returns a list of numbers per output, None for a step or a whole output that it
+does not score. It names what it takes: nothing is handed to it by position."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -22,20 +26,22 @@ from typing import Any
 from groupwise.errors import RewardError
 from groupwise.rewards.arguments import alone, build_request
 from groupwise.rewards.base import Reward, RewardContext, Scope, Values
-from groupwise.rewards.calling import LoadError, Message, Number
+from groupwise.rewards.calling import LoadError, Message
 from groupwise.rewards.checks import check_count, check_values, show_output
 from groupwise.rewards.workers import CallFailed, InProcess, Runner, Worker
 from groupwise.types import Group
 
 BUILTINS = {"arithmetic": "groupwise.rewards.arithmetic:score"}
+STEPWISE_BUILTINS = {"arithmetic": "groupwise.rewards.arithmetic:score_steps"}
 DEAD_STEPS = 3  # so many steps in a row without a single value are no accident
 
 
 @dataclass
 class Reply:
-    """What calls over consecutive outputs gave: one value per output, and why some have none, by their index."""
+    """What calls over consecutive outputs gave: one value per output (a number, or a list of them where steps are
+    scored), and why some have none, by their index."""
 
-    values: list[Number] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
     failures: dict[int, CallFailed] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     extras: dict[str, list[Any]] = field(default_factory=dict)
@@ -52,19 +58,22 @@ class Reply:
             entries += other.extras.get(column, [None] * len(other.values))
 
 
-class FunctionReward:
-    """A user's function as a reward.
+class FunctionCalls:
+    """A user's function, called on the outputs of a step.
 
     One call over all outputs may take `timeout` seconds. When it fails, each output is tried once alone for
-    `output_timeout` seconds; an output whose own call raises, takes too long or ends the process is not scored.
-    Per step, `rewards/<name>/failed` counts such outputs, `rewards/<name>/timeouts` the calls that took too long (of
-    the batch or of one output), and `rewards/<name>/worker_restarts` the processes that were started anew.
+    `output_timeout` seconds; an output whose own call raises, takes too long or ends the process has no value. Per
+    step, `<place>/<name>/failed` counts such outputs, `.../timeouts` the calls that took too long (of the batch or of
+    one output), and `.../worker_restarts` the processes that were started anew. `kind` is what messages call it.
     """
 
-    def __init__(self, runner: Runner, name: str, *, timeout: float, output_timeout: float) -> None:
+    place, kind = "rewards", "reward function"
+
+    def __init__(
+        self, runner: Runner, name: str, *, timeout: float, output_timeout: float, place: str = "", kind: str = ""
+    ) -> None:
         self.name = name
-        # A function over lists may compare siblings; more than the group none written for TRL can rely on.
-        self.scope: Scope = "output" if runner.signature.per_output else "group"
+        self.place, self.kind = place or self.place, kind or self.kind
         self.own_process = runner.own_process
         self._runner = runner
         self._timeout = timeout
@@ -72,10 +81,20 @@ class FunctionReward:
         self._told: set[str] = set()
         self._dead_steps = 0
 
-    def __call__(self, groups: Sequence[Group], context: RewardContext) -> Values:
-        """One value per output of each group, None where it was not scored. Raises RewardError on unusable values."""
+    def takes(self, name: str) -> bool:
+        """Whether a call hands this to the function."""
+        return self._runner.signature.takes(name)
+
+    def values(
+        self, groups: Sequence[Group], context: RewardContext, steps: Sequence[Sequence[str]] | None = None
+    ) -> list[Any]:
+        """What the function returns, one entry per output in the order of the groups, None where it gave none.
+
+        `steps` holds the texts of each output's steps, where the function is to score them. Raises RewardError where
+        the answer has the wrong shape.
+        """
         outputs = [(group, index) for group in groups for index in range(len(group.completions))]
-        request = build_request(self._runner.signature, groups, context)
+        request = build_request(self._runner.signature, groups, context, steps)
         timeouts, restarts = self._runner.timeouts, self._runner.restarts
         whole = Reply()
         for reply in self._replies(request, context) if outputs else ():
@@ -84,13 +103,14 @@ class FunctionReward:
                 self._tell(failure, f"on an output, which is not scored\n{where}", context)
             whole.append(reply)
         self._count_dead_steps(0 < len(outputs) == len(whole.failures), context)
+        own = f"{self.place}/{self.name}"
         context.metrics |= {name: fmean(logged) for name, logged in whole.metrics.items()}
         context.extras |= whole.extras
-        context.metrics[f"rewards/{self.name}/failed"] = float(len(whole.failures))
-        context.metrics[f"rewards/{self.name}/timeouts"] = float(self._runner.timeouts - timeouts)
+        context.metrics[f"{own}/failed"] = float(len(whole.failures))
+        context.metrics[f"{own}/timeouts"] = float(self._runner.timeouts - timeouts)
         if self.own_process:
-            context.metrics[f"rewards/{self.name}/worker_restarts"] = float(self._runner.restarts - restarts)
-        return check_values(self.name, groups, whole.values)
+            context.metrics[f"{own}/worker_restarts"] = float(self._runner.restarts - restarts)
+        return whole.values
 
     def close(self) -> None:
         """End the worker process, if there is one."""
@@ -119,14 +139,19 @@ class FunctionReward:
         answer, count = self._runner.call(request, limit), request["count"]
         if "unusable" in answer:
             raise RewardError(
-                f"reward function `{self.name}` returned {answer['unusable']}; "
-                f"it must return a list of {count} numbers, one per output"
+                f"{self.kind} `{self.name}` returned {answer['unusable']}; "
+                f"it must return a list of {count} {self._entries}, one per output"
             )
-        check_count(self.name, len(answer["values"]), count)
+        check_count(self.name, len(answer["values"]), count, kind=self.kind)
         for column, entries in answer["extras"].items():
-            check_count(self.name, len(entries), count, of=f"entries through log_extra({column!r})")
+            of = f"entries through log_extra({column!r})"
+            check_count(self.name, len(entries), count, of=of, kind=self.kind)
         failures = {index: CallFailed("error", detail) for index, detail in answer["failures"].items()}
         return Reply(answer["values"], failures, answer["metrics"], answer["extras"])
+
+    @property
+    def _entries(self) -> str:
+        return "lists" if self._runner.signature.stepwise else "numbers"
 
     def _tell(self, failure: CallFailed, where: str, context: RewardContext) -> None:
         """Show the first failure of each kind, and what would do; the metrics count the others."""
@@ -142,17 +167,30 @@ class FunctionReward:
                     "on. Given as `file.py:name` it runs in a process that can be killed."
                 )
         context.warn(
-            f"reward function `{self.name}` failed {where}\n{failure.detail}{advice}\n"
-            f"Further failures of this kind are only counted, in rewards/{self.name}/failed."
+            f"{self.kind} `{self.name}` failed {where}\n{failure.detail}{advice}\n"
+            f"Further failures of this kind are only counted, in {self.place}/{self.name}/failed."
         )
 
     def _count_dead_steps(self, dead: bool, context: RewardContext) -> None:
         self._dead_steps = self._dead_steps + 1 if dead else 0
         if self._dead_steps >= DEAD_STEPS:
             context.warn(
-                f"reward function `{self.name}` has failed on every output for {self._dead_steps} steps in a row: "
+                f"{self.kind} `{self.name}` has failed on every output for {self._dead_steps} steps in a row: "
                 "nothing is learned from it"
             )
+
+
+class FunctionReward(FunctionCalls):
+    """A user's function as a reward: see `FunctionCalls`."""
+
+    def __init__(self, runner: Runner, name: str, *, timeout: float, output_timeout: float) -> None:
+        super().__init__(runner, name, timeout=timeout, output_timeout=output_timeout)
+        # A function over lists may compare siblings; more than the group none written for TRL can rely on.
+        self.scope: Scope = "output" if runner.signature.per_output else "group"
+
+    def __call__(self, groups: Sequence[Group], context: RewardContext) -> Values:
+        """One value per output of each group, None where it was not scored. Raises RewardError on unusable values."""
+        return check_values(self.name, groups, self.values(groups, context))
 
 
 def load_reward(
@@ -175,24 +213,40 @@ def load_reward(
     return FunctionReward(runner, name or runner.signature.name, timeout=timeout, output_timeout=output_timeout)
 
 
-def _runner(spec: str | Callable[..., Any], log: Path | None) -> tuple[Runner, str]:
-    """What runs the function, and the name of its metrics where that is not the function's own."""
+def load_stepwise(
+    spec: str | Callable[..., Any], *, place: str, kind: str, timeout: float = 60.0, output_timeout: float = 10.0,
+    log: Path | None = None,
+) -> FunctionCalls:  # fmt: skip
+    """A function that returns a list per output, named and run as in `load_reward`: it scores steps, or finds them.
+
+    `place` is where its metrics go, `kind` what messages call it. Raises RewardError where it cannot be loaded.
+    """
+    runner, name = _runner(spec, log, kind)
+    name = name or runner.signature.name
+    return FunctionCalls(runner, name, timeout=timeout, output_timeout=output_timeout, place=place, kind=kind)
+
+
+def _runner(spec: str | Callable[..., Any], log: Path | None, kind: str = "") -> tuple[Runner, str]:
+    """What runs the function, and the name of its metrics where that is not the function's own.
+
+    `kind` is given for functions that return a list per output.
+    """
     if isinstance(spec, str) and not spec.startswith("builtin:"):
-        return Worker(spec, log=log), ""
+        return Worker(spec, log=log, kind=kind or FunctionCalls.kind, stepwise=bool(kind)), ""
     name = ""
     if isinstance(spec, str):
         name = spec.removeprefix("builtin:")
-        spec = _builtin(name)
+        spec = _builtin(name, STEPWISE_BUILTINS if kind else BUILTINS)
     try:
-        return InProcess(spec), name
+        return InProcess(spec, stepwise=bool(kind)), name
     except LoadError as error:
-        raise RewardError(f"reward function `{spec!r}` cannot be used: {error}") from error
+        raise RewardError(f"{kind or FunctionCalls.kind} `{spec!r}` cannot be used: {error}") from error
 
 
-def _builtin(name: str) -> Callable[..., Any]:
-    if name not in BUILTINS:
-        nearest = difflib.get_close_matches(name, BUILTINS, n=1, cutoff=0.0)
+def _builtin(name: str, known: Mapping[str, str]) -> Callable[..., Any]:
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         raise RewardError(f"there is no built-in reward `builtin:{name}`; the nearest is `builtin:{nearest[0]}`")
-    module, _, function = BUILTINS[name].partition(":")
+    module, _, function = known[name].partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found

@@ -12,9 +12,13 @@ from groupwise.rewards.calling import HELPERS, Message, Signature
 from groupwise.types import Group, Prompt
 
 
-def build_request(signature: Signature, groups: Sequence[Group], context: RewardContext) -> Message:
+def build_request(
+    signature: Signature, groups: Sequence[Group], context: RewardContext,
+    steps: Sequence[Sequence[str]] | None = None,
+) -> Message:  # fmt: skip
     """The request for one call over all outputs of the groups (see `Caller.call`): what the function takes, no more.
 
+    `steps` has the texts of each output's steps, in the order of the outputs, where they are to be scored.
     A row that lacks a column that others have gives None there. Raises RewardError where no row has a column that
     the function requires.
     """
@@ -31,6 +35,8 @@ def build_request(signature: Signature, groups: Sequence[Group], context: Reward
             "completions": lambda: [_answer(prompt, output.text) for prompt, output in outputs],
             "completion_ids": lambda: [list(output.token_ids) for _, output in outputs],
         }
+    if steps is not None:
+        make["steps"] = lambda: [list(texts) for texts in steps]
     rows = dict.fromkeys(name for group in groups for name in group.prompt.row)
     columns = [name for name in rows if name not in make and name not in HELPERS]
     _check_columns(signature, set(make), columns)

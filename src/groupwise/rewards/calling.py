@@ -53,7 +53,7 @@ class Signature:
 
     `per_output`: once per output with single values, else once with lists. `positional`: what it is handed by
     position, and `own_names` what it calls those itself. `named`, `required`: the parameters it takes by keyword, and
-    those of them without a default. `takes_all`: it has `**kwargs`.
+    those of them without a default. `takes_all`: it has `**kwargs`. `stepwise`: it returns a list per output.
     """
 
     name: str
@@ -63,13 +63,14 @@ class Signature:
     named: tuple[str, ...]
     required: tuple[str, ...]
     takes_all: bool
+    stepwise: bool = False
 
     def takes(self, name: str) -> bool:
         """Whether a call hands this to the function."""
         return self.takes_all or name in self.named or name in self.positional
 
 
-def describe(function: Callable[..., Any]) -> Signature:
+def describe(function: Callable[..., Any], stepwise: bool = False) -> Signature:
     """Read a function's signature by the rule of `adapters.py`. Raises LoadError where it has none."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
@@ -81,7 +82,7 @@ def describe(function: Callable[..., Any]) -> Signature:
     over_lists = bool(names & LISTS)
     by_name = not over_lists and bool(names & {"prompt", "completion"})
     first_two = [p.name for p in single[:2] if p.kind is not p.KEYWORD_ONLY and p.default is p.empty]
-    by_position = not (over_lists or by_name or takes_all) and len(set(first_two) - set(HELPERS)) == 2
+    by_position = not (over_lists or by_name or takes_all or stepwise) and len(set(first_two) - set(HELPERS)) == 2
     own_names = tuple(first_two) if by_position else ()
     positional = tuple(p.name for p in single if p.kind is p.POSITIONAL_ONLY)
     named = [p for p in single if p.name not in own_names + positional]
@@ -93,6 +94,7 @@ def describe(function: Callable[..., Any]) -> Signature:
         named=tuple(p.name for p in named),
         required=tuple(p.name for p in named if p.default is p.empty),
         takes_all=takes_all,
+        stepwise=stepwise,
     )
 
 
@@ -109,6 +111,16 @@ def as_number(value: object) -> Number:
         return float(scalar)
     except OverflowError:  # an integer beyond the largest float
         return math.inf
+
+
+def as_numbers(value: object) -> list[Number] | Number:
+    """An output's list with each value as a float; None stays None; what is no list becomes (its type, its repr)."""
+    if value is None:
+        return None
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | dict):
+        return type(value).__name__, repr(value)[:200]
+    return [as_number(one) for one in value]
 
 
 class Notes:
@@ -135,8 +147,8 @@ def _json_value(value: Any) -> Any:
 class Caller:
     """Calls one function, sync or async. Keeps one event loop for life, so that clients bound to it stay usable."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.signature = describe(function)
+    def __init__(self, function: Callable[..., Any], stepwise: bool = False) -> None:
+        self.signature = describe(function, stepwise)
         self._function = function
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
@@ -163,7 +175,7 @@ class Caller:
                 result = self._wait(result) if inspect.isawaitable(result) else result
             if not isinstance(result, Iterable) or isinstance(result, str | bytes | dict):
                 return {"unusable": f"{type(result).__name__} {repr(result)[:200]}"}
-            values = [as_number(value) for value in result]
+            values = list(map(as_numbers if self.signature.stepwise else as_number, result))
         except BaseException as error:  # noqa: BLE001 - whatever a user's function raises is an answer, counted by the caller
             return {"error": tail(error)}
         return {"values": values, "failures": failures, "metrics": notes.metrics, "extras": notes.extras}
@@ -318,7 +330,7 @@ def serve(stream: BinaryIO) -> None:
     start = pickle.loads(receive())
     sys.path[:] = start["path"]
     try:
-        caller = Caller(load(start["spec"]))
+        caller = Caller(load(start["spec"]), start["stepwise"])
     except LoadError as error:
         return send(stream, {"error": str(error)})
     send(stream, {"signature": asdict(caller.signature)})

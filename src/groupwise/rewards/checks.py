@@ -13,11 +13,13 @@ from groupwise.types import Group
 SHOWN_CHARACTERS = 200
 
 
-def check_count(name: str, found: int, expected: int, of: str = "values") -> None:
+def check_count(
+    name: str, found: int, expected: int, *, of: str = "values", kind: str = "reward function"
+) -> None:
     """Raise RewardError unless a function gave one entry per output."""
     if found != expected:
         raise RewardError(
-            f"reward function `{name}` returned {found} {of} for {expected} outputs; "
+            f"{kind} `{name}` returned {found} {of} for {expected} outputs; "
             "it must give exactly one per output, in their order (None where it does not score)"
         )
 
@@ -30,7 +32,8 @@ def check_values(name: str, groups: Sequence[Group], values: Sequence[Number]) -
     check_count(name, len(values), sum(len(group.completions) for group in groups))
     remaining = iter(values)
     return [
-        [_check(name, next(remaining), group, index) for index in range(len(group.completions))] for group in groups
+        [check_number(name, next(remaining), group, index) for index in range(len(group.completions))]
+        for group in groups
     ]
 
 
@@ -50,12 +53,19 @@ def shorten(text: str) -> str:
     return repr(text if len(text) <= 2 * half else f"{text[:half]} … {text[-half:]}")
 
 
-def _check(name: str, value: Number, group: Group, index: int) -> float | None:
+def check_number(
+    name: str, value: Number, group: Group, index: int, *, kind: str = "reward function", step: str = ""
+) -> float | None:
+    """The value, where it is a finite number or None; `step` says which step of the output it is of.
+
+    Raises RewardError that names function, prompt and output.
+    """
     if isinstance(value, tuple):
-        kind, shown = value
-        wrong = f"{shown}, which is of type {kind} and not a number"
+        found, shown = value
+        wrong = f"{shown}, which is of type {found} and not a number"
     elif value is not None and not math.isfinite(value):
         wrong = f"{value}, which is not finite"
     else:
         return value
-    raise RewardError(f"reward function `{name}` returned {wrong}, for\n{show_output(group, index)}")
+    where = "\n".join([show_output(group, index), *([step] if step else [])])
+    raise RewardError(f"{kind} `{name}` returned {wrong}, for\n{where}")

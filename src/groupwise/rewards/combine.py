@@ -5,16 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from statistics import fmean, stdev
+from typing import TypeVar
 
 from groupwise.errors import RewardError
 from groupwise.rewards.base import Reward, RewardContext, Values
 from groupwise.rewards.calling import as_number
 from groupwise.rewards.checks import check_values
 from groupwise.types import Group, Score, ScoredGroup
+
+Called = TypeVar("Called")
+Result = TypeVar("Result")
 
 
 def score_groups(
@@ -24,18 +29,21 @@ def score_groups(
 
     `Score.parts` holds each reward's own value by its name; a second reward of the same name is `name_2`. Metrics:
     `rewards/<name>/mean` and `/std` (n - 1) over the outputs it scored, absent where it scored none, and
-    `rewards/unscored`, the outputs without a reward. Weights default to 1. Raises RewardError on unusable values.
+    `rewards/unscored`, the outputs without a reward. Weights default to 1. Without any reward no output is
+    scored. Raises RewardError on unusable values.
     """
-    weights = _check_weights(weights, len(rewards))
+    if not rewards:  # steps alone are scored
+        return [ScoredGroup(group, tuple(Score(None) for _ in group.completions)) for group in groups]
+    weights = check_weights(weights, len(rewards))
     names = unique_names([reward.name for reward in rewards])
     columns: dict[str, list[float | None]] = {}
-    for name, reward, (values, report) in zip(names, rewards, _run(groups, rewards, context), strict=True):
+    for name, reward, (values, report) in zip(names, rewards, _called(rewards, groups, context), strict=True):
         given = [as_number(value) for of_group in values for value in of_group]
         checked = check_values(reward.name, groups, given)
         columns[name] = [value for of_group in checked for value in of_group]
-        _publish(name, reward, columns[name], report, context)
+        publish(name, reward.name, columns[name], report, context)
     parts = [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    scores = iter([Score(_weighted_sum(part.values(), weights), parts=part) for part in parts])
+    scores = iter([Score(weighted_sum(part.values(), weights), parts=part) for part in parts])
     scored = [ScoredGroup(group, tuple(next(scores) for _ in group.completions)) for group in groups]
     context.metrics["rewards/unscored"] = float(sum(reward is None for group in scored for reward in group.rewards))
     return scored
@@ -50,10 +58,16 @@ def unique_names(names: Sequence[str]) -> list[str]:
     return unique
 
 
-def _run(
-    groups: Sequence[Group], rewards: Sequence[Reward], context: RewardContext
+def _called(
+    rewards: Sequence[Reward], groups: Sequence[Group], context: RewardContext
 ) -> list[tuple[Values, RewardContext]]:
-    """Each reward's values, and what it reported.
+    return run_all(rewards, context, lambda reward, report: reward(groups, report))
+
+
+def run_all(
+    rewards: Sequence[Called], context: RewardContext, call: Callable[[Called, RewardContext], Result]
+) -> list[tuple[Result, RewardContext]]:
+    """What each reward's call gives, and what it reported.
 
     Rewards with a process of their own work at the same time; the others follow each other in this thread, since
     functions given from Python may share state.
@@ -68,19 +82,19 @@ def _run(
     own_process = [index for index, reward in enumerate(rewards) if getattr(reward, "own_process", False)]
     # This thread has time for one of them where it has nothing else to do.
     beside = own_process[:-1] if len(own_process) == len(rewards) else own_process
-    futures = {index: _begin(rewards[index], groups, reports[index]) for index in beside}
-    values = {i: reward(groups, reports[i]) for i, reward in enumerate(rewards) if i not in futures}
+    futures = {index: _begin(partial(call, rewards[index], reports[index])) for index in beside}
+    values = {i: call(reward, reports[i]) for i, reward in enumerate(rewards) if i not in futures}
     values |= {index: future.result() for index, future in futures.items()}
     return [(values[index], report) for index, report in enumerate(reports)]
 
 
-def _begin(reward: Reward, groups: Sequence[Group], report: RewardContext) -> Future[Values]:
+def _begin(call: Callable[[], Result]) -> Future[Result]:
     """Call a reward in a thread that keeps nobody from ending: an executor's would be waited for after Ctrl-C."""
-    future: Future[Values] = Future()
+    future: Future[Result] = Future()
 
     def work() -> None:
         try:
-            future.set_result(reward(groups, report))
+            future.set_result(call())
         except BaseException as error:  # noqa: BLE001 - whoever waits for the result gets it
             future.set_exception(error)
 
@@ -88,32 +102,36 @@ def _begin(reward: Reward, groups: Sequence[Group], report: RewardContext) -> Fu
     return future
 
 
-def _publish(
-    name: str, reward: Reward, values: Sequence[float | None], report: RewardContext, context: RewardContext
-) -> None:
-    """Add a reward's numbers to the step's, under the name that tells it from the others."""
-    own = f"rewards/{reward.name}/"
+def publish(
+    name: str, own_name: str, values: Iterable[float | None], report: RewardContext, context: RewardContext,
+    place: str = "rewards",
+) -> None:  # fmt: skip
+    """Add the numbers of a reward to the step's, under the name that tells it from the others: its mean and std as
+    `<place>/<name>/mean`, and what it reported under its `own_name`."""
+    own = f"{place}/{own_name}/"
     for key, number in report.metrics.items():
-        free = f"rewards/{name}/{key.removeprefix(own)}" if key.startswith(own) or key in context.metrics else key
+        free = f"{place}/{name}/{key.removeprefix(own)}" if key.startswith(own) or key in context.metrics else key
         context.metrics[free] = number
     for column, entries in report.extras.items():
         context.extras[column if column not in context.extras else f"{name}/{column}"] = entries
     scored = [value for value in values if value is not None]
     if scored:
-        context.metrics[f"rewards/{name}/mean"] = fmean(scored)
-        context.metrics[f"rewards/{name}/std"] = stdev(scored) if len(scored) > 1 else 0.0
+        context.metrics[f"{place}/{name}/mean"] = fmean(scored)
+        context.metrics[f"{place}/{name}/std"] = stdev(scored) if len(scored) > 1 else 0.0
 
 
-def _check_weights(weights: Sequence[float] | None, count: int) -> Sequence[float]:
-    assert count > 0, "a job has at least one reward"
+def check_weights(weights: Sequence[float] | None, count: int, kind: str = "reward") -> Sequence[float]:
+    """One finite weight for each of `count` functions; 1 each by default. Raises RewardError."""
+    assert count > 0, "there is something to weigh"
     weights = [1.0] * count if weights is None else weights
     if len(weights) != count:
-        raise RewardError(f"there are {len(weights)} reward weights for {count} reward functions; give one for each")
+        raise RewardError(f"there are {len(weights)} {kind} weights for {count} {kind} functions; give one for each")
     if not all(map(math.isfinite, weights)):
-        raise RewardError(f"reward weights must be finite numbers, not {list(weights)}")
+        raise RewardError(f"{kind} weights must be finite numbers, not {list(weights)}")
     return weights
 
 
-def _weighted_sum(values: Iterable[float | None], weights: Sequence[float]) -> float | None:
+def weighted_sum(values: Iterable[float | None], weights: Sequence[float]) -> float | None:
+    """`sum of weight * value` over the values that are there; None where there is none."""
     terms = [weight * value for value, weight in zip(values, weights, strict=True) if value is not None]
     return sum(terms) if terms else None

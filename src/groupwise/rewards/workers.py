@@ -62,16 +62,21 @@ class Runner(Protocol):
 class Worker:
     """A process that has loaded one function of a file or module and keeps it, with its state, from call to call.
 
-    What the function prints goes to the file `log`, or to a temporary one. Raises RewardError where the function
+    What the function prints goes to the file `log`, or to a temporary one. `kind` is what messages call it, `stepwise`
+    says that it returns a list per output. Raises RewardError where the function
     cannot be loaded, within `start_timeout` seconds.
     """
 
     own_process = True
 
-    def __init__(self, spec: str, *, log: Path | None = None, start_timeout: float = START_TIMEOUT) -> None:
+    def __init__(
+        self, spec: str, *, log: Path | None = None, start_timeout: float = START_TIMEOUT,
+        kind: str = "reward function", stepwise: bool = False,
+    ) -> None:  # fmt: skip
         self.timeouts = 0
         self.restarts = 0
         self._spec = spec
+        self._kind, self._stepwise = kind, stepwise
         self._start_timeout = start_timeout
         self._log = _open_log(log)
         self._log_start = 0
@@ -139,14 +144,14 @@ class Worker:
         """Wait until the function is loaded. Raises RewardError where it cannot be."""
         deadline = time.monotonic() + self._start_timeout
         try:
-            self._send({"spec": self._spec, "path": sys.path}, deadline)
+            self._send({"spec": self._spec, "path": sys.path, "stepwise": self._stepwise}, deadline)
             reply = self._receive(deadline)
         except TimeoutError:
             reply = {"error": f"it was not imported after {self._start_timeout:g} s"}
         except (EOFError, ConnectionError):
             reply = {"error": f"its process ended while it was imported: {self._ending()}"}
         if "error" in reply:
-            raise RewardError(f"reward function `{self._spec}` cannot be loaded: {reply['error']}")
+            raise RewardError(f"{self._kind} `{self._spec}` cannot be loaded: {reply['error']}")
         self._is_ready = True
         return Signature(**reply["signature"])
 
@@ -231,11 +236,11 @@ class InProcess:
 
     own_process = False
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], stepwise: bool = False) -> None:
         self.timeouts = 0
         self.restarts = 0
-        self._function = function
-        self._caller = Caller(function)
+        self._function, self._stepwise = function, stepwise
+        self._caller = Caller(function, stepwise)
         self.signature = self._caller.signature
 
     def call(self, request: Message, limit: float) -> Message:
@@ -257,7 +262,7 @@ class InProcess:
                 thread.join(CANCEL_TIMEOUT)
             if thread.is_alive():  # it may hold the caller's event loop for good
                 self.restarts += 1
-                self._caller = Caller(self._function)
+                self._caller = Caller(self._function, self._stepwise)
             raise CallFailed("timeout", f"it took longer than {limit:g} s") from None
         if "error" in reply:
             raise CallFailed("error", reply["error"])

@@ -28,8 +28,9 @@ from groupwise.run.parts import (
     eval_sampling_of,
     open_engine,
     open_evaluation,
+    open_functions,
     open_model,
-    open_scorer,
+    scorer_of,
 )
 from groupwise.run.record import Record
 from groupwise.run.report import Report
@@ -42,26 +43,26 @@ if TYPE_CHECKING:
     from groupwise.run.plan import Plan
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
-RewardFunction = str | Callable[..., Any]
+Functions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None
 WHICH = ("latest", "best", "base")
 """A run's weights: of the last checkpoint, of the best evaluation, or as they were before training."""
 
 
 def train(
     job: str | Path | None = None, *, model: str | Path | None = None, data: Rows | None = None,
-    reward: RewardFunction | Sequence[RewardFunction] | None = None, eval_data: Rows | None = None,
+    reward: Functions = None, step_reward: Functions = None, eval_data: Rows | None = None,
     run: str | Path | None = None, overrides: Sequence[str] = (), show: Mode = "auto", trust_remote_code: bool = False,
     **options: Any,
 ) -> Result:  # fmt: skip
     """Train a model by GRPO and return what came of it.
 
     `job` is a job file or a recipe's name; everything else overrides it: `data` and `eval_data` are paths, hub ids or
-    rows (dicts with a `prompt`), `reward` a `file.py:name`, a function, or several; any knob of the job goes by its
-    name (`learning_rate=1e-5`) or in `overrides` (`"train.steps=10"`). `show` is auto, plain, quiet or json. Raises
-    GroupwiseError where the job cannot be run.
+    rows (dicts with a `prompt`), `reward` and `step_reward` a `file.py:name`, a function, or several; any knob of the
+    job goes by its name (`learning_rate=1e-5`) or in `overrides` (`"train.steps=10"`). `show` is auto, plain, quiet or
+    json. Raises GroupwiseError where the job cannot be run.
     """
     clock = Clock()
-    given, named = _hand_over(data, eval_data, reward, trust_remote_code)
+    given, named = _hand_over(data, eval_data, reward, step_reward, trust_remote_code)
     resolved = load_job(job, overrides, {"model": model, "run": run, **named, **options})
     folder = RunFolder.create(Path(resolved.job.run))
     with folder.lock():
@@ -70,7 +71,7 @@ def train(
 
 def plan(
     job: str | Path | None = None, *, model: str | Path | None = None, data: Rows | None = None,
-    reward: RewardFunction | Sequence[RewardFunction] | None = None, eval_data: Rows | None = None,
+    reward: Functions = None, step_reward: Functions = None, eval_data: Rows | None = None,
     run: str | Path | None = None, overrides: Sequence[str] = (), trust_remote_code: bool = False, **options: Any,
 ) -> Plan:  # fmt: skip
     """Tell what `train` of the same arguments would take on this machine: memory by component, seconds by phase.
@@ -79,14 +80,15 @@ def plan(
     """
     from groupwise.run.plan import plan_of  # what traces a model is not needed to train it
 
-    given, named = _hand_over(data, eval_data, reward, trust_remote_code)
+    given, named = _hand_over(data, eval_data, reward, step_reward, trust_remote_code)
     return plan_of(load_job(job, overrides, {"model": model, "run": run, **named, **options}).job, given)
 
 
 def resume(
     run: str | Path, *, overrides: Sequence[str] = (), fork: str | Path | None = None,
     data: Iterable[Mapping[str, Any]] | None = None, eval_data: Iterable[Mapping[str, Any]] | None = None,
-    reward: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None, show: Mode = "auto",
+    reward: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+    step_reward: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None, show: Mode = "auto",
     trust_remote_code: bool = False,
 ) -> Result:  # fmt: skip
     """Continue a run from its last whole checkpoint, exactly as if it had not been interrupted.
@@ -95,7 +97,7 @@ def resume(
     Python are handed over again. Raises GroupwiseError.
     """
     clock = Clock()
-    given, _ = _hand_over(data, eval_data, reward, trust_remote_code)
+    given, _ = _hand_over(data, eval_data, reward, step_reward, trust_remote_code)
     folder = RunFolder.open(Path(run))
     old = load_job(folder.job).job
     new = load_job(folder.job, overrides, {"run": str(fork or run)}).job
@@ -117,17 +119,17 @@ def resume(
 
 def evaluate(
     target: str | Path, *, overrides: Sequence[str] = (), which: str = "latest", eval_data: Rows | None = None,
-    reward: RewardFunction | Sequence[RewardFunction] | None = None, trust_remote_code: bool = False,
+    reward: Functions = None, step_reward: Functions = None, trust_remote_code: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Evaluate a run's weights (`which`: latest, best or base), or a job's model before training.
 
     Returns `reward`, `accuracy`, `pass@k`, their intervals and `mean_length`. Raises GroupwiseError.
     """
-    given, named = _hand_over(None, eval_data, reward, trust_remote_code)
+    given, named = _hand_over(None, eval_data, reward, step_reward, trust_remote_code)
     job, model, saved = _opened(target, overrides, which, given, named)
     _narrow(model)
     with ExitStack() as closing:
-        scorer = open_scorer(job, given, None, _to_stderr, closing)
+        scorer = scorer_of(job, open_functions(job, given, None, closing), model.codec, _to_stderr)
         evaluation = open_evaluation(job, model, given, open_engine(job, model, closing), scorer)
         if not isinstance(evaluation, Evaluation):
             raise ConfigError("There is nothing to evaluate on: name held-out prompts with --data, or in eval.data.")
@@ -180,7 +182,7 @@ def export(run: str | Path, target: str | Path, *, which: str = "latest", trust_
 
 def doctor(
     job: str | Path | None = None, *, model: str | Path | None = None, data: Rows | None = None,
-    reward: RewardFunction | Sequence[RewardFunction] | None = None, eval_data: Rows | None = None,
+    reward: Functions = None, step_reward: Functions = None, eval_data: Rows | None = None,
     overrides: Sequence[str] = (), trust_remote_code: bool = False, **options: Any,
 ) -> Report:  # fmt: skip
     """Try the library's own properties on a job's model, data and rewards, before training; nothing is written.
@@ -188,12 +190,12 @@ def doctor(
     The job is given as to `train`. `Report.healthy` tells whether no check failed. Raises GroupwiseError where the job
     cannot be opened at all.
     """
-    given, named = _hand_over(data, eval_data, reward, trust_remote_code)
+    given, named = _hand_over(data, eval_data, reward, step_reward, trust_remote_code)
     return examine(load_job(job, overrides, {"model": model, **named, **options}).job, given, _to_stderr)
 
 
 def _hand_over(
-    data: Rows | None, eval_data: Rows | None, reward: RewardFunction | Sequence[RewardFunction] | None, trust: bool
+    data: Rows | None, eval_data: Rows | None, reward: Functions, step_reward: Functions, trust: bool
 ) -> tuple[Given, dict[str, Any]]:
     """What is named goes into the job, what is an object goes beside it under a name of its own."""
     named: dict[str, Any] = {}
@@ -203,11 +205,15 @@ def _hand_over(
             named[key] = rows
         else:
             named[key], objects[key] = f"{PYTHON}rows", rows
-    functions = [reward] if isinstance(reward, str) or callable(reward) else list(reward or ())
-    handed = [function for function in functions if not isinstance(function, str)]
-    if functions:
-        named["reward"] = [f if isinstance(f, str) else PYTHON + getattr(f, "__name__", "reward") for f in functions]
-    return Given(handed, objects.get("data"), objects.get("eval_data"), trust), named
+    handed: dict[str, list[Callable[..., Any]]] = {}
+    for key, given in (("reward", reward), ("step_reward", step_reward)):
+        functions = [given] if isinstance(given, str) or callable(given) else list(given or ())
+        handed[key] = [function for function in functions if not isinstance(function, str)]
+        if functions:
+            named[key] = [f if isinstance(f, str) else PYTHON + getattr(f, "__name__", key) for f in functions]
+    return Given(
+        handed["reward"], objects.get("data"), objects.get("eval_data"), trust, handed["step_reward"]
+    ), named
 
 
 def _start(folder: RunFolder, changed: Sequence[Difference], forked: bool) -> Start:

@@ -13,12 +13,12 @@ import torch
 from groupwise.disk import in_words
 from groupwise.learn.learner import peak_memory
 from groupwise.models.codec import Codec
+from groupwise.objective import token_advantages
 from groupwise.rewards.combine import unique_names
 from groupwise.run.parts import memory_settings
 from groupwise.run.patient import LOOKED_AT, Patient, credit, unscored
-from groupwise.run.record import Record
+from groupwise.run.record import Record, frac_zero
 from groupwise.run.report import Finding, Verdict, measured
-from groupwise.run.rollouts import summary
 from groupwise.types import Completion, Group, GroupKey, Message, Prompt, ScoredGroup
 from groupwise.watch.words import duration, percent
 
@@ -110,13 +110,15 @@ def rewards(patient: Patient) -> list[Finding]:
     patient.warnings.clear()
     groups, record = patient.groups, Record(1)
     start = time.perf_counter()
-    scored = patient.scorer(groups, record)
+    scored = patient.scorer(groups, record, training=True)
     took = time.perf_counter() - start
     scores = [score for group in scored for score in group.scores]
-    missing = sum(score.reward is None for score in scores) / len(scores)
+    missing = sum(score.reward is None and all(s.reward is None for s in score.steps) for score in scores) / len(scores)
     names = unique_names([reward.name for reward in patient.scorer.rewards])
     silent = [name for name in names if all(score.parts[name] is None for score in scores)]
-    flat = summary(scored)["frac_reward_zero_std"]
+    steps = [step for score in scores for step in score.steps]
+    silent += ["of the steps"] if steps and all(step.reward is None for step in steps) else []
+    flat = frac_zero(token_advantages(scored, patient.learner.objective))
     words = [f"not scored: {percent(missing)}; groups without variance: {percent(flat)}; {duration(took)}"]
     if silent:
         words += [f"{', '.join(silent)} scored nothing"]

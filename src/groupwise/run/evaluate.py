@@ -10,7 +10,7 @@ from typing import Protocol
 
 from groupwise.engines.base import Engine
 from groupwise.run.record import Record, Watch
-from groupwise.run.rollouts import Draw, Scorer
+from groupwise.run.rollouts import RIGHT_STEP, Draw, Scorer
 from groupwise.types import Prompt, Scored
 
 
@@ -98,7 +98,9 @@ def judge(scored: Scored, threshold: float) -> dict[str, float]:
     and `pass@k` for k = 1, 2, 4 ..
 
     An output without a score counts as wrong in accuracy and pass@k, and is left out of the mean reward. What cannot
-    be said is absent: the reward where no output was scored, an interval from a single prompt.
+    be said is absent: the reward where no output was scored, an interval from a single prompt. Where steps are scored,
+    `step_accuracy`, `first_step_accuracy` and `right_by_luck` are shares of right steps, of right first steps, and of
+    right outputs that have a wrong step.
     """
     right = [[r is not None and r >= threshold for r in group.rewards] for group in scored]
     rewards = [[r for r in group.rewards if r is not None] for group in scored]
@@ -106,11 +108,25 @@ def judge(scored: Scored, threshold: float) -> dict[str, float]:
     found |= mean_with_interval("accuracy", [fmean(group) for group in right])
     found["mean_length"] = fmean([len(c.token_ids) for group in scored for c in group.group.completions])
     found["unscored"] = float(sum(r is None for group in scored for r in group.rewards))
+    found |= _judge_steps(scored, right)
     k, outputs = 1, min(map(len, right))
     while k <= outputs:
         found[f"pass@{k}"] = fmean([pass_at(k, len(group), sum(group)) for group in right])
         k *= 2
     return found
+
+
+def _judge_steps(scored: Scored, right: Sequence[Sequence[bool]]) -> dict[str, float]:
+    """A step without a score counts as wrong, as an output does."""
+    cut = [[[(s.reward or 0.0) >= RIGHT_STEP for s in score.steps] for score in group.scores] for group in scored]
+    steps = [[step for output in group for step in output] for group in cut]
+    if not any(steps):
+        return {}
+    found = mean_with_interval("step_accuracy", [fmean(group) for group in steps if group])
+    found["first_step_accuracy"] = fmean([output[0] for group in cut for output in group if output])
+    pairs = [zip(*group, strict=True) for group in zip(right, cut, strict=True)]
+    whole = [all(output) for group in pairs for is_right, output in group if is_right]
+    return found | ({"right_by_luck": 1.0 - fmean(whole)} if whole else {})
 
 
 def mean_with_interval(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
-from groupwise.objective import Objective, group_advantages
+from groupwise.objective import Objective, token_advantages
 from groupwise.run.evaluate import Evaluator
 from groupwise.run.progress import Progress
 from groupwise.run.record import Watch
@@ -50,7 +50,7 @@ def train(parts: Parts) -> None:
                 scored = p.rollouts.collect(step, record)  # sample G outputs per question, score them
                 with record.time("prepare"):
                     scored = p.penalty.charge(scored, record.metrics)  # a KL penalty in the reward, where asked for
-                    credit = group_advantages([group.rewards for group in scored], p.objective)
+                    credit = token_advantages(scored, p.objective)  # A_it, within the group
                     batch = p.learner.prepare(scored, credit, p.reference)  # pack; old and reference log-probs
                 with record.time("update"):
                     for done in range(p.num_iterations):  # mu passes over the batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,10 @@ from groupwise.models.codec import Codec
 from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, load_config, load_policy
 from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.objective import PRESETS, Objective, objective_named
-from groupwise.rewards.adapters import load_reward
+from groupwise.rewards.adapters import FunctionCalls, load_reward, load_stepwise
+from groupwise.rewards.base import Reward
+from groupwise.rewards.steps import segmenter_of
+from groupwise.rewards.stepwise import FunctionStepReward, StepReward, StepScorer
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.folder import RunFolder
 from groupwise.run.loop import Parts
@@ -58,6 +61,7 @@ class Given:
     rows: Rows | None = None
     eval_rows: Rows | None = None
     trust_remote_code: bool = False
+    step_rewards: Sequence[Callable[..., Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,10 @@ def objective_of(job: Job) -> Objective:
     preset = PRESETS[section.preset]
     if section.epsilon is not None and preset.epsilon == preset.epsilon_high:
         changes.setdefault("epsilon_high", section.epsilon)
+    changes |= {name: value for name in ("step_return", "step_normalization") if (value := getattr(section, name))}
+    for name, functions in (("outcome", job.reward.functions), ("process", job.reward.step_functions)):
+        given_weight = getattr(section, f"{name}_weight")
+        changes[f"{name}_weight"] = float(bool(functions)) if given_weight is None else given_weight
     if section.scale_rewards is not None:
         changes["scale"] = section.scale_rewards
     if section.importance_sampling != "none":
@@ -231,26 +239,58 @@ def _room(job: Job, context: int | None, completion: int, key: str) -> int | Non
     return limit or context - completion
 
 
-def open_scorer(
-    job: Job, given: Given, folder: RunFolder | None, warn: Callable[[str], None], closing: ExitStack
-) -> Scorer:
-    """Load the job's reward functions; files start their workers now, so that a broken one is found at once."""
-    handed = iter(given.rewards)
-    rewards = []
-    for spec in job.reward.functions:
-        function = next(handed, None) if spec.startswith(PYTHON) else spec
+@dataclass(frozen=True)
+class Functions:
+    """A job's functions, loaded: those that score outputs, those that score steps, and the one that finds them."""
+
+    rewards: Sequence[Reward]
+    step_rewards: Sequence[StepReward]
+    segmenter: FunctionCalls | None
+
+
+def open_functions(job: Job, given: Given, folder: RunFolder | None, closing: ExitStack) -> Functions:
+    """Load the job's functions; files start their workers now, so that a broken one is found at once."""
+    section = job.reward
+    limits: dict[str, Any] = {"timeout": section.timeout, "output_timeout": section.output_timeout}
+    limits["log"] = folder.rewards_log if folder else None
+    rewards, step_rewards = [], []
+    for function in _named_or_handed(section.functions, given.rewards, "reward function", "reward"):
+        rewards.append(load_reward(function, **limits))
+        closing.callback(rewards[-1].close)
+    kind = "step reward function"
+    for function in _named_or_handed(section.step_functions, given.step_rewards, kind, "step_reward"):
+        calls = load_stepwise(function, place="step_rewards", kind=kind, **limits)
+        closing.callback(calls.close)
+        step_rewards.append(FunctionStepReward(calls))
+    segmenter = None
+    if job.process.function is not None:
+        segmenter = load_stepwise(job.process.function, place="segmenter", kind="segmenter", **limits)
+        closing.callback(segmenter.close)
+    return Functions(rewards, step_rewards, segmenter)
+
+
+def _named_or_handed(
+    specs: Sequence[str], handed: Sequence[Callable[..., Any]], kind: str, option: str
+) -> Iterator[str | Callable[..., Any]]:
+    objects = iter(handed)
+    for spec in specs:
+        function = next(objects, None) if spec.startswith(PYTHON) else spec
         if function is None:
             raise RewardError(
-                f"The reward function {spec} was handed over from Python, not by name. Hand it over again, as in "
-                "groupwise.resume(run, reward=function), or name one with --reward where that is offered."
+                f"The {kind} {spec} was handed over from Python, not by name. Hand it over again, as in "
+                f"groupwise.resume(run, {option}=function), or name one with --{option.replace('_', '-')} where that "
+                "is offered."
             )
-        reward = load_reward(
-            function, timeout=job.reward.timeout, output_timeout=job.reward.output_timeout,
-            log=folder.rewards_log if folder else None,
-        )  # fmt: skip
-        closing.callback(reward.close)
-        rewards.append(reward)
-    return Scorer(rewards, job.reward.weights, total_steps(job), warn)
+        yield function
+
+
+def scorer_of(job: Job, functions: Functions, codec: Codec, warn: Callable[[str], None]) -> Scorer:
+    """What scores outputs and, where the job says so, their steps."""
+    steps = None
+    if functions.step_rewards:
+        segmenter = segmenter_of(job.process, codec, functions.segmenter)
+        steps = StepScorer(segmenter, functions.step_rewards, job.reward.step_weights)
+    return Scorer(functions.rewards, job.reward.weights, total_steps(job), warn, steps)
 
 
 def open_evaluation(job: Job, model: Model, given: Given, engine: Engine, scorer: Scorer) -> Evaluation | NoEvaluation:
@@ -293,8 +333,9 @@ def build(
     What is quick to refuse is opened first.
     """
     objective = objective_of(job)
-    scorer = open_scorer(job, given, folder, watch.terminal.warn, closing)
+    functions = open_functions(job, given, folder, closing)
     model = open_model(job, given, watch.terminal.say, training=True)
+    scorer = scorer_of(job, functions, model.codec, watch.terminal.warn)
     prompts = training_prompts(job, model, given)
     _check_prompts(prompts, model.codec, watch.terminal.warn)
     engine = open_engine(job, model, closing)

@@ -119,11 +119,12 @@ class Patient:
 def open_patient(job: Job, given: parts.Given, say: Callable[[str], None], closing: ExitStack) -> Patient:
     """Open a job as training does, what is quick to refuse first. Raises GroupwiseError where it cannot be opened."""
     warnings: list[str] = []
-    scorer = parts.open_scorer(job, given, None, warnings.append, closing)
+    functions = parts.open_functions(job, given, None, closing)
     device = choose_device(job.model.device)
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     room = Room(parts.available_memory(device), int(held))
     model = parts.open_model(job, given, say, training=True)
+    scorer = parts.scorer_of(job, functions, model.codec, warnings.append)
     prompts = parts.training_prompts(job, model, given)
     held_out = parts.held_out_prompts(job, model, given)
     settings = parts.learner_settings(job, model.loaded.compute_dtype)

@@ -54,7 +54,8 @@ class Watch:
             sink.write(event)
 
     def groups(self, record: Record, scored: Scored, credit: Credit) -> None:
-        """Keep a step's groups for reading, and show one output."""
+        """Keep a step's groups for reading, count those that teach nothing, and show one output."""
+        record.metrics["frac_advantage_zero"] = frac_zero(credit)
         if self.rollouts is not None:
             self.rollouts.write(record.step, scored, credit, record.extras)
         if scored:
@@ -70,3 +71,9 @@ class Watch:
             sink.close()
         if self.rollouts is not None:
             self.rollouts.close()
+
+
+def frac_zero(credit: Credit) -> float:
+    """The share of groups in which every advantage is 0."""
+    taught = [any(any(one) if isinstance(one, Sequence) else one for one in group) for group in credit]
+    return 1.0 - sum(taught) / max(1, len(taught))

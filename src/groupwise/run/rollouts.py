@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isclose, nan
 from statistics import fmean, stdev
+from typing import Protocol
 
 from groupwise.data.stream import PromptStream
 from groupwise.engines.base import Engine, generate
@@ -16,19 +17,40 @@ from groupwise.run.record import Record
 from groupwise.seeds import group_seed
 from groupwise.types import Group, GroupKey, Prompt, Request, Sampling, Scored
 
+RIGHT_STEP = 0.5
+"""A step whose reward is at least this counts as right in the metrics: half of 0 and 1, and of a probability."""
+
+
+class StepScores(Protocol):
+    """Adds `Score.steps` to scored groups."""
+
+    def __call__(self, scored: Scored, context: RewardContext, *, training: bool) -> Scored:
+        """The groups with their steps."""
+
+
+class NoSteps:
+    """Stands where steps are not scored."""
+
+    def __call__(self, scored: Scored, context: RewardContext, *, training: bool) -> Scored:
+        """The groups as they are."""
+        return scored
+
 
 class Scorer:
-    """The job's rewards and their weights, called on the groups of a step."""
+    """The job's rewards and their weights, called on the groups of a step, and what scores steps."""
 
     def __init__(
-        self, rewards: Sequence[Reward], weights: Sequence[float] | None, total_steps: int, warn: Callable[[str], None]
-    ) -> None:
+        self, rewards: Sequence[Reward], weights: Sequence[float] | None, total_steps: int,
+        warn: Callable[[str], None], steps: StepScores | None = None,
+    ) -> None:  # fmt: skip
         self.rewards, self.weights, self.total_steps, self.warn = rewards, weights, total_steps, warn
+        self.steps = steps or NoSteps()
 
-    def __call__(self, groups: Sequence[Group], record: Record) -> Scored:
-        """One score per output; what the rewards report goes into the record."""
+    def __call__(self, groups: Sequence[Group], record: Record, *, training: bool = False) -> Scored:
+        """One score per output; what the rewards report goes into the record. `training`: the groups are trained on."""
         context = RewardContext(step=max(0, record.step - 1), total_steps=self.total_steps, warn=self.warn)
-        scored = score_groups(groups, self.rewards, self.weights, context)
+        by_output = score_groups(groups, self.rewards, self.weights, context)
+        scored = self.steps(by_output, context, training=training)
         record.metrics |= context.metrics
         record.extras |= context.extras
         return scored
@@ -72,8 +94,8 @@ class Rollouts:
         with record.time("sample"):
             groups = self.draw.groups(self.engine, self.prompts.take(self.prompts_per_step), step)
         with record.time("reward"):
-            scored = self.scorer(groups, record)
-        record.metrics |= summary(scored)
+            scored = self.scorer(groups, record, training=True)
+        record.metrics |= summary(scored) | step_summary(scored)
         record.metrics |= {"epoch": self.prompts.epoch, "data/dropped_long": float(self.dropped_long)}
         return scored
 
@@ -97,6 +119,22 @@ def summary(scored: Scored) -> dict[str, float]:
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": fmean(cut),
         "tokens/sampled": float(sum(lengths)),
+    }
+
+
+def step_summary(scored: Scored) -> dict[str, float]:
+    """The same for steps; nothing where they are not scored."""
+    outputs = [score.steps for group in scored for score in group.scores if score.steps]
+    if not outputs:
+        return {}
+    known = [[step.reward for step in steps if step.reward is not None] for steps in outputs]
+    rewards = [reward for of_output in known for reward in of_output]
+    firsts = [steps[0].reward for steps in outputs if steps[0].reward is not None]
+    return {
+        "step_reward": fmean(rewards) if rewards else nan,
+        "steps/per_output": fmean(map(len, outputs)),
+        "steps/first_right": fmean(reward >= RIGHT_STEP for reward in firsts) if firsts else nan,
+        "steps/unscored": float(sum(not of_output for of_output in known)),
     }
 
 

@@ -45,6 +45,7 @@ class WarmUp:
     hidden: int = 192
     layers: int = 2
     careless: float = 0.65
+    lucky: float = 0.0
     demonstrations: int = 32_000
     batch_size: int = 32
     learning_rate: float = 2e-3
@@ -138,7 +139,7 @@ def _update(model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, batch: li
 
 def _encode(tokenizer: PreTrainedTokenizerFast, seed: int, settings: WarmUp) -> list[tuple[list[int], int]]:
     """Per demonstration: all its token ids, and how many of them are the prompt's."""
-    shown = demonstrations(seed, settings.demonstrations, settings.careless)
+    shown = demonstrations(seed, settings.demonstrations, settings.careless, settings.lucky)
     prompts = tokenizer([question["prompt"] for question, _ in shown])["input_ids"]
     answers = tokenizer([answer for _, answer in shown])["input_ids"]
     return [([*p, *a, END_ID], len(p)) for p, a in zip(prompts, answers, strict=True)]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from groupwise.disk import cannot_write, sync
 from groupwise.errors import RunFolderError
-from groupwise.types import Completion, Score, ScoredGroup
+from groupwise.types import Completion, Score, ScoredGroup, Step
 
 Advantage = float | Sequence[float]
 """One output's advantage: the same for all its tokens, or one per token."""
@@ -155,10 +155,16 @@ def _output(completion: Completion, score: Score, advantage: Advantage, extras: 
         "advantage": _brief(advantage),
     }
     if score.steps:
-        output["steps"] = [list(step) for step in score.steps]
+        output["steps"] = [_step(step, advantage) for step in score.steps]
     if extras:
         output["extras"] = extras
     return output
+
+
+def _step(step: Step, advantage: Advantage) -> dict[str, Any]:
+    """A step with the advantage that all its tokens share."""
+    own = advantage[step.end - 1] if isinstance(advantage, Sequence) else advantage
+    return {"end": step.end, "text": step.text, "reward": step.reward, "advantage": own}
 
 
 def _brief(advantage: Advantage) -> Advantage:

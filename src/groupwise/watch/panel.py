@@ -117,10 +117,20 @@ def _headline(progress: Progress, width: int) -> list[Text]:
     line = Text.assemble(("reward    ", "dim"), (f"{number(latest.get('reward')):<7}", "bold green"))
     line.append(f"± {number(latest.get('reward_std')):<7}", style="dim")
     line.append(sparkline(list(progress.rewards)), style="green")
-    lines = [line, *_held_out(progress)]
+    lines = [line, *_steps(latest), *_held_out(progress)]
     for each in lines:
         each.truncate(width, overflow="ellipsis")
     return lines
+
+
+def _steps(latest: Mapping[str, Any]) -> list[Text]:
+    """The rewards of steps, where they are scored."""
+    if "step_reward" not in latest:
+        return []
+    line = Text.assemble(("steps     ", "dim"), (f"{number(latest['step_reward']):<7}", "bold green"))
+    first = percent(latest.get("steps/first_right"))
+    line.append(f"mean of {number(latest.get('steps/per_output'))} per output, first right {first}", style="dim")
+    return [line]
 
 
 def _held_out(progress: Progress) -> list[Text]:

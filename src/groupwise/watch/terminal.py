@@ -200,10 +200,12 @@ class LivePanel:
 
 
 def step_line(event: Mapping[str, Any], total_steps: int) -> str:
-    """A step in one line of about 120 columns; a dash where a metric is missing."""
+    """A step in one line of about 120 columns, 30 more where steps are scored; a dash where a metric is missing."""
     get = event.get
+    steps = [("steps", _steps_cell(event), 20)] if "step_reward" in event else []
     columns = (
         ("reward", number(get("reward")), 6),
+        *steps,
         ("len", number(get("completions/mean_length")), 5),
         ("kl", number(get("kl")), 8),
         ("clip", percent(get("clip_ratio/region_mean")), 5),
@@ -216,10 +218,17 @@ def step_line(event: Mapping[str, Any], total_steps: int) -> str:
     return "  ".join([step, *(f"{name} {value:>{width}}" for name, value, width in columns)])
 
 
+def _steps_cell(event: Mapping[str, Any]) -> str:
+    """Mean reward of a step, steps of an output, share of right first steps: `0.61 of 3.00, 1st 48%`."""
+    first = percent(event.get("steps/first_right"))
+    return f"{number(event.get('step_reward'))} of {number(event.get('steps/per_output'))}, 1st {first}"
+
+
 def eval_line(event: Mapping[str, Any]) -> str:
     """An evaluation in one line, the reward with the half-width of its 95 % interval."""
     found = [f"reward {number(event.get('eval/reward'))} +- {number(event.get('eval/reward_ci95'))}"]
-    named = sorted(name for name in event if name == "eval/accuracy" or name.startswith("eval/pass@"))
+    shown = ("eval/accuracy", "eval/step_accuracy", "eval/right_by_luck")
+    named = sorted(name for name in event if name in shown or name.startswith("eval/pass@"))
     found += [f"{name.removeprefix('eval/')} {number(event[name])}" for name in named]
     found.append(f"length {number(event.get('eval/mean_length'))}")
     return f"eval at step {event['step']}: " + "  ".join(found)

@@ -63,12 +63,13 @@ def is_step(event: Mapping[str, Any]) -> bool:
 
 def why(event: Mapping[str, Any]) -> str | None:
     """A sentence on a step that teaches nothing, or None where some group's rewards differ."""
-    reward = event.get("reward")
-    if event.get("rewards/unscored") and (reward is None or math.isnan(reward)):
-        return "No output of this step was scored, so nothing is learned in it. The warnings say why."
-    if event.get("frac_reward_zero_std") != 1.0:
+    if event.get("frac_advantage_zero", event.get("frac_reward_zero_std")) != 1.0:
         return None
-    cause = "in every group all outputs earned the same reward, so every advantage is 0"
+    reward, step_reward = event.get("reward"), event.get("step_reward")
+    if all(value is None or math.isnan(value) for value in (reward, step_reward)):
+        return "No output of this step was scored, so nothing is learned in it. The warnings say why."
+    what = "outputs" if step_reward is None else "outputs, or all steps,"
+    cause = f"in every group all {what} earned the same reward, so every advantage is 0"
     if event.get("loss"):
         return f"The rewards teach nothing in this step: {cause}. What is left of the loss is not theirs (the KL term)."
     cure = "Prompts that are neither too easy nor too hard, more outputs per prompt or a finer reward help."
