@@ -23,7 +23,7 @@ from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.codec import Codec
 from groupwise.models.load import LoadedPolicy, load_policy
-from groupwise.objective import group_advantages, objective_named
+from groupwise.objective import objective_named, token_advantages
 from groupwise.rewards.adapters import load_reward
 from groupwise.run.record import Record
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
@@ -100,7 +100,7 @@ class Session:
         start = time.perf_counter()
         scored = self.rollouts.collect(number, record)
         sampled = time.perf_counter()
-        credit = group_advantages([group.rewards for group in scored], self.objective)
+        credit = token_advantages(scored, self.objective)
         batch = self.learner.prepare(scored, credit, self.reference)
         metrics = self.learner.update(batch)
         self.rollouts.load_weights(self.learner)

@@ -13,9 +13,7 @@ from groupwise.types import Group
 SHOWN_CHARACTERS = 200
 
 
-def check_count(
-    name: str, found: int, expected: int, *, of: str = "values", kind: str = "reward function"
-) -> None:
+def check_count(name: str, found: int, expected: int, *, of: str = "values", kind: str = "reward function") -> None:
     """Raise RewardError unless a function gave one entry per output."""
     if found != expected:
         raise RewardError(

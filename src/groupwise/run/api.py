@@ -211,9 +211,7 @@ def _hand_over(
         handed[key] = [function for function in functions if not isinstance(function, str)]
         if functions:
             named[key] = [f if isinstance(f, str) else PYTHON + getattr(f, "__name__", key) for f in functions]
-    return Given(
-        handed["reward"], objects.get("data"), objects.get("eval_data"), trust, handed["step_reward"]
-    ), named
+    return Given(handed["reward"], objects.get("data"), objects.get("eval_data"), trust, handed["step_reward"]), named
 
 
 def _start(folder: RunFolder, changed: Sequence[Difference], forked: bool) -> Start:
