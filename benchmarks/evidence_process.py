@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -137,7 +138,8 @@ def _table(results: Sequence[Result], measure: str) -> list[str]:
     for credit in [name for name in CREDITS if any(result["credit"] == name for result in results)]:
         own = [result["curve"] for result in results if result["credit"] == credit]
         found = [[p[measure] for c in own for p in c if p["outputs"] == n and measure in p] for n in outputs]
-        rows.append(f"| {credit} ({len(own)} seeds) | " + " | ".join(map(_with_spread, found)) + " |")
+        seeds = "1 seed" if len(own) == 1 else f"{len(own)} seeds"
+        rows.append(f"| {credit} ({seeds}) | " + " | ".join(map(_with_spread, found)) + " |")
     return rows
 
 
@@ -164,6 +166,8 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=[], help="only cells whose file's name contains one of these")
     parser.add_argument("--page", action="store_true", help="only write the page from what is stored")
     options = parser.parse_args()
+    # Warm-ups run in this process: threads that spin long for each other are slow beside anything else (LOG.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     RESULTS.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells() if not cell.file.exists() and not options.page]
     for cell in missing:

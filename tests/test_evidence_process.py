@@ -70,7 +70,7 @@ def test_a_cell_trains_and_keeps_what_was_measured(tmp_path: Path, monkeypatch: 
     assert (found["task"], found["credit"], found["seed"]) == ("luck", "process, mean", 1)
     assert found["objective"]["step_return"] == "mean"
     assert json.loads(json.dumps(found)) == found
-    assert "(1 seeds)" in evidence.tables([found])
+    assert "(1 seed)" in evidence.tables([found])
 
 
 def test_a_table_has_mean_and_spread_over_seeds() -> None:
@@ -79,7 +79,7 @@ def test_a_table_has_mean_and_spread_over_seeds() -> None:
     assert "| outcome (3 seeds) | 0.250 ± 0.000 | 0.500 ± 0.000 |" in text
     assert "| outputs sampled | 0 | 1,280 |" in text
     one = evidence.tables([result(Cell("luck", "process", 0), 0.5, mean_length=24.25)])
-    assert "| process (1 seeds) | – | 24.2 |" in one
+    assert "| process (1 seed) | – | 24.2 |" in one
     assert "No cell has been measured" in evidence.tables([])
 
 
