@@ -124,8 +124,8 @@ def test_a_forgotten_prompt_leaves_its_place_to_the_last() -> None:
         decoder.begin([("a", (3, 4)), ("b", (5, 6, 7)), ("c", (8,))])
         expected = decoder.attach(["c"], 5)
         decoder.end("a")
-        assert decoder.slots == ["c", "b"]
-        assert decoder.prompt_length_Q.tolist() == [1, 3]
+        assert (decoder.prompts.names, decoder.prompts.lengths) == (["c", "b"], [1, 3])
         assert torch.equal(decoder.attach(["c"], 5)[0], expected[0])
         decoder.end("b")
-        assert (decoder.prompt_reach, decoder.ragged) == (1, False)
+        (prompts,) = decoder._looked_at(torch.device("cpu"))
+        assert (prompts.reach, prompts.ragged) == (1, False)
