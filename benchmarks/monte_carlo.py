@@ -1,8 +1,8 @@
-"""Labels of steps by Monte Carlo on the embedded task: how often they agree with the rule, and how fast they are drawn.
+"""Labels of steps by Monte Carlo on the embedded task: how often they agree with the rule, and how fast they come.
 
-`python -m benchmarks.monte_carlo agreement` labels sampled outputs with N = 4, 8 and 16 continuations per step and holds
-the labels against the rule that checks each line; `speed` draws the continuations of outputs of 8 steps, N = 8, from
-trees and in two ways without them. Results go to `results/monte_carlo/`.
+`python -m benchmarks.monte_carlo agreement` labels sampled outputs with N = 4, 8 and 16 continuations per step and
+holds the labels against the rule that checks each line; `speed` draws the continuations of outputs of 8 steps, N = 8,
+from trees and in two ways without them. Results go to `results/monte_carlo/`.
 
 Ways of drawing: `tree` computes prompt and output once; `step` has the full prefix of each step as a prompt, shared by
 its N continuations; `each` has it as a prompt of each continuation, as a loop over `generate` would. All draw the same
@@ -60,8 +60,8 @@ def agreement(prompts: int, outputs: int, seed: int) -> dict[str, Any]:
     found = {}
     for n in TRIES:
         labeller = MonteCarlo(
-            engine, lambda asked: scorer(asked, Record(0)), codec, by_pattern(codec, r"\n"), Completer(n, sampling, seed),
-            soft=True,
+            engine, lambda asked: scorer(asked, Record(0)), codec, by_pattern(codec, r"\n"),
+            Completer(n, sampling, seed), soft=True,
         )  # fmt: skip
         start = time.perf_counter()
         labelled = labeller.label(scored)

@@ -103,8 +103,9 @@ def check(
         assert torch.equal(own.layers[0][0][row, :, length], key[row, :, 0])
         trunk, seen = cut or (0, 0)
         keys, values = (
-            torch.cat([a[slot, :, : prompt_lengths[slot]], b[trunk, :, :seen], c[row, :, : length + 1]], 1)
-            .transpose(0, 1)
+            torch.cat([a[slot, :, : prompt_lengths[slot]], b[trunk, :, :seen], c[row, :, : length + 1]], 1).transpose(
+                0, 1
+            )
             for a, b, c in zip(prompts.store.layers[0], trunks.store.layers[0], own.layers[0], strict=True)
         )
         torch.testing.assert_close(found[row, 0], by_hand(query[row, :, 0], keys, values, options))

@@ -106,7 +106,7 @@ def test_a_run_has_its_outputs_labelled_by_its_first_model() -> None:
     sampled = [(g["step"], g["slot"], o) for g in rollouts(Path("run")) for o in g["outputs"]]
     rows = lines()
     assert [(r["step"], r["slot"], "".join(r["completions"]), r["reward"]) for r in rows] == [
-        (step, slot, o["text"], pytest.approx(o["reward"])) for step, slot, o in sampled if o["text"]
+        (step, slot, o["text"], pytest.approx(o["reward"])) for step, slot, o in sampled
     ]
     base = json.loads(Path("labels.json").read_text())["made_by"]["completer"]
     label("latest.jsonl", target="run", overrides=[], which="latest")
@@ -127,7 +127,7 @@ def test_killed_and_given_again_it_is_the_same_file(blocks: int, monkeypatch: py
             return add(file, *block)
         with pytest.MonkeyPatch.context() as patch:
             # Lines are there, their number is not.
-            patch.setattr("groupwise.run.label_file.write_atomic", lambda *_: None)
+            patch.setattr(LabelFile, "_save", lambda self: None)
             add(file, *block)
         file._lines._file.write(b'{"prompt": "ha')
         raise KeyboardInterrupt
@@ -175,7 +175,7 @@ def test_another_process_is_not_written_over() -> None:
 
 
 def test_what_cannot_be_labelled_is_left_out_and_counted() -> None:
-    Path("rewards.py").write_text("def share(completion):\n    return None if 'h' in completion else 1.0\n")
+    Path("rewards.py").write_text("def share(prompt, completion):\n    return None if prompt == 'dd' else 1.0\n")
     result = label()
     assert (result.outputs, result.left_out) == (3, 1)
     assert [row["prompt"] for row in lines()] == ["ab", "bc", "cc"]
@@ -190,7 +190,8 @@ def test_bad_input_is_refused() -> None:
     refused("row 1", "give all of them, or none", kind=GroupwiseError, data=some)
     refused("has to be a text", kind=GroupwiseError, data=[{"prompt": "a", "want": "a", "completion": 3}])
     refused("has to be a list of outputs", kind=GroupwiseError, data=[{"prompt": "a", "want": "a", "outputs": "b"}])
-    refused("What is right", reward=[], overrides=[*SMALL, "reward.functions=[]", "objective.outcome_weight=0"])
+    steps = ["reward.functions=[]", 'reward.step_functions=["rewards.py:share"]', "objective.outcome_weight=0"]
+    refused("What is right", reward=None, overrides=[*SMALL, *steps])
 
 
 def test_damaged_files_are_told(at: Path) -> None:

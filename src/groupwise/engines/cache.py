@@ -142,9 +142,7 @@ class SharedDecoder:
         hidden = self.policy.hidden(ids[None], forest.position_N[None], _Prefill(forest, entries))[0]
         ahead = list(accumulate(lengths, initial=0))
         starts = [
-            (uid, head, head + i, cut)
-            for unit, head in zip(units, heads, strict=False)
-            for uid, i, cut in unit.starts
+            (uid, head, head + i, cut) for unit, head in zip(units, heads, strict=False) for uid, i, cut in unit.starts
         ]
         last = hidden[torch.tensor([ahead[i] + cut - 1 for _, _, i, cut in starts], device=device)]
         for (uid, head, i, cut), hidden_D in zip(starts, last, strict=True):

@@ -229,7 +229,7 @@ class Step:
     def _what_is_hidden(self, window: int | None) -> Tensor | None:
         """Columns that a row may not see, bool `[R, 1, 1, columns]`; None where it may see all."""
         if window not in self._hidden:
-            parts = [*self.levels, self.outputs]
+            parts: list[Level | Outputs] = [*self.levels, self.outputs]
             plain = not any(part.ragged for part in parts)
             near = window is None or window >= sum(part.reach for part in parts)
             self._hidden[window] = None if plain and near else self._build_hidden(window)

@@ -74,6 +74,8 @@ class LabelFile:
                 raise RunFolderError(f"{self.path} is being written by another process. Wait for it.") from error
             except OSError as error:
                 raise cannot_write(self.path, error) from error
+            # From the first line on the file has somebody to say what it is.
+            self._save()
             self._lines = LineFile(self.path)
             try:
                 yield
@@ -95,5 +97,8 @@ class LabelFile:
         for name, count in drawn.items():
             self.so_far[name] += count
         self.so_far |= {"blocks": self.so_far["blocks"] + 1, "bytes": self._lines.size}
+        self._save()
+
+    def _save(self) -> None:
         state = {"made_by": self.made_by, "so_far": self.so_far}
         write_atomic(self.state, json.dumps(state, indent=2, ensure_ascii=False) + "\n")

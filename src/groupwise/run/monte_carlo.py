@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from groupwise.engines.base import Engine, generate
 from groupwise.models.codec import Codec
 from groupwise.rewards.base import RewardContext
-from groupwise.rewards.steps import Cut, Cuts, Segmenter
+from groupwise.rewards.steps import Cuts, Segmenter
 from groupwise.rewards.stepwise import StepValues
 from groupwise.seeds import stable_hash
 from groupwise.types import Branch, Completion, Group, Request, Sampling, Score, Scored, ScoredGroup, Tree
