@@ -101,7 +101,7 @@ def check(
 
     for row, (slot, cut, length) in enumerate(zip(slots, cuts, lengths, strict=True)):
         assert torch.equal(own.layers[0][0][row, :, length], key[row, :, 0])
-        trunk, seen = cut or (0, 0)
+        trunk, seen = (trunks.names.index(cut[0]), cut[1]) if cut else (0, 0)
         keys, values = (
             torch.cat([a[slot, :, : prompt_lengths[slot]], b[trunk, :, :seen], c[row, :, : length + 1]], 1).transpose(
                 0, 1

@@ -127,6 +127,29 @@ def test_an_output_is_freed_before_its_tree() -> None:
     assert len(list(engine.completed())) == 1
 
 
+def test_outputs_of_a_wide_tree_that_wait_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, wide = make_policy(), Tree("w", (3, 9), tuple((i % 29 + 2, 5, 7) for i in range(20)))
+    asked = [
+        Request(f"w/{i}", branch.token_ids, 4, Sampling(max_tokens=9), 1000 * i, branch)
+        for i, branch in enumerate(Branch(wide, i, 1 + i % 3) for i in range(20))
+    ]
+    folds: list[tuple[int, ...]] = []
+    engine = NativeEngine(policy, CODEC, max_live=8)
+    decoder = engine.decoder
+    assert isinstance(decoder, SharedDecoder)
+    looked_at = decoder._looked_at
+
+    def noted(device: torch.device) -> Any:
+        levels = looked_at(device)
+        folds.append(tuple(levels[1].fold.row_QM.shape))
+        return levels
+
+    monkeypatch.setattr(decoder, "_looked_at", noted)
+    assert_same(generate(engine, asked), sample(policy, alone(asked)))
+    assert max(entries for entries, _ in folds) <= 8 < 20
+    assert max(width for _, width in folds) <= 4
+
+
 def test_cancelled_branches_leave_the_others_alone() -> None:
     policy, asked = make_policy(), branches()
     expected = dict(zip([r.uid for r in asked], tokens(sample(policy, asked)), strict=True))

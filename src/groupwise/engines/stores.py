@@ -61,6 +61,12 @@ class Store:
         for key, value in self.layers.values():
             key[target], value[target] = key[source], value[source]
 
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two entries."""
+        for pair in self.layers.values():
+            for stored in pair:
+                stored[[one, other]] = stored[[other, one]]
+
 
 class Shared:
     """A store of what rows share, each entry with a name and a length. Live entries are the first ones: the last takes
@@ -93,11 +99,23 @@ class Shared:
         self.lengths.pop()
 
     def level(self, names: Sequence[Hashable], seen: Sequence[int], device: torch.device) -> Level:
-        """How a step looks at it: per row, the name of its entry and how many of its tokens the row sees."""
-        slot_of = {name: slot for slot, name in enumerate(self.names)}
-        fold = Fold.of([slot_of.get(name, 0) for name in names], len(self.names), device)
+        """How a step looks at it: per row, the name of its entry and how many of its tokens the row sees; None and 0
+        for a row that uses none. Entries that no row uses now move behind those that are used, and cost nothing."""
+        used = {name for name in names if name is not None}
+        holes = [slot for slot, name in enumerate(self.names[: len(used)]) if name not in used]
+        if holes:
+            behind = [slot for slot in range(len(used), len(self.names)) if self.names[slot] in used]
+            for hole, slot in zip(holes, behind, strict=True):
+                self._swap(hole, slot)
+        slot_of = {name: slot for slot, name in enumerate(self.names[: len(used)])}
+        fold = Fold.of([0 if name is None else slot_of[name] for name in names], len(used), device)
         reach = max(seen)
         return Level(self.store, fold, torch.tensor(seen, device=device), reach, min(seen) < reach)
+
+    def _swap(self, one: int, other: int) -> None:
+        self.store.swap(one, other)
+        self.names[one], self.names[other] = self.names[other], self.names[one]
+        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
 
 
 @dataclass(frozen=True)
