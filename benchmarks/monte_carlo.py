@@ -141,8 +141,9 @@ def asked_as(way: str, requests: Sequence[Any]) -> list[Any]:
     ]
 
 
-def speed(shape: str, folder: Path, prompts: int, pairs: int) -> dict[str, Any]:
-    """Tokens per second of each way, the median of `pairs` rounds in which every way has its turn."""
+def speed(shape: str, folder: Path, prompts: int, pairs: int, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Tokens per second of each way in the cases `names` (default: all), the median of `pairs` rounds in which every
+    way has its turn."""
     from benchmarks.cases import SHAPES
     from benchmarks.shapes import save, tokenizer_of
     from groupwise.engines.base import generate
@@ -155,7 +156,8 @@ def speed(shape: str, folder: Path, prompts: int, pairs: int) -> dict[str, Any]:
     codec.end_token_ids = frozenset()
     policy = load_policy(str(folder), device="auto").policy
     cases: dict[str, Any] = {}
-    for name, length in PROMPTS.items():
+    for name in names or PROMPTS:
+        length = PROMPTS[name]
         requests = continuations(length, prompts, SHAPES[shape].vocabulary)
         rates: dict[str, list[float]] = {way: [] for way in WAYS}
         drawn: dict[str, list[Any]] = {}
@@ -186,12 +188,14 @@ def main() -> None:
     parser.add_argument("--shape", default="tiny")
     parser.add_argument("--folder", type=Path, help="where the shape's random weights are kept")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", choices=PROMPTS, default=[], help="lengths of prompts; default: all")
     options = parser.parse_args()
     if options.part == "agreement":
         name, found = "agreement", agreement(options.prompts or 256, options.outputs, options.seed)
     else:
         folder = options.folder or Path("bench-shapes") / options.shape
-        name, found = f"speed-{options.shape}", speed(options.shape, folder, options.prompts or 4, options.pairs)
+        sizes = options.prompts or 4, options.pairs, options.cases
+        name, found = f"speed-{options.shape}", speed(options.shape, folder, *sizes)
     target = RESULTS / "monte_carlo" / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(found, indent=2) + "\n")
