@@ -10,8 +10,8 @@ import groupwise
 
 def test_the_packages_names_are_these():
     names = [
-        "GroupwiseError", "__version__", "doctor", "evaluate", "export", "objective", "plan", "resume", "sample",
-        "train",
+        "GroupwiseError", "__version__", "doctor", "evaluate", "export", "label", "objective", "plan", "resume",
+        "sample", "train",
     ]  # fmt: skip
     assert groupwise.__all__ == names
     assert dir(groupwise) == sorted(groupwise.__all__)

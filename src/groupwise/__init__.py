@@ -12,7 +12,7 @@ from groupwise.errors import GroupwiseError
 
 if TYPE_CHECKING:
     from groupwise import objective
-    from groupwise.run.api import doctor, evaluate, export, plan, resume, sample, train
+    from groupwise.run.api import doctor, evaluate, export, label, plan, resume, sample, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "export",
+    "label",
     "objective",
     "plan",
     "resume",
@@ -28,7 +29,7 @@ __all__ = [
     "train",
 ]
 
-_FUNCTIONS = ("doctor", "evaluate", "export", "plan", "resume", "sample", "train")
+_FUNCTIONS = ("doctor", "evaluate", "export", "label", "plan", "resume", "sample", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -132,6 +132,31 @@ def sample(
 
 
 @app.command()
+def label(
+    target: Annotated[str | None, typer.Argument(metavar="RUN|JOB", help="A run, a job or a recipe's name.")] = None,
+    output: Annotated[str, typer.Option(metavar="FILE.jsonl", help="Where to write; goes on with what is there.")] = "",
+    model: Model = None, data: Data = None, reward: Rewards = None,
+    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Continuations from the end of each step.")] = 8,
+    soft: Annotated[bool, typer.Option("--soft", help="The share that is right; otherwise whether any is.")] = False,
+    pattern: Annotated[str | None, typer.Option(metavar="REGEX", help="What steps end with, for [process].")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first so many prompts.")] = None,
+    which: Annotated[str, typer.Option(metavar="WHICH", help="A run's weights: base, latest or best.")] = "base",
+    set_: Sets = None, trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Label the steps of outputs by Monte Carlo, to train a PRM."""
+    if not output:
+        raise ConfigError("Name the file that labels go to, as in --output labels.jsonl.")
+    from groupwise.run import api
+
+    found = api.label(
+        target, output=output, model=model, data=data, reward=reward or None, n=n, soft=soft, pattern=pattern,
+        limit=limit, which=which, overrides=set_ or (), trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    out = f" ({found.left_out:,} left out)" if found.left_out else ""
+    typer.echo(f"{found.output}: {found.outputs:,} outputs{out}, {found.steps:,} steps, {found.right:,} of them right")
+
+
+@app.command()
 def export(
     run: RunFolder, folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to write: new or empty.")],
     which: Which = "latest", trust_remote_code: Trust = False,

@@ -50,14 +50,41 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Tree:
+    """A prompt and outputs of it that requests go on from: computed once for all requests that name its `uid`."""
+
+    uid: str
+    prompt: tuple[int, ...]
+    outputs: tuple[tuple[int, ...], ...]
+
+
+class Branch(NamedTuple):
+    """A place in a tree: behind the first `cut` tokens (at least one) of output number `output`."""
+
+    tree: Tree
+    output: int
+    cut: int
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The way there: the prompt, and the output so far."""
+        return (*self.tree.prompt, *self.tree.outputs[self.output][: self.cut])
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to be continued `n` times. Output `i` draws with seed `seed + i`."""
+    """One prompt to be continued `n` times. Output `i` draws with seed `seed + i`.
+
+    `branch` says which tree `token_ids` are a way through, where they are: an engine may then compute what they have in
+    common with other requests once. It changes no draw.
+    """
 
     uid: str
     token_ids: tuple[int, ...]
     n: int
     sampling: Sampling
     seed: int
+    branch: Branch | None = None
 
 
 @dataclass(frozen=True, slots=True)

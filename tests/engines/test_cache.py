@@ -9,7 +9,7 @@ import torch
 
 from groupwise.engines import cache
 from groupwise.engines.cache import SharedDecoder
-from groupwise.engines.stores import Store
+from groupwise.engines.stores import Shared, Store
 from tests.engines.policies import make_policy, requests, sample
 
 
@@ -70,6 +70,24 @@ def test_an_entry_moves_in_keys_and_values() -> None:
     assert (value[0] == 7.0).all()
 
 
+def test_entries_that_no_row_uses_stand_behind_those_that_are_used() -> None:
+    shared = Shared()
+    shared.add("abcde", [1, 2, 3, 4, 5])
+    like = torch.zeros(1, 2, 1, 3)
+    for tensor in shared.store.at(0, like, like):
+        tensor.copy_(torch.arange(5.0)[:, None, None, None].expand_as(tensor))
+    level = shared.level(["d", "b", None, "d"], [4, 1, 0, 2], torch.device("cpu"))
+    assert set(shared.names[:2]) == {"b", "d"}
+    assert [shared.lengths[shared.names.index(name)] for name in "abcde"] == [1, 2, 3, 4, 5]
+    for tensor in shared.store.layers[0]:
+        assert [tensor[shared.names.index(name), 0, 0, 0].item() for name in "abcde"] == [0, 1, 2, 3, 4]
+    assert len(level.fold.row_QM) == 2
+    assert [tensor.shape[0] for tensor in level.stored(0)] == [2, 2]
+    slots = (level.fold.place_R // level.fold.row_QM.shape[1]).tolist()
+    assert [shared.names[slots[row]] for row in (0, 1, 3)] == ["d", "b", "d"]
+    assert (level.reach, level.ragged, level.seen_R.tolist()) == (4, True, [4, 1, 0, 2])
+
+
 def rooms(decoder: SharedDecoder, steps: int) -> list[int]:
     """How many tokens of an output have room, after each of so many steps of two rows."""
     found = []
@@ -124,8 +142,8 @@ def test_a_forgotten_prompt_leaves_its_place_to_the_last() -> None:
         decoder.begin([("a", (3, 4)), ("b", (5, 6, 7)), ("c", (8,))])
         expected = decoder.attach(["c"], 5)
         decoder.end("a")
-        assert decoder.slots == ["c", "b"]
-        assert decoder.prompt_length_Q.tolist() == [1, 3]
+        assert (decoder.prompts.names, decoder.prompts.lengths) == (["c", "b"], [1, 3])
         assert torch.equal(decoder.attach(["c"], 5)[0], expected[0])
         decoder.end("b")
-        assert (decoder.prompt_reach, decoder.ragged) == (1, False)
+        (prompts,) = decoder._looked_at(torch.device("cpu"))
+        assert (prompts.reach, prompts.ragged) == (1, False)

@@ -44,7 +44,12 @@ def test_a_prompt_is_computed_once_and_finished_outputs_cost_nothing(monkeypatch
     monkeypatch.setattr(policy, "hidden", counting)
     begun: list[str] = []
     begin = engine.decoder.begin
-    monkeypatch.setattr(engine.decoder, "begin", lambda p: begun.extend(uid for uid, _ in p) or begin(p))  # type: ignore[func-returns-value]
+
+    def noted(prompts: Any, branches: Any) -> None:
+        begun.extend(uid for uid, _ in prompts)
+        begin(prompts, branches)
+
+    monkeypatch.setattr(engine.decoder, "begin", noted)
     lengths = [len(c.token_ids) for group in generate(engine, asked) for c in group]
     assert min(lengths) < 10
     assert sorted(begun) == ["r0", "r1", "r2", "r3"]

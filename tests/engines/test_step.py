@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupwise.engines.stores import Fold, Outputs, Prompts, Step, Store, Stores
+from groupwise.engines.stores import Fold, Outputs, Shared, Step, Store
 from groupwise.models.tiles import Options
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 6
@@ -38,39 +38,75 @@ def by_hand(query: Tensor, keys: Tensor, values: Tensor, options: Options) -> Te
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
+ASKED = pytest.mark.parametrize(
     "softcap, window, sinks", [(None, None, False), (2.0, None, False), (None, 4, False), (None, 2, True)]
 )
+
+
+@pytest.mark.parametrize("case", CASES)
+@ASKED
 def test_each_row_attends_to_its_prompt_and_to_itself(
     case: str, softcap: float | None, window: int | None, sinks: bool
 ) -> None:
     slots, prompt_lengths, lengths = CASES[case]
+    check(slots, prompt_lengths, [None] * len(slots), lengths, (softcap, window, sinks))
+
+
+# Per row: its output among two of 5 and 3 tokens, and how many of its tokens come before the row's own; or neither.
+CUTS = {
+    "all of both": [(0, 5), (0, 5), (0, 5), (1, 3), (1, 3), (1, 3)],
+    "nested": [(0, 1), (0, 2), (0, 5), (1, 3), (1, 1), (1, 2)],
+    "one output only": [(1, 3)] * 6,
+    "some rows without": [(0, 2), None, (0, 5), (1, 1), None, None],
+}
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("case", ["nothing is ragged", "outputs differ", "prompts differ"])
+@ASKED
+def test_and_to_an_output_between_the_two_as_far_as_it_goes_on_from_it(
+    case: str, cuts: list[tuple[int, int] | None], softcap: float | None, window: int | None, sinks: bool
+) -> None:
+    slots, prompt_lengths, lengths = CASES[case]
+    check(slots, prompt_lengths, cuts, lengths, (softcap, window, sinks))
+
+
+def check(
+    slots: list[int], prompt_lengths: list[int], cuts: list[tuple[int, int] | None], lengths: list[int],
+    asked: tuple[float | None, int | None, bool],
+) -> None:  # fmt: skip
+    """A step over stores of noise is what is written out by hand."""
     torch.manual_seed(0)
-    double = torch.float64
-    options = Options(0.3, window, softcap, torch.randn(HEADS, dtype=double) if sinks else None)
+    double, cpu = torch.float64, torch.device("cpu")
+    options = Options(0.3, asked[1], asked[0], torch.randn(HEADS, dtype=double) if asked[2] else None)
     rows, reach = len(slots), max(lengths) + 1
-    stores = Stores(Store(), Store())
+    prompts, trunks, own = Shared(), Shared(), Store()
+    prompts.add(range(len(prompt_lengths)), prompt_lengths)
+    trunks.add(range(2), [5, 3])
+    own.reserve(rows + 2, reach + 3)
+    for store in (prompts.store, trunks.store):
+        store.reserve(store.rows + 1, store.length + 2)
     like = torch.zeros(1, KV_HEADS, 1, WIDTH, dtype=double)
-    stores.prompts.reserve(len(prompt_lengths) + 1, max(prompt_lengths) + 2)
-    stores.outputs.reserve(rows + 2, reach + 3)
-    for store in stores:
+    for store in (prompts.store, trunks.store, own):
         for tensor in store.at(0, like, like):
             tensor.normal_()
     query = torch.randn(rows, HEADS, 1, WIDTH, dtype=double)
     key, value = (torch.randn(rows, KV_HEADS, 1, WIDTH, dtype=double) for _ in range(2))
-    fold = Fold.of(slots, len(prompt_lengths), torch.device("cpu"))
-    prompts = Prompts(torch.tensor(prompt_lengths), max(prompt_lengths), len(set(prompt_lengths)) > 1)
-    outputs = Outputs(torch.tensor(lengths), reach, len(set(lengths)) > 1)
+    levels = [prompts.level(slots, [prompt_lengths[slot] for slot in slots], cpu)]
+    if any(cuts):
+        levels.append(trunks.level([cut and cut[0] for cut in cuts], [cut[1] if cut else 0 for cut in cuts], cpu))
+    outputs = Outputs(own, torch.tensor(lengths), reach, len(set(lengths)) > 1)
 
-    found = Step(stores, fold, prompts, outputs).attend(0, query, key, value, options)
+    found = Step(levels, outputs).attend(0, query, key, value, options)
 
-    seen = [store.layers[0] for store in stores]
-    for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
-        assert torch.equal(seen[1][0][row, :, length], key[row, :, 0])
+    for row, (slot, cut, length) in enumerate(zip(slots, cuts, lengths, strict=True)):
+        assert torch.equal(own.layers[0][0][row, :, length], key[row, :, 0])
+        trunk, seen = (trunks.names.index(cut[0]), cut[1]) if cut else (0, 0)
         keys, values = (
-            torch.cat([prompt[slot, :, : prompt_lengths[slot]], own[row, :, : length + 1]], 1).transpose(0, 1)
-            for prompt, own in zip(*seen, strict=True)
+            torch.cat([a[slot, :, : prompt_lengths[slot]], b[trunk, :, :seen], c[row, :, : length + 1]], 1).transpose(
+                0, 1
+            )
+            for a, b, c in zip(prompts.store.layers[0], trunks.store.layers[0], own.layers[0], strict=True)
         )
         torch.testing.assert_close(found[row, 0], by_hand(query[row, :, 0], keys, values, options))
 
@@ -82,4 +118,3 @@ def test_folding_rows_and_spreading_them_gives_them_back(case: str) -> None:
     rows = torch.randn(len(slots), KV_HEADS, 2, 3)
     assert torch.equal(fold.spread(fold.gather(rows)), rows)
     assert fold.even == (slots == [0, 0, 0, 1, 1, 1])
-    assert fold.slot_R.tolist() == slots

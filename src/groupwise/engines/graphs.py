@@ -1,19 +1,19 @@
 """Decoding steps that are captured once and replayed: on a GPU, handing out a step's operations takes longer than they.
 
-A captured step has fixed shapes and reads fixed places. So live rows, prompts and lengths are rounded up to a bucket;
-what is added attends to nothing and its results are dropped."""
+A captured step has fixed shapes and reads fixed places. So live rows, what they share and lengths are rounded up to a
+bucket; what is added attends to nothing and its results are dropped."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from groupwise.engines.stores import Fold, Outputs, Prompts, Step, Stores
+from groupwise.engines.stores import Fold, Level, Outputs, Step, Store
 from groupwise.models.policy import Policy
 from groupwise.wording import one_line
 
@@ -26,22 +26,19 @@ _SHORTEST = 64
 
 @dataclass(frozen=True)
 class Bucket:
-    """The shapes of a captured step: live rows, tokens of an output, prompts, rows of a prompt."""
+    """The shapes of a captured step: live rows, tokens of an output, and of each level its entries and rows of one."""
 
     rows: int
     reach: int
-    prompts: int
-    width: int
+    folds: tuple[tuple[int, int], ...]
 
 
 class Live(NamedTuple):
-    """What a step reads: how rows fold, each row's last token, its length and its position, the prompts' lengths."""
+    """What a step reads beside its levels: each row's last token, its length and its position."""
 
-    fold: Fold
     token_R: Tensor
     length_R: Tensor
     position_R: Tensor
-    prompt_length_Q: Tensor
 
 
 class _Captured(NamedTuple):
@@ -49,6 +46,7 @@ class _Captured(NamedTuple):
 
     replay: Callable[[], object]
     logits_RV: Tensor
+    levels: Sequence[Level]
     places: Live
 
 
@@ -63,43 +61,44 @@ class Graphs:
         self.capture = capture or _on_cuda
         self.refused = ""
         self._steps: dict[Bucket, _Captured] = {}
-        self._made_on: tuple[int, int] | None = None
+        self._made_on: tuple[int, ...] | None = None
 
     @staticmethod
-    def bucket(fold: Fold, reach: int, longest: int) -> Bucket:
+    def bucket(levels: Sequence[Level], reach: int, longest: int) -> Bucket:
         """The smallest one that holds a step whose longest output has `reach` tokens, and none more than `longest`."""
-        prompts, width = fold.row_QM.shape
+        folds = tuple((rounded(entries), rounded(width)) for entries, width in (lv.fold.row_QM.shape for lv in levels))
         back = min(longest, max(_SHORTEST, 1 << (reach - 1).bit_length()))
-        return Bucket(rounded(len(fold.place_R)), back, rounded(prompts), rounded(width))
+        return Bucket(rounded(len(levels[0].seen_R)), back, folds)
 
-    def step(self, stores: Stores, bucket: Bucket, live: Live) -> Tensor | None:
+    def step(self, levels: Sequence[Level], outputs: Store, bucket: Bucket, live: Live) -> Tensor | None:
         """Logits of the live rows `[R, V]`, overwritten by the next step; None where nothing can be captured."""
-        made_on = (stores.prompts.version, stores.outputs.version)
+        made_on = (outputs.version, *(level.store.version for level in levels))
         if made_on != self._made_on:
             self._steps, self._made_on = {}, made_on
         if bucket not in self._steps:
-            captured = self._capture(stores, bucket, live)
+            captured = self._capture(levels, outputs, bucket, live)
             if captured is None:
                 return None
             self._steps[bucket] = captured
-        replay, logits_RV, places = self._steps[bucket]
-        _place(places, live)
+        replay, logits_RV, fixed, places = self._steps[bucket]
+        _place(fixed, levels, places, live)
         replay()
         return logits_RV[: len(live.token_R)]
 
-    def _capture(self, stores: Stores, bucket: Bucket, live: Live) -> _Captured | None:
+    def _capture(self, levels: Sequence[Level], outputs: Store, bucket: Bucket, live: Live) -> _Captured | None:
         def places(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.long, device=self.policy.device)
 
-        fold = Fold(places(bucket.prompts, bucket.width), places(bucket.rows))
-        token_R, length_R, position_R = (places(bucket.rows) for _ in range(3))
-        fixed = Live(fold, token_R, length_R, position_R, places(bucket.prompts))
-        prompts = Prompts(fixed.prompt_length_Q, stores.prompts.length, ragged=True)
+        fixed = [
+            Level(one.store, Fold(places(*fold), places(bucket.rows)), places(bucket.rows), one.store.length, True)
+            for one, fold in zip(levels, bucket.folds, strict=True)
+        ]
+        token_R, length_R, position_R = own = Live(*(places(bucket.rows) for _ in range(3)))
         # Capturing runs the step: on what is live, or it would write over it.
-        _place(fixed, live)
+        _place(fixed, levels, own, live)
 
         def run() -> Tensor:
-            layout = Step(stores, fold, prompts, Outputs(length_R, bucket.reach, ragged=True))
+            layout = Step(fixed, Outputs(outputs, length_R, bucket.reach, ragged=True))
             hidden = self.policy.hidden(token_R[:, None], position_R[:, None], layout)
             return self.policy.logits(hidden[:, 0])
 
@@ -113,7 +112,7 @@ class Graphs:
                 f" times as long: {self.refused}", RuntimeWarning, stacklevel=2,
             )  # fmt: skip
             return None
-        return _Captured(replay, logits_RV, fixed)
+        return _Captured(replay, logits_RV, fixed, own)
 
 
 def rounded(count: int) -> int:
@@ -122,12 +121,14 @@ def rounded(count: int) -> int:
     return 3 * power // 4 if count <= 3 * power // 4 and power >= 4 else power
 
 
-def _place(fixed: Live, live: Live) -> None:
+def _place(fixed: Sequence[Level], levels: Sequence[Level], places: Live, live: Live) -> None:
     """Put what is live where a captured step reads it."""
-    _fill(fixed.fold.row_QM, live.fold.row_QM)
-    _fill(fixed.fold.place_R, live.fold.place_of(fixed.fold.row_QM.shape[1]))
-    for target, source in zip(fixed[1:], live[1:], strict=True):
-        _fill(target, source)
+    for target, source in zip(fixed, levels, strict=True):
+        _fill(target.fold.row_QM, source.fold.row_QM)
+        _fill(target.fold.place_R, source.fold.place_of(target.fold.row_QM.shape[1]))
+        _fill(target.seen_R, source.seen_R)
+    for place, value in zip(places, live, strict=True):
+        _fill(place, value)
 
 
 def _fill(target: Tensor, source: Tensor) -> None:

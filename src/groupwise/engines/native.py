@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from groupwise.engines.plain import PlainDecoder
 from groupwise.errors import ModelError
 from groupwise.models.codec import Codec, StopChecker
 from groupwise.models.policy import Policy
-from groupwise.types import Completion, Finish, Request, Sampled, Sampling
+from groupwise.types import Branch, Completion, Finish, Request, Sampled, Sampling
 
 
 class Decoder(Protocol):
@@ -29,7 +29,7 @@ class Decoder(Protocol):
 
     refills: bool
 
-    def begin(self, prompts: Sequence[tuple[str, Sequence[int]]]) -> None: ...
+    def begin(self, prompts: Sequence[tuple[str, Sequence[int]]], branches: Mapping[str, Branch]) -> None: ...
     def attach(self, uids: Sequence[str], max_tokens: int) -> Tensor: ...
     def step(self, token_R: Tensor) -> Tensor: ...
     def keep(self, order: Sequence[int]) -> None: ...
@@ -85,6 +85,7 @@ class NativeEngine:
         make = SharedDecoder if self.policy.layout == "shared" else PlainDecoder
         self.decoder: Decoder = make(self.policy)
         self._flights: dict[str, _Flight] = {}
+        self._of_tree: dict[str, dict[str, Request]] = {}
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
         self._ready: deque[Sampled] = deque()
@@ -96,6 +97,10 @@ class NativeEngine:
         assert request.token_ids and request.n > 0 and request.sampling.max_tokens > 0
         self._checker(request.sampling.stop)
         self._flights[request.uid] = _Flight(request.n, request.n)
+        if request.branch is not None:
+            assert request.token_ids == request.branch.token_ids, f"request {request.uid} leaves its tree"
+            if self.decoder.refills:
+                self._of_tree.setdefault(request.branch.tree.uid, {})[request.uid] = request
         self._waiting.extend(_Row(request, i) for i in range(request.n))
 
     def cancel(self, uid: str) -> None:
@@ -104,6 +109,8 @@ class NativeEngine:
         if flight is None:
             return
         self._waiting = deque(row for row in self._waiting if row.request.uid != uid)
+        for of_tree in self._of_tree.values():
+            of_tree.pop(uid, None)
         self._ready = deque(sampled for sampled in self._ready if sampled.uid != uid)
         with torch.inference_mode():
             self._drop([i for i, row in enumerate(self._rows) if row.request.uid == uid])
@@ -169,13 +176,21 @@ class NativeEngine:
         new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         fresh: dict[str, Request] = {}
         for row in new:
-            flight = self._flights[row.request.uid]
-            if not flight.begun or not self.decoder.refills:
-                fresh[row.request.uid] = row.request
-            flight.begun = True
+            if row.request.uid not in fresh and not (self._flights[row.request.uid].begun and self.decoder.refills):
+                fresh |= self._beginning(row.request)
         if fresh:
-            self.decoder.begin([(uid, request.token_ids) for uid, request in fresh.items()])
+            branches = {uid: request.branch for uid, request in fresh.items() if request.branch is not None}
+            self.decoder.begin([(uid, request.token_ids) for uid, request in fresh.items()], branches)
         return new
+
+    def _beginning(self, request: Request) -> dict[str, Request]:
+        """What begins with a request: itself and, where it goes on from a tree, whatever else waits to do so."""
+        found = {request.uid: request}
+        if request.branch is not None and self.decoder.refills:
+            found |= self._of_tree.pop(request.branch.tree.uid)
+        for uid in found:
+            self._flights[uid].begun = True
+        return found
 
     def _draw(self, logits_RV: Tensor) -> None:
         """Draw a token for every live row; outputs that end with it become ready."""

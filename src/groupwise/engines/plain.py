@@ -5,7 +5,8 @@ spaces, linear attention, sparse attention) is decoded by running the whole row 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 from groupwise.models.policy import Policy
 from groupwise.models.precision import wide_dtype
 from groupwise.models.rows import CachedRows, whole_rows
+from groupwise.types import Branch
+
+NONE: Mapping[str, Branch] = MappingProxyType({})
 
 
 class PlainDecoder:
@@ -26,8 +30,9 @@ class PlainDecoder:
         self.rows: list[list[int]] = []
         self.cache: CachedRows | None = None
 
-    def begin(self, prompts: Sequence[tuple[str, Sequence[int]]]) -> None:
-        """Compute `(uid, token_ids)` prompts, each once; only when no row is live."""
+    def begin(self, prompts: Sequence[tuple[str, Sequence[int]]], branches: Mapping[str, Branch] = NONE) -> None:
+        """Compute `(uid, token_ids)` prompts, each once; only when no row is live. `branches` tell what prompts have in
+        common, of which nothing is made here."""
         assert not self.rows
         self.tokens = {uid: list(ids) for uid, ids in prompts}
         rows = list(self.tokens.values())

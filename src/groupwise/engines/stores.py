@@ -1,13 +1,15 @@
 """Key/value stores of decoding, and the attention of a step over them.
 
-Per layer there is one store for prompts `[slots, H_kv, P, d]` and one for outputs `[rows, H_kv, C, d]`. A step computes
-scores against both apart, a prompt's for all its rows in one product, and takes one softmax over them.
+Per layer there is one store for prompts `[slots, H_kv, P, d]` and one for outputs `[rows, H_kv, C, d]`; where rows go
+on from inside outputs that are there already, those have a store between the two. A step computes scores against each
+apart, those of a shared entry for all its rows in one product, and takes one softmax over them.
 
-Index arrays: `R` live rows, `Q` live prompts, `M` rows of a prompt, `H_kv` heads of keys, `r` heads that share keys."""
+Index arrays: `R` live rows, `Q` live entries of a shared store, `M` rows of an entry, `H_kv` heads of keys, `r` heads
+that share keys."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,12 +61,69 @@ class Store:
         for key, value in self.layers.values():
             key[target], value[target] = key[source], value[source]
 
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two entries."""
+        for pair in self.layers.values():
+            for stored in pair:
+                stored[[one, other]] = stored[[other, one]]
+
+
+class Shared:
+    """A store of what rows share, each entry with a name and a length. Live entries are the first ones: the last takes
+    the place of what is freed."""
+
+    def __init__(self) -> None:
+        self.store = Store()
+        self.names: list[Hashable] = []
+        self.lengths: list[int] = []
+
+    def reserve(self, lengths: Sequence[int]) -> None:
+        """Make room for entries behind the live ones."""
+        self.store.reserve(len(self.names) + len(lengths), max(lengths))
+
+    def add(self, names: Sequence[Hashable], lengths: Sequence[int]) -> int:
+        """Name entries behind the live ones; returns the place of the first."""
+        first = len(self.names)
+        self.reserve(lengths)
+        self.names += names
+        self.lengths += lengths
+        return first
+
+    def free(self, name: Hashable) -> None:
+        """Forget an entry."""
+        slot, last = self.names.index(name), len(self.names) - 1
+        if slot != last:
+            self.store.move(slot, last)
+            self.names[slot], self.lengths[slot] = self.names[last], self.lengths[last]
+        self.names.pop()
+        self.lengths.pop()
+
+    def level(self, names: Sequence[Hashable], seen: Sequence[int], device: torch.device) -> Level:
+        """How a step looks at it: per row, the name of its entry and how many of its tokens the row sees; None and 0
+        for a row that uses none. Entries that no row uses now move behind those that are used, and cost nothing."""
+        used = {name for name in names if name is not None}
+        holes = [slot for slot, name in enumerate(self.names[: len(used)]) if name not in used]
+        if holes:
+            behind = [slot for slot in range(len(used), len(self.names)) if self.names[slot] in used]
+            for hole, slot in zip(holes, behind, strict=True):
+                self._swap(hole, slot)
+        slot_of = {name: slot for slot, name in enumerate(self.names[: len(used)])}
+        fold = Fold.of([0 if name is None else slot_of[name] for name in names], len(used), device)
+        reach = max(seen)
+        return Level(self.store, fold, torch.tensor(seen, device=device), reach, min(seen) < reach)
+
+    def _swap(self, one: int, other: int) -> None:
+        self.store.swap(one, other)
+        self.names[one], self.names[other] = self.names[other], self.names[one]
+        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
+
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows gathered by prompt, `[Q, M]`, and back: a group's queries meet its prompt's keys in one product.
+    """Rows gathered by the entry that they share, `[Q, M]`, and back: a group's queries meet its prompt's keys in one
+    product.
 
-    `place_R` is where row `r` stands in the flat `row_QM`, which is padded by row 0. Where every prompt has as many
+    `place_R` is where row `r` stands in the flat `row_QM`, which is padded by row 0. Where every entry has as many
     rows as the others, in order, the fold is `even`: a view.
     """
 
@@ -73,9 +132,9 @@ class Fold:
     even: bool = False
 
     @classmethod
-    def of(cls, slots: Sequence[int], prompts: int, device: torch.device) -> Fold:
-        """Rows whose prompts are in `slots`, of `prompts` live ones."""
-        members: list[list[int]] = [[] for _ in range(prompts)]
+    def of(cls, slots: Sequence[int], live: int, device: torch.device) -> Fold:
+        """Rows whose entries are in `slots`, of `live` ones."""
+        members: list[list[int]] = [[] for _ in range(live)]
         place = []
         for row, slot in enumerate(slots):
             place.append((slot, len(members[slot])))
@@ -87,11 +146,6 @@ class Fold:
             even=[row for rows in padded for row in rows] == list(range(len(slots))),
         )  # fmt: skip
 
-    @property
-    def slot_R(self) -> Tensor:
-        """The prompt of each row."""
-        return self.place_R // self.row_QM.shape[1]
-
     def place_of(self, width: int) -> Tensor:
         """The places in a fold of the same rows that is `width` wide."""
         own = self.row_QM.shape[1]
@@ -99,8 +153,8 @@ class Fold:
 
     def gather(self, rows: Tensor) -> Tensor:
         """`[R, H_kv, r, X] -> [Q, H_kv, M * r, X]`."""
-        of_prompt: Tensor = rows.unflatten(0, self.row_QM.shape) if self.even else rows[self.row_QM]
-        return of_prompt.transpose(1, 2).flatten(2, 3)
+        of_entry: Tensor = rows.unflatten(0, self.row_QM.shape) if self.even else rows[self.row_QM]
+        return of_entry.transpose(1, 2).flatten(2, 3)
 
     def spread(self, folded: Tensor) -> Tensor:
         """The way back: `[Q, H_kv, M * r, X] -> [R, H_kv, r, X]`."""
@@ -108,52 +162,57 @@ class Fold:
         return rows if self.even else rows[self.place_R]
 
 
-class Prompts(NamedTuple):
-    """The live prompts: their lengths `[Q]`, how far the store is looked at, and whether lengths differ."""
+class Level(NamedTuple):
+    """What rows share of one kind: the store, how rows fold over its entries, how many tokens of its entry each row
+    sees `[R]`, how far the store is looked at, and whether some rows see less."""
 
-    length_Q: Tensor
+    store: Store
+    fold: Fold
+    seen_R: Tensor
     reach: int
     ragged: bool
 
+    def stored(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the live entries, `[Q, H_kv, reach, d]`."""
+        key, value = self.store.layers[layer]
+        live = len(self.fold.row_QM)
+        return key[:live, :, : self.reach], value[:live, :, : self.reach]
+
 
 class Outputs(NamedTuple):
-    """The live outputs: their lengths `[R]` before the step, how far the store is looked at, whether lengths differ."""
+    """The live outputs: their store, their lengths `[R]` before the step, how far the store is looked at, and whether
+    lengths differ."""
 
+    store: Store
     length_R: Tensor
     reach: int
     ragged: bool
 
 
-class Stores(NamedTuple):
-    """Both kinds."""
-
-    prompts: Store
-    outputs: Store
-
-
 class Step:
-    """One decoding step's attention: each row's own tokens and its prompt's under one softmax."""
+    """One decoding step's attention: what each row shares, level by level, and its own tokens, under one softmax."""
 
-    def __init__(self, stores: Stores, fold: Fold, prompts: Prompts, outputs: Outputs) -> None:
-        self.stores, self.fold, self.prompts, self.outputs = stores, fold, prompts, outputs
+    def __init__(self, levels: Sequence[Level], outputs: Outputs) -> None:
+        self.levels, self.outputs = levels, outputs
         self._hidden: dict[int | None, Tensor | None] = {}
         self._places: dict[tuple[int, int], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         rows, heads, _, width = query.shape
         own_k, own_v = self._write(layer, key, value)
-        live, reach = len(self.prompts.length_Q), self.prompts.reach
-        prompt_k, prompt_v = (stored[:live, :, :reach] for stored in self.stores.prompts.layers[layer])
+        shared = [(level.fold, *level.stored(layer)) for level in self.levels]
         scaled = (query[:, :, 0] * options.scale).view(rows, key.shape[1], -1, width)
-        prompt_scores = self.fold.gather(scaled) @ prompt_k.transpose(-1, -2)
-        parts = [self.fold.spread(prompt_scores), scaled @ own_k.transpose(-1, -2)]
+        parts = [fold.spread(fold.gather(scaled) @ k.transpose(-1, -2)) for fold, k, _ in shared]
+        parts.append(scaled @ own_k.transpose(-1, -2))
         weights = self._weights(wide(torch.cat(parts, -1)), options).to(value.dtype)
-        out = wide(weights[..., reach:] @ own_v)
-        out += self.fold.spread(self.fold.gather(weights[..., :reach]) @ prompt_v)
+        *of_shared, of_own = weights.split([part.shape[-1] for part in parts], -1)
+        out = wide(of_own @ own_v)
+        for (fold, _, v), part in zip(shared, of_shared, strict=True):
+            out += fold.spread(fold.gather(part) @ v)
         return out.view(rows, 1, heads, -1).to(query.dtype)
 
     def _weights(self, scores: Tensor, options: Options) -> Tensor:
-        """The softmax of `[R, H_kv, r, P + C]`; sinks take part in its denominator only."""
+        """The softmax of `[R, H_kv, r, columns]`; sinks take part in its denominator only."""
         if options.softcap is not None:
             scores = scores.div_(options.softcap).tanh_().mul_(options.softcap)
         hidden = self._what_is_hidden(options.window)
@@ -167,7 +226,7 @@ class Step:
     def _write(self, layer: int, key: Tensor, value: Tensor) -> list[Tensor]:
         """Put each row's new key and value behind its others; returns what the rows have then, `[R, H_kv, C, d]`."""
         rows, found = len(key), []
-        for stored, new in zip(self.stores.outputs.at(layer, key, value), (key, value), strict=True):
+        for stored, new in zip(self.outputs.store.at(layer, key, value), (key, value), strict=True):
             if self.outputs.ragged:
                 kv_heads, room, width = stored.shape[1:]
                 place = self._place(kv_heads, room)
@@ -186,21 +245,25 @@ class Step:
         return self._places[kv_heads, room]
 
     def _what_is_hidden(self, window: int | None) -> Tensor | None:
-        """Columns that a row may not see, bool `[R, 1, 1, P + C]`; None where it may see all."""
+        """Columns that a row may not see, bool `[R, 1, 1, columns]`; None where it may see all."""
         if window not in self._hidden:
-            plain = not (self.prompts.ragged or self.outputs.ragged)
-            near = window is None or window >= self.prompts.reach + self.outputs.reach
+            parts: list[Level | Outputs] = [*self.levels, self.outputs]
+            plain = not any(part.ragged for part in parts)
+            near = window is None or window >= sum(part.reach for part in parts)
             self._hidden[window] = None if plain and near else self._build_hidden(window)
         return self._hidden[window]
 
     def _build_hidden(self, window: int | None) -> Tensor:
         length_R = self.outputs.length_R
-        prompt_R = self.prompts.length_Q[self.fold.slot_R]
-        column = torch.arange(max(self.prompts.reach, self.outputs.reach), device=length_R.device)
-        in_prompt, own = column[: self.prompts.reach], column[: self.outputs.reach]
-        hidden = torch.cat([in_prompt >= prompt_R[:, None], own > length_R[:, None]], 1)
-        if window is not None:
-            # Distances from the new token: it stands at `prompt + length`, what it made itself from `prompt` on.
-            far = [(prompt_R + length_R)[:, None] - in_prompt >= window, length_R[:, None] - own >= window]
-            hidden |= torch.cat(far, 1)
-        return hidden[:, None, None]
+        parts = [*((level.reach, level.seen_R) for level in self.levels), (self.outputs.reach, length_R + 1)]
+        column = torch.arange(max(reach for reach, _ in parts), device=length_R.device)
+        # From the new token back to the first one of the part: it stands behind all that its row shares.
+        distance_R = length_R + sum(level.seen_R for level in self.levels)
+        hidden = []
+        for reach, seen_R in parts:
+            unseen = column[:reach] >= seen_R[:, None]
+            if window is not None:
+                unseen |= distance_R[:, None] - column[:reach] >= window
+                distance_R = distance_R - seen_R
+            hidden.append(unseen)
+        return torch.cat(hidden, 1)[:, None, None]

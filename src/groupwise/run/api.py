@@ -1,4 +1,4 @@
-"""What the command line and Python call: train, plan, doctor, resume, evaluate, sample, export."""
+"""What the command line and Python call: train, plan, doctor, resume, evaluate, sample, label, export."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from groupwise.types import Completion, Message, Request
 from groupwise.watch.terminal import Mode
 
 if TYPE_CHECKING:
+    from groupwise.run.label import LabelResult
     from groupwise.run.plan import Plan
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
@@ -165,6 +166,35 @@ def sample(
         return list(generate(open_engine(job, model, closing), [Request("sample", token_ids, n, sampling, seed)])[0])
 
 
+def label(
+    target: str | Path | None = None, *, output: str | Path, model: str | Path | None = None, data: Rows | None = None,
+    reward: Functions = None, which: str = "base", overrides: Sequence[str] = (),
+    say: Callable[[str], None] | None = None, trust_remote_code: bool = False, **ask: Any,
+) -> LabelResult:  # fmt: skip
+    """Label the steps of outputs by continuations from the end of each, into the file `output` (`.jsonl`).
+
+    The outputs are those of a run (`target` without `data`), those that rows bring (`completion` or `outputs`), or are
+    sampled. What goes on is a run's weights (`which`: base, latest or best) or a job's model. A file that was begun by
+    the same call is continued. `ask` is `n`, `soft`, `limit`, `pattern`: see `Ask`. `say` takes a line per block.
+    Raises GroupwiseError.
+    """
+    from groupwise.run.label import Ask, write_labels
+
+    given, named = _hand_over(data, None, reward, None, trust_remote_code)
+    named |= {"model": model}
+    job, opened, saved = _opened(target, overrides, which, given, named)
+    _narrow(opened)
+    run = RunFolder(Path(target)) if target is not None and Path(target).is_dir() and data is None else None
+    completer = {
+        "model": opened.source, "revision": job.model.revision, "step": saved.step if saved else 0,
+        "commit": getattr(opened.loaded.policy.model.config, "_commit_hash", None),
+    }  # fmt: skip
+    return write_labels(
+        job, Ask(**ask), opened, given, Path(output), run=run, completer=completer,
+        say=say or _to_stderr,
+    )  # fmt: skip
+
+
 def export(run: str | Path, target: str | Path, *, which: str = "latest", trust_remote_code: bool = False) -> Path:
     """Write a run's weights (`which`: latest, best or base) as a Hugging Face folder and return it.
 
@@ -250,15 +280,16 @@ def _refuse_other_iterations(old: Job, new: Job, saved: Checkpoint | None) -> No
 
 
 def _opened(
-    target: str | Path, overrides: Sequence[str], which: str, given: Given, named: Mapping[str, Any]
+    target: str | Path | None, overrides: Sequence[str], which: str, given: Given, named: Mapping[str, Any]
 ) -> tuple[Job, Model, Checkpoint | None]:
-    """A job and its model, with a run's weights where the target is a run, and the checkpoint that they are from."""
+    """A job (None: the embedded one) and its model, with a run's weights where the target is a run, and the checkpoint
+    that they are from."""
     if which not in WHICH:
         raise ConfigError(f"There are no weights called {which!r}: name {', '.join(WHICH)}.")
-    if not Path(target).exists() and str(target) not in recipe_names():
+    if target is not None and not Path(target).exists() and str(target) not in recipe_names():
         raise ConfigError(f"{target} is no run folder, no job file and no recipe ({', '.join(recipe_names())}).")
-    in_run = Path(target).is_dir()
-    folder = RunFolder.open(Path(target)) if in_run else RunFolder(Path(target))
+    in_run = target is not None and Path(target).is_dir()
+    folder = RunFolder.open(Path(target or "")) if in_run else RunFolder(Path(target or ""))
     if which == "best" and not in_run:
         raise ConfigError(f"{target} is a job and no run, so it has no best weights.")
     job = load_job(folder.job if in_run else target, overrides, named).job
