@@ -36,7 +36,9 @@ Data = Annotated[
     typer.Option(metavar="FILE|DIR|ID", help="Prompts: .jsonl, .json, .csv, .parquet, a datasets folder or hub id."),
 ]
 EvalData = Annotated[str | None, typer.Option(metavar="FILE|DIR|ID", help="Held-out prompts, as --data takes them.")]
-Rewards = Annotated[list[str] | None, typer.Option("--reward", metavar="FILE.PY:NAME|model:DIR", help="May be given repeatedly.")]
+Rewards = Annotated[
+    list[str] | None, typer.Option("--reward", metavar="FILE.PY:NAME|model:DIR", help="May be given repeatedly.")
+]
 StepRewards = Annotated[
     list[str] | None, typer.Option("--step-reward", metavar="FILE.PY:NAME|model:DIR", help="Scores steps; repeatable.")
 ]

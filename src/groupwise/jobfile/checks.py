@@ -6,7 +6,16 @@ import re
 from collections.abc import Iterator, Mapping
 from math import inf
 
-from groupwise.config import BUILTIN, EvalSection, Job, ObjectiveSection, ProcessSection, RewardSection, SamplingSection, TrainSection
+from groupwise.config import (
+    BUILTIN,
+    EvalSection,
+    Job,
+    ObjectiveSection,
+    ProcessSection,
+    RewardSection,
+    SamplingSection,
+    TrainSection,
+)
 from groupwise.errors import ConfigError
 
 REASONS = {

@@ -110,16 +110,16 @@ class Codec:
         if isinstance(content, str):
             return content
         prefilled = bool(content) and content[-1].get("role") == "assistant"
-        return self._templated(content, add_generation_prompt=not prefilled, continue_final_message=prefilled)
+        return self._templated(content, asked=not prefilled, left_open=prefilled)
 
     def render_whole(self, messages: Sequence[Message]) -> str:
         """The text of a conversation that is over: its last message is closed, and no answer is asked for.
 
         Raises as `render` does.
         """
-        return self._templated(messages, add_generation_prompt=False, continue_final_message=False)
+        return self._templated(messages, asked=False, left_open=False)
 
-    def _templated(self, messages: Sequence[Message], **how: bool) -> str:
+    def _templated(self, messages: Sequence[Message], *, asked: bool, left_open: bool) -> str:
         if self.tokenizer.chat_template is None and "chat_template" not in self._template_options:
             raise ModelError(
                 "The prompts are messages, but the tokenizer has no chat template. Use a chat model, put a"
@@ -127,7 +127,13 @@ class Codec:
             )
         try:
             return str(
-                self.tokenizer.apply_chat_template(list(messages), tokenize=False, **how, **self._template_options)
+                self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=asked,
+                    continue_final_message=left_open,
+                    **self._template_options,
+                )
             )
         except Exception as error:  # a template is somebody's program: it may raise anything
             raise DataError(f"The chat template refuses the messages {shown(messages)}: {one_line(error)}") from error

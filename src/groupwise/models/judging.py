@@ -1,7 +1,7 @@
 """What reward models read: outputs and steps as text, and the rows of token ids that they become.
 
-A text is encoded by the reward model's own tokenizer, whatever tokens it was sampled as. Each step is encoded by itself,
-so that no token lies across the end of a step, and is judged at its last token."""
+A text is encoded by the reward model's own tokenizer, whatever tokens it was sampled as. Each step is encoded by
+itself, so that no token lies across the end of a step, and is judged at its last token."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class StepEncoder:
         after = self.codec.encode_text(self.separator)
         pieces = [self.codec.encode_prompt(judged.prompt)]
         pieces += [self.codec.encode_text(bare(text, self.separator)) + after for text in judged.texts]
-        first, *ends = accumulate(map(len, pieces))
+        ends = list(accumulate(map(len, pieces)))[1:]
         return Row(tuple(token for piece in pieces for token in piece), tuple(end - 1 for end in ends))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,7 +26,14 @@ from groupwise.disk import write_atomic
 from groupwise.errors import DataError, ModelError
 from groupwise.models.codec import Codec
 from groupwise.models.judging import Encoder, Judged, OutputEncoder, Row, StepEncoder, TagEncoder, Tags
-from groupwise.models.load import choose_device, context_length, load_config, quiet_transformers, read_weights, source_dtype
+from groupwise.models.load import (
+    choose_device,
+    context_length,
+    load_config,
+    quiet_transformers,
+    read_weights,
+    source_dtype,
+)
 from groupwise.models.policy import silence_dropout
 from groupwise.models.precision import wide
 from groupwise.wording import one_line
@@ -73,7 +80,8 @@ class RewardModel:
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def encode(self, judged: Judged) -> Row:
         """The row of an output or of steps. Raises DataError where it is too long, empty, or refused."""
@@ -156,7 +164,8 @@ def load_reward_model(
     encoder: Encoder = OutputEncoder(codec)
     if kind == "process":
         encoder = TagEncoder(codec, tags) if tagged and tags else StepEncoder(codec, card.get("separator", SEPARATOR))
-    model = model.to(choose_device(device), dtype).requires_grad_(False)
+    for parameter in nn.Module.to(model, choose_device(device)).requires_grad_(False).parameters():
+        parameter.data = parameter.data.to(dtype)  # buffers such as rotary frequencies would lose too much
     limit, version = context_length(model.config), int(card.get("version", 0))
     return RewardModel(model, codec, kind, encoder, source=source.path, version=version, limit=limit)
 
@@ -175,7 +184,7 @@ def new_reward_model(
     auto, _, labels = _CLASSES[kind]
     if _is_of(config, kind):
         _check_kind(source.path, config, kind)
-    with quiet_transformers(), torch.random.fork_rng():
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, missing, _ = read_weights(
             auto, source.path, source.revision, source.trust_remote_code, num_labels=labels
@@ -196,8 +205,9 @@ def new_reward_model(
     separator = card.get("separator", SEPARATOR) if separator is None else separator
     encoder: Encoder = OutputEncoder(codec) if kind == "outcome" else StepEncoder(codec, separator)
     limits = [limit for limit in (max_length, context_length(config)) if limit is not None]
+    nn.Module.to(model, choose_device(device))
     return RewardModel(
-        model.to(choose_device(device)), codec, kind, encoder, source=source.path,
+        model, codec, kind, encoder, source=source.path,
         version=int(card.get("version", 0)), limit=min(limits, default=None), stored_dtype=source_dtype(config),
     )  # fmt: skip
 

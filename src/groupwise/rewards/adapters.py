@@ -214,7 +214,7 @@ def load_reward(
     timeout: float = 60.0,
     output_timeout: float = 10.0,
     log: Path | None = None,
-    models: ModelOptions = ModelOptions(),  # noqa: B008 - frozen
+    models: ModelOptions = ModelOptions(),
 ) -> Reward:
     """The reward that `spec` names, loaded and ready.
 

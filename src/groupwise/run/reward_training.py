@@ -82,6 +82,10 @@ class RewardData:
     trust_remote_code: bool = False
 
 
+NOTHING = RewardData()
+"""Everything is named by the job."""
+
+
 @dataclass
 class _Session:
     """One run under way."""
@@ -125,7 +129,7 @@ class _Session:
         self.watch.terminal.say(f"resumed after update {saved.step} of {self.progress.total}")
 
 
-def train_reward_model(job: RewardModelJob, *, given: RewardData = RewardData(), show: Mode = "auto") -> RewardResult:  # noqa: B008
+def train_reward_model(job: RewardModelJob, *, given: RewardData = NOTHING, show: Mode = "auto") -> RewardResult:
     """Train a reward model in a new run folder; it is saved as a Hugging Face folder, `RUN/model`.
 
     Raises GroupwiseError where the job cannot be run.
@@ -137,7 +141,7 @@ def train_reward_model(job: RewardModelJob, *, given: RewardData = RewardData(),
 
 
 def resume_reward_model(
-    run: str | Path, *, overrides: Sequence[str] = (), given: RewardData = RewardData(), show: Mode = "auto"  # noqa: B008
+    run: str | Path, *, overrides: Sequence[str] = (), given: RewardData = NOTHING, show: Mode = "auto"
 ) -> RewardResult:  # fmt: skip
     """Continue a reward model's run from its last whole checkpoint, as if it had not been interrupted.
 
@@ -225,7 +229,7 @@ def _train(session: _Session) -> None:
 
 
 def save_model(learner: RewardLearner, target: Path, card: str = "") -> None:
-    """Write a learner's reward model as a Hugging Face folder, tokenizer and separator beside it, in place of what was there.
+    """Write a learner's reward model as a Hugging Face folder, with tokenizer and separator; an older one is replaced.
 
     Raises RunFolderError where it cannot be written.
     """

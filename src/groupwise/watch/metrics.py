@@ -107,10 +107,14 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
         ),
     ),
     "Reward models": (
-        Metric("rewards/<name>/version", "versions", "Version of the reward model that scored: its rounds of training."),
+        Metric(
+            "rewards/<name>/version", "versions", "Version of the reward model that scored: its rounds of training."
+        ),
         Metric("rewards/<name>/unread", "outputs", "Outputs too long for the reward model, or refused: not scored."),
         Metric("step_rewards/<name>/version", "versions", "Version of the reward model that scored the steps."),
-        Metric("step_rewards/<name>/unread", "outputs", "Outputs whose steps the reward model cannot read: not scored."),
+        Metric(
+            "step_rewards/<name>/unread", "outputs", "Outputs whose steps the reward model cannot read: not scored."
+        ),
         Metric("reward_model/loss", "loss", "Mean loss of the update's labels or pairs, before the update."),
         Metric("reward_model/accuracy", "share", "Labels or pairs of the update judged right, before the update."),
         Metric("reward_model/grad_norm", "norm", "Norm of the reward model's gradient before it is clipped."),

@@ -162,14 +162,14 @@ def _grid(progress: Progress, width: int) -> Table:
         ("grad norm", number(latest.get(f"{judge}grad_norm"))),
         ("no spread", percent(latest.get("frac_reward_zero_std"))),
     )
-    cells = tuple(cell for cell in cells if not judge or cell[1] != ABSENT)
+    shown = [cell for cell in cells if not judge or cell[1] != ABSENT]
     columns = max(1, min(3, width // 22))
     table = Table.grid(padding=(0, 1, 0, 0))
     for _ in range(columns):
         table.add_column(style="dim", no_wrap=True, min_width=9)
         table.add_column(no_wrap=True, min_width=width // columns - 11)
-    for start in range(0, len(cells), columns):
-        table.add_row(*(text for cell in cells[start : start + columns] for text in cell))
+    for start in range(0, len(shown), columns):
+        table.add_row(*(text for cell in shown[start : start + columns] for text in cell))
     return table
 
 
