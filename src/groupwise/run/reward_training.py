@@ -157,12 +157,12 @@ def resume_reward_model(
         warnings: list[str] = []
         saved = checkpoint.latest(folder.checkpoints, warnings.append)
         folder.cut_back(saved.step if saved else None)
-        return _run(new, folder, given, show, clock, saved, warnings)
+        return _run(new, folder, given, show, clock, saved, warnings=warnings)
 
 
 def _run(
     job: RewardModelJob, folder: RunFolder, given: RewardData, show: Mode, clock: Clock, saved: Checkpoint | None,
-    warnings: Sequence[str] = (),
+    *, warnings: Sequence[str] = (),
 ) -> RewardResult:  # fmt: skip
     transformers.utils.logging.disable_progress_bar()
     train, held_out = _examples(job, given)
@@ -212,8 +212,8 @@ def _rest(session: _Session, saved: Checkpoint | None, terminal: Terminal) -> Re
 def _train(session: _Session) -> None:
     """The updates that are left, with their events, evaluations and checkpoints; then the model's folder."""
     job, progress, learner = session.job, session.progress, session.learner
-    updates = learner.updates(session.train) if progress.step < progress.total else iter(())
-    for step in progress.steps():
+    updates = learner.updates(session.train)
+    for step in (step for _ in progress.iterations() for step in progress.steps()):
         with session.watch.step(step) as record:
             with record.time("update"):
                 metrics = next(updates)
