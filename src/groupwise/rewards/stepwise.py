@@ -93,7 +93,12 @@ def load_step_reward(
         from groupwise.rewards.model import ModelStepReward
 
         return ModelStepReward(open_reward_model(spec, "process", models))
-    return FunctionStepReward(load_stepwise(spec, place="step_rewards", kind="step reward function", **limits))
+    calls = load_stepwise(spec, place="step_rewards", kind="step reward function", **limits)
+    try:
+        return FunctionStepReward(calls)
+    except RewardError:
+        calls.close()  # its process has been started
+        raise
 
 
 class StepScorer:
