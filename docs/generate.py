@@ -4,9 +4,23 @@ import json
 from pathlib import Path
 
 from groupwise import jobfile
+from groupwise.jobfile import reward_model
+from groupwise.watch import metrics
+
+KEYS = "<!-- Written by docs/generate.py from src/groupwise/jobfile/reward_model.py. -->", "<!-- end of keys -->"
+
+
+def reward_models() -> str:
+    """The page on reward models with its table of keys made anew; the rest of it is written by hand."""
+    page = Path(__file__).with_name("reward-models.md").read_text(encoding="utf-8")
+    start, end = page.index(KEYS[0]) + len(KEYS[0]), page.index(KEYS[1])
+    return f"{page[:start]}\n\n{reward_model.reference()}\n{page[end:]}"
+
 
 PAGES = {
     "configuration.md": jobfile.reference,
+    "metrics.md": metrics.document,
+    "reward-models.md": reward_models,
     "job.schema.json": lambda: json.dumps(jobfile.json_schema(), indent=2) + "\n",
 }
 

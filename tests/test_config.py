@@ -6,7 +6,7 @@ KNOBS = {
     "": "schema_version run seed",
     "model": "path revision device dtype layout gradient_checkpointing",
     "data": "path revision subset split prompt_column chat_template_kwargs max_prompt_length long_prompts shuffle",
-    "reward": "functions weights step_functions step_weights timeout output_timeout",
+    "reward": "functions weights step_functions step_weights timeout output_timeout device step_tags",
     "process": "segmenter pattern token_ids function",
     "sampling": "num_generations temperature max_completion_length min_completion_length top_p top_k min_p stop"
     " max_live_outputs",

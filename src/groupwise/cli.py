@@ -14,6 +14,7 @@ from groupwise import __version__
 from groupwise.errors import ConfigError, GroupwiseError
 from groupwise.jobfile import json_schema, load_job, template
 from groupwise.jobfile import show as show_job
+from groupwise.jobfile.reward_model import is_reward_model_run, load_reward_job
 
 if TYPE_CHECKING:
     from groupwise.watch.terminal import Mode
@@ -22,6 +23,9 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Group Relative Policy Optimization for language models.",
 )  # fmt: skip
+
+reward_models = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Reward models: train one.")
+app.add_typer(reward_models, name="reward-model")
 
 JobFile = Annotated[str | None, typer.Argument(metavar="JOB", help="A job file or a recipe's name.")]
 Target = Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder, a job file or a recipe's name.")]
@@ -32,9 +36,11 @@ Data = Annotated[
     typer.Option(metavar="FILE|DIR|ID", help="Prompts: .jsonl, .json, .csv, .parquet, a datasets folder or hub id."),
 ]
 EvalData = Annotated[str | None, typer.Option(metavar="FILE|DIR|ID", help="Held-out prompts, as --data takes them.")]
-Rewards = Annotated[list[str] | None, typer.Option("--reward", metavar="FILE.PY:NAME", help="May be given repeatedly.")]
+Rewards = Annotated[
+    list[str] | None, typer.Option("--reward", metavar="FILE.PY:NAME|model:DIR", help="May be given repeatedly.")
+]
 StepRewards = Annotated[
-    list[str] | None, typer.Option("--step-reward", metavar="FILE.PY:NAME", help="Scores steps; repeatable.")
+    list[str] | None, typer.Option("--step-reward", metavar="FILE.PY:NAME|model:DIR", help="Scores steps; repeatable.")
 ]
 Run = Annotated[str | None, typer.Option(metavar="DIR", help="The run folder.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, as in train.steps=10.")]
@@ -84,6 +90,15 @@ def resume(
     quiet: Quiet = False, json_: Json = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Continue a run exactly where it was interrupted."""
+    if is_reward_model_run(Path(run)):
+        if fork:
+            raise ConfigError(f"{run} trains a reward model, which is not forked: start a new run with its --model.")
+        from groupwise.run import reward_training
+
+        given = reward_training.RewardData(trust_remote_code=trust_remote_code)
+        found = reward_training.resume_reward_model(run, overrides=set_ or (), given=given, show=_mode(quiet, json_))
+        _exit(found.stopped_by)
+        return
     from groupwise.run import api
 
     result = api.resume(
@@ -233,6 +248,30 @@ def init(path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to wri
     except OSError as error:
         raise ConfigError(f"The job file {path} cannot be written: {error.strerror}. Name another one.") from error
     typer.echo(f"wrote {path}; edit it, look at it with `groupwise show {path}`, run it with `groupwise train {path}`")
+
+
+@reward_models.callback()
+def _reward_model() -> None:
+    """Reward models."""
+
+
+@reward_models.command("train")
+def train_reward_model(
+    kind: Annotated[str | None, typer.Option(metavar="outcome|process", help="Scores outputs, or steps.")] = None,
+    model: Model = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE|DIR|ID", help="Examples in TRL's columns.")] = None,
+    eval_data: Annotated[str | None, typer.Option(metavar="FILE|DIR|ID", help="Held-out examples.")] = None,
+    run: Run = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in epochs=2.")] = None,
+    quiet: Quiet = False, json_: Json = False, trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Train a reward model on labels or preferences."""
+    options = {"kind": kind, "model": model, "data": data, "eval_data": eval_data, "run": run}
+    job = load_reward_job(options, set_ or ())
+    from groupwise.run import reward_training
+
+    given = reward_training.RewardData(trust_remote_code=trust_remote_code)
+    _exit(reward_training.train_reward_model(job, given=given, show=_mode(quiet, json_)).stopped_by)
 
 
 def _options(

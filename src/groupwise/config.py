@@ -89,8 +89,8 @@ class RewardSection(Section):
     """What scores an output."""
 
     functions: list[str] = Field(default_factory=lambda: [BUILTIN])
-    """`file.py:name` (run in a worker process), `package.module:name`, or `builtin:arithmetic`; none where steps alone
-    are scored."""
+    """`file.py:name` (run in a worker process), `package.module:name`, `model:DIR` (a reward model, or a hub id in its
+    place), or `builtin:arithmetic`; none where steps alone are scored."""
     weights: list[float] | None = None
     """One weight per function; the reward is their weighted sum. Default: 1 each."""
     step_functions: list[str] = Field(default_factory=list)
@@ -101,6 +101,11 @@ class RewardSection(Section):
     """Seconds that one call over a step's outputs may take before its worker is restarted."""
     output_timeout: float = _resumable(10.0, gt=0)
     """Seconds for an output that is tried alone after a batch failed or ran out of time."""
+    device: str | None = _resumable(None, pattern=r"^(auto|cpu|cuda(:\d+)?)$", examples=["cpu", "cuda:1"])
+    """Where reward models compute; default: where the policy does."""
+    step_tags: list[str] | None = None
+    """For a causal model that was trained to say a word after each step: the tag that ends a step, the words for right
+    and for wrong, as `["ки", "+", "-"]` of Math-Shepherd."""
 
 
 class ProcessSection(Section):

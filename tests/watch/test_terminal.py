@@ -283,3 +283,24 @@ def test_an_evaluation_tells_of_steps() -> None:
     out = io.StringIO()
     Plain(out, 120).write(BASELINE | {"eval/step_accuracy": 0.52, "eval/right_by_luck": 0.125})
     assert "accuracy 0.270  right_by_luck 0.125  step_accuracy 0.520  length 30.1" in out.getvalue()
+
+
+def test_a_reward_models_training_has_lines_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    update = {"reward_model/loss": 0.5, "reward_model/accuracy": 0.75, "reward_model/grad_norm": 2.0}
+    event = {"step": 3, **update, "reward_model/learning_rate": 2e-5, "time/step": 0.5}
+    held_out = {"reward_model/eval/accuracy": 0.9, "reward_model/eval/auc": 0.95}
+    terminal = make_terminal("plain", total_steps=20, title="demo")
+    terminal.write({"step": 0, **held_out, "time/step": 0.1})
+    terminal.write(event | held_out)
+    assert capsys.readouterr().out.splitlines() == [
+        "eval at step 0: accuracy 0.900  auc 0.950",
+        "step  3/20  loss  0.500  accuracy  0.750  grad   2.00  lr 2.00e-05  time  0.5 s",
+        "eval at step 3: accuracy 0.900  auc 0.950",
+    ]
+    svg = draw_svg([{"step": 0, **held_out}, event | held_out], total_steps=20, title="demo").replace("&#160;", " ")
+    assert "accuracy  " in svg
+    assert "accuracy, from 0.900" in svg
+    assert "tokens/s" not in svg
+    inside = EVENT | {"reward_model/loss": 0.5}
+    terminal.write(inside)
+    assert "reward  0.797" in capsys.readouterr().out, "inside a policy's run the step is the policy's"

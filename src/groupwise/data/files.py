@@ -237,7 +237,7 @@ def _prompt(row: object, index: int, column: str, codec: Codec, where: str) -> P
     if column not in row:
         columns = ", ".join(map(repr, row)) or "none at all"
         raise DataError(f"{where} has no column {column!r}; it has {columns}. Set data.prompt_column to the right one.")
-    content = _content(row[column], f"{where}, column {column!r}")
+    content = as_content(row[column], f"{where}, column {column!r}")
     try:
         token_ids = codec.encode_prompt(content)
     except DataError as error:
@@ -247,7 +247,7 @@ def _prompt(row: object, index: int, column: str, codec: Codec, where: str) -> P
     return Prompt(str(index), content, token_ids, {key: value for key, value in row.items() if key != column})
 
 
-def _content(value: Any, where: str) -> str | list[Message]:
+def as_content(value: Any, where: str) -> str | list[Message]:
     """A prompt as the codec takes it: a string, or a list of messages (also as a numpy array, as pandas holds it)."""
     if isinstance(value, str) and value:
         return value

@@ -6,7 +6,16 @@ import re
 from collections.abc import Iterator, Mapping
 from math import inf
 
-from groupwise.config import BUILTIN, EvalSection, Job, ObjectiveSection, ProcessSection, SamplingSection, TrainSection
+from groupwise.config import (
+    BUILTIN,
+    EvalSection,
+    Job,
+    ObjectiveSection,
+    ProcessSection,
+    RewardSection,
+    SamplingSection,
+    TrainSection,
+)
 from groupwise.errors import ConfigError
 
 REASONS = {
@@ -108,6 +117,7 @@ def _reward(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
                     f'`reward.{key}` has "{function}", which does not say where and what. '
                     "Write file.py:name or package.module:name."
                 )
+    yield from _reward_models(section)
     for name, weights, functions in (
         ("weights", section.weights, section.functions),
         ("step_weights", section.step_weights, section.step_functions),
@@ -115,6 +125,26 @@ def _reward(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
         if weights is not None and len(weights) != len(functions):
             named = ", ".join(functions) or "that `reward` names: none"
             yield f"`reward.{name}` has {len(weights)} values for the functions {named}. Give one weight to each."
+
+
+def _reward_models(section: RewardSection) -> Iterator[str]:
+    """What is said of reward models where none is named."""
+    models = [name for name in (*section.functions, *section.step_functions) if name.startswith("model:")]
+    if section.device is not None and not models:
+        yield (
+            f'`reward.device` = "{section.device}" has no effect: it says where reward models compute, and none is '
+            "named. Name one, as in --reward model:DIR, or remove it."
+        )
+    if section.step_tags is not None and len(section.step_tags) != 3:
+        yield (
+            f"`reward.step_tags` has {len(section.step_tags)} entries. It takes three: the tag that ends a step, the "
+            'word for right and the word for wrong, as in ["ки", "+", "-"].'
+        )
+    if section.step_tags is not None and not any(name in models for name in section.step_functions):
+        yield (
+            "`reward.step_tags` has no effect where no reward model scores steps: name one, as in "
+            "--step-reward model:DIR, or remove it."
+        )
 
 
 def _credit(job: Job) -> Iterator[str]:

@@ -155,7 +155,15 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _from_override(text: str) -> Iterator[Setting]:
-    """`section.key=value`, the value as in TOML; what is not TOML but a bare word or path is a string."""
+    key, value = parse_override(text)
+    yield from _flatten(_nested(key, value), "--set")
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Key and value of `section.key=value`, the value as in TOML; a bare word or path that is no TOML is a string.
+
+    Raises ConfigError.
+    """
     key, equals, value = text.partition("=")
     key, value = key.strip(), value.strip()
     if not (key and equals and value):
@@ -171,7 +179,7 @@ def _from_override(text: str) -> Iterator[Setting]:
             f"--set {key} got `{value}`, which is not a TOML value. The shell takes quotes away, so put it in single "
             f"""quotes, as in --set '{key}=["a", "b"]'."""
         )
-    yield from _flatten(_nested(key, parsed["value"]), "--set")
+    return key, parsed["value"]
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

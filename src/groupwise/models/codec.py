@@ -109,24 +109,34 @@ class Codec:
         """
         if isinstance(content, str):
             return content
+        prefilled = bool(content) and content[-1].get("role") == "assistant"
+        return self._templated(content, asked=not prefilled, left_open=prefilled)
+
+    def render_whole(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation that is over: its last message is closed, and no answer is asked for.
+
+        Raises as `render` does.
+        """
+        return self._templated(messages, asked=False, left_open=False)
+
+    def _templated(self, messages: Sequence[Message], *, asked: bool, left_open: bool) -> str:
         if self.tokenizer.chat_template is None and "chat_template" not in self._template_options:
             raise ModelError(
                 "The prompts are messages, but the tokenizer has no chat template. Use a chat model, put a"
                 " chat_template.jinja into the model's folder, or give the prompts as plain strings."
             )
-        prefilled = bool(content) and content[-1].get("role") == "assistant"
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    list(content),
+                    list(messages),
                     tokenize=False,
-                    add_generation_prompt=not prefilled,
-                    continue_final_message=prefilled,
+                    add_generation_prompt=asked,
+                    continue_final_message=left_open,
                     **self._template_options,
                 )
             )
         except Exception as error:  # a template is somebody's program: it may raise anything
-            raise DataError(f"The chat template refuses the messages {shown(content)}: {one_line(error)}") from error
+            raise DataError(f"The chat template refuses the messages {shown(messages)}: {one_line(error)}") from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids as they spell it: spaces are not cleaned up, whatever the tokenizer's config says."""

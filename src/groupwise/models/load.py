@@ -66,12 +66,12 @@ def load_policy(
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"The model {path} is quantized, and such weights cannot be trained: use what it came from.")
-    with _quiet_transformers():
+    with quiet_transformers():
         findings = probe(config, trust_remote_code)
     if findings.unfit:
         raise ModelError(f"The model {path} ({config.model_type}) cannot be trained: {findings.unfit}.")
     chosen = choose_layout(layout, findings, path)
-    with _quiet_transformers():
+    with quiet_transformers():
         model, unused = _load_weights(path, chosen, revision, trust_remote_code)
     if gradient_checkpointing:
         checkpoint_gradients(model, path)
@@ -79,7 +79,7 @@ def load_policy(
     line = _describe(policy, findings, layout, compute)
     if unused:
         line += f"; {len(unused)} weights of the folder are not used ({', '.join(unused[:3])})"
-    return LoadedPolicy(policy, line, compute, _source_dtype(config), context_length(config))
+    return LoadedPolicy(policy, line, compute, source_dtype(config), context_length(config))
 
 
 def choose_device(name: str) -> torch.device:
@@ -135,15 +135,17 @@ def checkpoint_gradients(model: PreTrainedModel, path: str) -> None:
     enable({"use_reentrant": False})
 
 
-def _load_weights(
-    path: str, layout: LayoutName, revision: str | None, trust_remote_code: bool
-) -> tuple[PreTrainedModel, list[str]]:
-    """The model in float32, and the names of stored weights that it has no place for."""
-    attention: dict[str, Any] = {"attn_implementation": NAME} if layout == "shared" else {}
+def read_weights(
+    auto_class: Any, path: str, revision: str | None, trust_remote_code: bool, **options: Any
+) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """A model in float32, the names of weights that the folder lacks, and of those that the model has no place for.
+
+    `auto_class` is one of transformers' `AutoModelFor...`. Raises ModelError.
+    """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class.from_pretrained(
             path, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code,
-            output_loading_info=True, ignore_mismatched_sizes=True, **attention,
+            output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
     except Exception as error:
         # Named boundary, as above.
@@ -155,17 +157,25 @@ def _load_weights(
             f"The weights of {path} do not fit its config.json: {name} is stored as {list(stored)}, and the "
             f"configuration asks for {list(wanted)} (and {len(report['mismatched_keys']) - 1} more)."
         )
-    missing = sorted(report["missing_keys"])
+    return model, sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+
+
+def _load_weights(
+    path: str, layout: LayoutName, revision: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model in float32, and the names of stored weights that it has no place for."""
+    attention: dict[str, Any] = {"attn_implementation": NAME} if layout == "shared" else {}
+    model, missing, unused = read_weights(AutoModelForCausalLM, path, revision, trust_remote_code, **attention)
     if missing:
         raise ModelError(
             f"{path} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}, ..): training would start "
             "from random numbers. Is it a causal language model of this class, and whole?"
         )
-    return model, sorted(report["unexpected_keys"])
+    return model, unused
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No remarks about tiny clones that nobody asked for, no bars: what matters is an error here, or in the line."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity(logging.CRITICAL)
@@ -195,7 +205,8 @@ def _describe(policy: Policy, findings: Findings, asked: str, compute: torch.dty
     return f"{kind}, {size:.1f}M parameters, {name} on {policy.device}: {how}"
 
 
-def _source_dtype(config: PreTrainedConfig) -> torch.dtype:
+def source_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """What a model's weights are stored in."""
     dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from groupwise.errors import RewardError
 from groupwise.rewards.arguments import alone, build_request
@@ -31,9 +31,24 @@ from groupwise.rewards.checks import check_count, check_values, show_output
 from groupwise.rewards.workers import CallFailed, InProcess, Runner, Worker
 from groupwise.types import Group
 
+if TYPE_CHECKING:
+    from groupwise.models.reward_model import Kind, RewardModel
+
 BUILTINS = {"arithmetic": "groupwise.rewards.arithmetic:score"}
+MODEL = "model:"
+"""Begins the name of a reward model: `model:DIR`, or `model:ID` of the hub."""
 STEPWISE_BUILTINS = {"arithmetic": "groupwise.rewards.arithmetic:score_steps"}
 DEAD_STEPS = 3  # so many steps in a row without a single value are no accident
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How reward models are opened: where they compute, in what, and `tag, right, wrong` of causal ones."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    step_tags: Sequence[str] | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass
@@ -199,18 +214,35 @@ def load_reward(
     timeout: float = 60.0,
     output_timeout: float = 10.0,
     log: Path | None = None,
+    models: ModelOptions = ModelOptions(),
 ) -> Reward:
     """The reward that `spec` names, loaded and ready.
 
     `file.py:name` and `package.module:name` run in a worker process, whose prints are appended to `log` (default: a
-    temporary file); `builtin:arithmetic` and callables run in this process; a Reward is returned as it is. Limits in
-    seconds: `timeout` for a step's outputs together, `output_timeout` for one alone. Raises RewardError where it
-    cannot be loaded.
+    temporary file); `builtin:arithmetic` and callables run in this process; `model:DIR` is a reward model, opened by
+    `models`; a Reward is returned as it is. Limits in seconds, which hold for functions: `timeout` for a step's outputs
+    together, `output_timeout` for one alone. Raises RewardError where it cannot be loaded, ModelError for a model.
     """
     if not isinstance(spec, str) and isinstance(spec, Reward):
         return spec
+    if isinstance(spec, str) and spec.startswith(MODEL):
+        from groupwise.rewards.model import ModelReward
+
+        return ModelReward(open_reward_model(spec, "outcome", models))
     runner, name = _runner(spec, log)
     return FunctionReward(runner, name or runner.signature.name, timeout=timeout, output_timeout=output_timeout)
+
+
+def open_reward_model(spec: str, kind: Kind, options: ModelOptions) -> RewardModel:
+    """The reward model that `model:DIR` names. Raises ModelError where it cannot be used."""
+    from groupwise.models.judging import Tags
+    from groupwise.models.load import choose_device, choose_dtype
+    from groupwise.models.reward_model import Source, load_reward_model
+
+    source = Source(spec.removeprefix(MODEL), trust_remote_code=options.trust_remote_code)
+    dtype = choose_dtype(options.dtype, choose_device(options.device))
+    tags = Tags(*options.step_tags) if options.step_tags else None
+    return load_reward_model(source, kind, device=options.device, dtype=dtype, tags=tags)
 
 
 def load_stepwise(

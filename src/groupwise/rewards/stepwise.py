@@ -1,16 +1,15 @@
 """Process supervision: outputs are cut into steps, and each step is scored.
 
-What scores steps is a `StepReward`: a user's function here, a model or sampled continuations later; all of them end in
-`Score.steps`."""
+What scores steps is a `StepReward`: a user's function or a reward model; both end in `Score.steps`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from groupwise.errors import RewardError
-from groupwise.rewards.adapters import FunctionCalls
+from groupwise.rewards.adapters import MODEL, FunctionCalls, ModelOptions, load_stepwise, open_reward_model
 from groupwise.rewards.base import RewardContext
 from groupwise.rewards.checks import check_number, shorten, show_output
 from groupwise.rewards.combine import check_weights, publish, run_all, unique_names, weighted_sum
@@ -81,6 +80,25 @@ class FunctionStepReward:
     def close(self) -> None:
         """End the worker process, if there is one."""
         self._calls.close()
+
+
+def load_step_reward(
+    spec: str | Callable[..., Any], *, models: ModelOptions = ModelOptions(), **limits: Any  # noqa: B008 - frozen
+) -> StepReward:  # fmt: skip
+    """What scores steps by the name `spec`: a reward model (`model:DIR`), or a function as `load_stepwise` takes it.
+
+    `limits` are those of functions. Raises RewardError, or ModelError for a model, where it cannot be loaded.
+    """
+    if isinstance(spec, str) and spec.startswith(MODEL):
+        from groupwise.rewards.model import ModelStepReward
+
+        return ModelStepReward(open_reward_model(spec, "process", models))
+    calls = load_stepwise(spec, place="step_rewards", kind="step reward function", **limits)
+    try:
+        return FunctionStepReward(calls)
+    except RewardError:
+        calls.close()  # its process has been started
+        raise
 
 
 class StepScorer:

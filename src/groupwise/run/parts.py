@@ -26,10 +26,10 @@ from groupwise.models.codec import Codec
 from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, load_config, load_policy
 from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.objective import PRESETS, Objective, objective_named
-from groupwise.rewards.adapters import FunctionCalls, load_reward, load_stepwise
+from groupwise.rewards.adapters import FunctionCalls, ModelOptions, load_reward, load_stepwise
 from groupwise.rewards.base import Reward
 from groupwise.rewards.steps import segmenter_of
-from groupwise.rewards.stepwise import FunctionStepReward, StepReward, StepScorer
+from groupwise.rewards.stepwise import StepReward, StepScorer, load_step_reward
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.folder import RunFolder
 from groupwise.run.loop import Parts
@@ -253,15 +253,16 @@ def open_functions(job: Job, given: Given, folder: RunFolder | None, closing: Ex
     section = job.reward
     limits: dict[str, Any] = {"timeout": section.timeout, "output_timeout": section.output_timeout}
     limits["log"] = folder.rewards_log if folder else None
+    models = ModelOptions(
+        section.device or job.model.device, job.model.dtype, section.step_tags, given.trust_remote_code
+    )
     rewards, step_rewards = [], []
     for function in _named_or_handed(section.functions, given.rewards, "reward function", "reward"):
-        rewards.append(load_reward(function, **limits))
+        rewards.append(load_reward(function, models=models, **limits))
         closing.callback(rewards[-1].close)
-    kind = "step reward function"
-    for function in _named_or_handed(section.step_functions, given.step_rewards, kind, "step_reward"):
-        calls = load_stepwise(function, place="step_rewards", kind=kind, **limits)
-        closing.callback(calls.close)
-        step_rewards.append(FunctionStepReward(calls))
+    for function in _named_or_handed(section.step_functions, given.step_rewards, "step reward function", "step_reward"):
+        step_rewards.append(load_step_reward(function, models=models, **limits))
+        closing.callback(step_rewards[-1].close)
     segmenter = None
     if job.process.function is not None:
         segmenter = load_stepwise(job.process.function, place="segmenter", kind="segmenter", **limits)

@@ -106,6 +106,32 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
             "eval/unscored", "outputs", "Held-out outputs without a reward: wrong in accuracy, out of `eval/reward`."
         ),
     ),
+    "Reward models": (
+        Metric(
+            "rewards/<name>/version", "versions", "Version of the reward model that scored: its rounds of training."
+        ),
+        Metric("rewards/<name>/unread", "outputs", "Outputs too long for the reward model, or refused: not scored."),
+        Metric("step_rewards/<name>/version", "versions", "Version of the reward model that scored the steps."),
+        Metric(
+            "step_rewards/<name>/unread", "outputs", "Outputs whose steps the reward model cannot read: not scored."
+        ),
+        Metric("reward_model/loss", "loss", "Mean loss of the update's labels or pairs, before the update."),
+        Metric("reward_model/accuracy", "share", "Labels or pairs of the update judged right, before the update."),
+        Metric("reward_model/grad_norm", "norm", "Norm of the reward model's gradient before it is clipped."),
+        Metric("reward_model/learning_rate", "rate", "Learning rate of the update."),
+        Metric("reward_model/tokens", "tokens", "Tokens of the update's examples."),
+        Metric("reward_model/epoch", "passes", "Passes over the examples so far, as a fraction."),
+        Metric("reward_model/updates", "updates", "Updates of a round inside a policy's run."),
+        Metric("reward_model/version", "versions", "Version of the reward model after the round."),
+        Metric("reward_model/dropped", "examples", "Examples of the round that the model cannot read: left out."),
+        Metric("reward_model/eval/loss", "loss", "Mean loss of the held-out labels or pairs."),
+        Metric("reward_model/eval/accuracy", "share", "Held-out labels on the right side of 0.5, or pairs in order."),
+        Metric("reward_model/eval/auc", "share", "Chance that a right output (or step) scores above a wrong one."),
+        Metric("reward_model/eval/calibration_error", "share", "Distance of probabilities and labels, over ten bins."),
+        Metric("reward_model/eval/step_f1", "share", "F1 of finding wrong steps."),
+        Metric("reward_model/eval/first_error_found", "share", "Outputs with a wrong step whose first one is found."),
+        Metric("reward_model/eval/false_alarms", "share", "Outputs without a wrong step in which one is called wrong."),
+    ),
     "Data": (Metric("data/dropped_long", "prompts", "Prompts left out because they were too long."),),
 }
 METRICS: tuple[Metric, ...] = tuple(metric for metrics in SECTIONS.values() for metric in metrics)

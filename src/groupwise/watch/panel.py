@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from groupwise.watch.words import duration, is_step, number, one_line, percent, sparkline, why
+from groupwise.watch.words import ABSENT, duration, is_step, number, of_reward_model, one_line, percent, sparkline, why
 
 
 class _Phase(NamedTuple):
@@ -55,13 +55,15 @@ class Progress:
         """Add one event."""
         self.step = event["step"]
         self.latest.update(event)
-        accuracy = event.get("eval/accuracy", event.get("eval/reward"))
+        judge = of_reward_model(event)
+        accuracy = event.get("reward_model/eval/accuracy" if judge else "eval/accuracy", event.get("eval/reward"))
         if accuracy is not None:
             self.evals.append((self.step, accuracy))
         if not is_step(event):
             return
         self.verdict = why(event)
-        self.rewards.append(math.nan if event.get("reward") is None else event["reward"])
+        shown = event.get("reward_model/accuracy" if judge else "reward")
+        self.rewards.append(math.nan if shown is None else shown)
         if event.get("time/step"):
             self.seconds.append(event["time/step"])
 
@@ -114,8 +116,11 @@ def _bar(progress: Progress, width: int) -> RenderableType:
 def _headline(progress: Progress, width: int) -> list[Text]:
     """The reward and the evaluation: what the run is about."""
     latest = progress.latest
-    line = Text.assemble(("reward    ", "dim"), (f"{number(latest.get('reward')):<7}", "bold green"))
-    line.append(f"± {number(latest.get('reward_std')):<7}", style="dim")
+    if of_reward_model(latest):
+        line = Text.assemble(("accuracy  ", "dim"), (f"{number(latest.get('reward_model/accuracy')):<7}", "bold green"))
+    else:
+        line = Text.assemble(("reward    ", "dim"), (f"{number(latest.get('reward')):<7}", "bold green"))
+        line.append(f"± {number(latest.get('reward_std')):<7}", style="dim")
     line.append(sparkline(list(progress.rewards)), style="green")
     lines = [line, *_steps(latest), *_held_out(progress)]
     for each in lines:
@@ -137,13 +142,15 @@ def _held_out(progress: Progress) -> list[Text]:
     if not progress.evals:
         return []
     (_, first), (step, last) = progress.evals[0], progress.evals[-1]
-    name = "accuracy" if "eval/accuracy" in progress.latest else "reward"
+    known = "eval/accuracy" in progress.latest or of_reward_model(progress.latest)
+    name = "accuracy" if known else "reward"
     since = f"{name}, from {number(first)} · step {step}" if len(progress.evals) > 1 else f"{name}, at the start"
     return [Text.assemble(("held out  ", "dim"), (f"{number(last):<7}", "bold green"), (since, "dim"))]
 
 
 def _grid(progress: Progress, width: int) -> Table:
     latest = progress.latest
+    judge = "reward_model/" if of_reward_model(latest) else ""
     cells = (
         ("length", number(latest.get("completions/mean_length"))),
         ("cut off", percent(latest.get("completions/clipped_ratio"))),
@@ -151,17 +158,18 @@ def _grid(progress: Progress, width: int) -> Table:
         ("KL", number(latest.get("kl"))),
         ("clipped", percent(latest.get("clip_ratio/region_mean"))),
         ("entropy", number(latest.get("entropy"))),
-        ("loss", number(latest.get("loss"))),
-        ("grad norm", number(latest.get("grad_norm"))),
+        ("loss", number(latest.get(f"{judge}loss"))),
+        ("grad norm", number(latest.get(f"{judge}grad_norm"))),
         ("no spread", percent(latest.get("frac_reward_zero_std"))),
     )
+    shown = [cell for cell in cells if not judge or cell[1] != ABSENT]
     columns = max(1, min(3, width // 22))
     table = Table.grid(padding=(0, 1, 0, 0))
     for _ in range(columns):
         table.add_column(style="dim", no_wrap=True, min_width=9)
         table.add_column(no_wrap=True, min_width=width // columns - 11)
-    for start in range(0, len(cells), columns):
-        table.add_row(*(text for cell in cells[start : start + columns] for text in cell))
+    for start in range(0, len(shown), columns):
+        table.add_row(*(text for cell in shown[start : start + columns] for text in cell))
     return table
 
 

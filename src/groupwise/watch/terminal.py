@@ -14,7 +14,7 @@ from rich.text import Text
 
 from groupwise.watch.events import encode
 from groupwise.watch.panel import Progress, panel
-from groupwise.watch.words import duration, is_step, number, percent, why
+from groupwise.watch.words import duration, is_step, number, of_reward_model, percent, why
 
 Mode = Literal["auto", "plain", "quiet", "json"]
 
@@ -80,8 +80,8 @@ class Plain:
             if verdict and not self._teaches_nothing:
                 self._put(verdict)
             self._teaches_nothing = verdict is not None
-        if any(name.startswith("eval/") for name in event):
-            self._put(eval_line(event))
+        if any(name.startswith(("eval/", "reward_model/eval/")) for name in event):
+            self._put(reward_model_eval_line(event) if of_reward_model(event) else eval_line(event))
 
     def say(self, message: str) -> None:
         """Write a sentence."""
@@ -201,6 +201,8 @@ class LivePanel:
 
 def step_line(event: Mapping[str, Any], total_steps: int) -> str:
     """A step in one line of about 120 columns, 30 more where steps are scored; a dash where a metric is missing."""
+    if of_reward_model(event):
+        return reward_model_line(event, total_steps)
     get = event.get
     steps = [("steps", _steps_cell(event), 20)] if "step_reward" in event else []
     columns = (
@@ -216,6 +218,26 @@ def step_line(event: Mapping[str, Any], total_steps: int) -> str:
     )
     step = f"step {event['step']:>{len(str(total_steps))}}/{total_steps}"
     return "  ".join([step, *(f"{name} {value:>{width}}" for name, value, width in columns)])
+
+
+def reward_model_line(event: Mapping[str, Any], total_steps: int) -> str:
+    """An update of a reward model in one line."""
+    columns = (
+        ("loss", "reward_model/loss", 6),
+        ("accuracy", "reward_model/accuracy", 6),
+        ("grad", "reward_model/grad_norm", 6),
+        ("lr", "reward_model/learning_rate", 8),
+    )
+    step = f"step {event['step']:>{len(str(total_steps))}}/{total_steps}"
+    cells = [f"{name} {number(event.get(key)):>{width}}" for name, key, width in columns]
+    return "  ".join([step, *cells, f"time {duration(event.get('time/step')):>6}"])
+
+
+def reward_model_eval_line(event: Mapping[str, Any]) -> str:
+    """An evaluation of a reward model in one line."""
+    prefix = "reward_model/eval/"
+    found = [f"{name.removeprefix(prefix)} {number(event[name])}" for name in event if name.startswith(prefix)]
+    return f"eval at step {event['step']}: " + "  ".join(found)
 
 
 def _steps_cell(event: Mapping[str, Any]) -> str:

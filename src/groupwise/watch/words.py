@@ -58,7 +58,12 @@ def _bar(value: float, low: float, high: float) -> str:
 
 def is_step(event: Mapping[str, Any]) -> bool:
     """Whether an event tells of a training step, rather than of an evaluation alone."""
-    return "reward" in event or "loss" in event
+    return "reward" in event or "loss" in event or "reward_model/loss" in event
+
+
+def of_reward_model(event: Mapping[str, Any]) -> bool:
+    """Whether an event tells of a reward model's training alone."""
+    return not ("reward" in event or "loss" in event) and any(name.startswith("reward_model/") for name in event)
 
 
 def why(event: Mapping[str, Any]) -> str | None:

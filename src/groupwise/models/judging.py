@@ -1,0 +1,177 @@
+"""What reward models read: outputs and steps as text, and the rows of token ids that they become.
+
+A text is encoded by the reward model's own tokenizer, whatever tokens it was sampled as. Each step is encoded by
+itself, so that no token lies across the end of a step, and is judged at its last token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+from groupwise.errors import DataError, ModelError
+from groupwise.models.codec import Codec
+from groupwise.types import Message
+
+Content = str | list[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A prompt and an output to it, to be judged as a whole. `finished`: it ended by itself, not at a length limit."""
+
+    prompt: Content
+    text: str
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """A prompt and the steps of an output to it, to be judged one by one."""
+
+    prompt: Content
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """An output and how right it is: 0 is wrong, 1 is right."""
+
+    output: Output
+    label: float
+
+
+@dataclass(frozen=True, slots=True)
+class Preferred:
+    """Two outputs of which one is the better."""
+
+    chosen: Output
+    rejected: Output
+
+
+@dataclass(frozen=True, slots=True)
+class Stepwise:
+    """Steps and how right each is, from 0 to 1; None where nobody knows."""
+
+    steps: Steps
+    labels: tuple[float | None, ...]
+
+
+Example = Graded | Preferred | Stepwise
+Judged = Output | Steps
+
+
+class Row(NamedTuple):
+    """Token ids, and the indices of the tokens at which steps are judged; none where the row is judged as a whole."""
+
+    token_ids: tuple[int, ...]
+    places: tuple[int, ...] = ()
+
+
+class Encoder(Protocol):
+    """Makes rows of what is judged."""
+
+    def __call__(self, judged: Judged) -> Row:
+        """The row. Raises DataError or ModelError where the tokenizer or its template refuses the text."""
+
+
+@dataclass(frozen=True)
+class OutputEncoder:
+    """Whole outputs: messages as the chat template says, texts as prompt, output and end token.
+
+    A tokenizer with `[CLS]` and `[SEP]` joins prompt and output as its own pairs. An output that did not finish has no
+    end token, and no end of its message.
+    """
+
+    codec: Codec
+
+    def __call__(self, judged: Judged) -> Row:
+        """See `Encoder`."""
+        assert isinstance(judged, Output)
+        codec, tokenizer = self.codec, self.codec.tokenizer
+        if not isinstance(judged.prompt, str):
+            messages = [*judged.prompt, {"role": "assistant", "content": judged.text}]
+            return Row(codec.encode_text((codec.render_whole if judged.finished else codec.render)(messages)))
+        if tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
+            return Row(tuple(tokenizer(judged.prompt, judged.text, verbose=False)["input_ids"]))
+        ids = codec.encode_prompt(judged.prompt) + codec.encode_text(judged.text)
+        end = tokenizer.eos_token_id
+        return Row(ids + ((end,) if judged.finished and end is not None else ()))
+
+
+@dataclass(frozen=True)
+class StepEncoder:
+    """Steps as TRL's stepwise trainer has them: each is followed by the separator, and judged at its last token."""
+
+    codec: Codec
+    separator: str
+
+    def __call__(self, judged: Judged) -> Row:
+        """See `Encoder`."""
+        assert isinstance(judged, Steps)
+        after = self.codec.encode_text(self.separator)
+        pieces = [self.codec.encode_prompt(judged.prompt)]
+        pieces += [self.codec.encode_text(bare(text, self.separator)) + after for text in judged.texts]
+        ends = list(accumulate(map(len, pieces)))[1:]
+        return Row(tuple(token for piece in pieces for token in piece), tuple(end - 1 for end in ends))
+
+
+class Tags(NamedTuple):
+    """What a causal model was trained to say after each step: the tag's text, and the words for right and wrong."""
+
+    tag: str
+    right: str
+    wrong: str
+
+
+class TagEncoder:
+    """Steps as Math-Shepherd's model has them: `prompt step1 TAG\\nstep2 TAG`, each judged at its tag.
+
+    `verdicts` are the token ids of wrong and right. Raises ModelError where tag or words are no single tokens.
+    """
+
+    def __init__(self, codec: Codec, tags: Tags) -> None:
+        self.codec, self.tags = codec, tags
+        self.tag_id = self._single(tags.tag)
+        self.verdicts = self._single(tags.wrong), self._single(tags.right)
+
+    def __call__(self, judged: Judged) -> Row:
+        """See `Encoder`. Raises DataError where a step has the tag in its own text."""
+        assert isinstance(judged, Steps)
+        steps = "\n".join(f"{bare(text, self.tags.tag)} {self.tags.tag}" for text in judged.texts)
+        if isinstance(judged.prompt, str):
+            ids = self.codec.encode_prompt(f"{judged.prompt.rstrip()} {steps}")
+        else:
+            ids = self.codec.encode_text(self.codec.render(judged.prompt) + steps)
+        asked = self.codec.encode_prompt(judged.prompt).count(self.tag_id)
+        places = [index for index, token in enumerate(ids) if token == self.tag_id][asked:]
+        if len(places) != len(judged.texts):
+            raise DataError(
+                f"The tag {self.tags.tag!r} was found {len(places)} times in {len(judged.texts)} steps: their own text "
+                "has it."
+            )
+        return Row(ids, tuple(places))
+
+    def _single(self, word: str) -> int:
+        """The token that stands for a word after a space, which is how the words are met."""
+        codec = self.codec
+        ids = codec.encode_text(f" {word}") or codec.encode_text(word)
+        if not ids or codec.decode(ids[-1:], skip_special_tokens=False).strip() != word:
+            raise ModelError(
+                f"{word!r} is no single token of the tokenizer ({type(codec.tokenizer).__name__}), as a tag has to be: "
+                "`reward.step_tags` names tag, right and wrong as the model was trained with."
+            )
+        return ids[-1]
+
+
+def bare(step: str, separator: str) -> str:
+    """A step's text without the separator and the blanks at its end, which every reader puts back in its own way."""
+    return step.rstrip().removesuffix(separator.strip()).rstrip() if separator.strip() else step.rstrip()
+
+
+def rows_of(example: Example) -> Sequence[Judged]:
+    """What of an example is judged: one output, two, or steps."""
+    if isinstance(example, Preferred):
+        return (example.chosen, example.rejected)
+    return (example.output,) if isinstance(example, Graded) else (example.steps,)

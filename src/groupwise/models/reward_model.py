@@ -1,0 +1,281 @@
+"""Reward models: Hugging Face classifiers over texts, loaded to score or to be trained, and their forward pass.
+
+Outcome: `AutoModelForSequenceClassification` with one label, whose logit is the score. Process:
+`AutoModelForTokenClassification` with two, or a causal model that says one of two words after each step."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from groupwise.disk import write_atomic
+from groupwise.errors import DataError, ModelError
+from groupwise.models.codec import Codec
+from groupwise.models.judging import Encoder, Judged, OutputEncoder, Row, StepEncoder, TagEncoder, Tags
+from groupwise.models.load import (
+    choose_device,
+    context_length,
+    load_config,
+    quiet_transformers,
+    read_weights,
+    source_dtype,
+)
+from groupwise.models.policy import silence_dropout
+from groupwise.models.precision import wide
+from groupwise.wording import one_line
+
+Kind = Literal["outcome", "process"]
+CARD: Final = "reward_model.json"
+"""Stands beside the weights: what a Hugging Face folder has no place for."""
+SEPARATOR: Final = "\n"
+"""What TRL's stepwise trainer puts after a step unless it is told otherwise."""
+
+_CLASSES: Final[dict[str, tuple[Any, str, int]]] = {
+    "outcome": (AutoModelForSequenceClassification, "ForSequenceClassification", 1),
+    "process": (AutoModelForTokenClassification, "ForTokenClassification", 2),
+}
+_NAMED: Final = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt2", "deberta-v2", "modernbert")
+"""Backbones that people know; a message names those that have the class."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a reward model comes from, and whether code in its folder may run."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class RewardModel:
+    """A classifier with its tokenizer, which judges outputs or steps. Dropout is off, in training too.
+
+    `version` counts its rounds of training; 0 was never trained here. `limit` is the longest row in tokens,
+    `stored_dtype` what its source was stored in.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, codec: Codec, kind: Kind, encoder: Encoder, *, source: str, version: int = 0,
+        limit: int | None = None, stored_dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        self.model, self.codec, self.kind, self.encoder = model.eval(), codec, kind, encoder
+        self.source, self.version, self.limit, self.stored_dtype = source, version, limit, stored_dtype
+        self._plain = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        silence_dropout(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def encode(self, judged: Judged) -> Row:
+        """The row of an output or of steps. Raises DataError where it is too long, empty, or refused."""
+        row = self.encoder(judged)
+        if not row.token_ids:
+            raise DataError("There is nothing to judge: prompt and output become no token at all.")
+        if self.limit is not None and len(row.token_ids) > self.limit:
+            raise DataError(f"Prompt and output have {len(row.token_ids)} tokens, and at most {self.limit} fit.")
+        return row
+
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """One number per row, or per step of the rows in their order: the raw logit of an output, the log-odds of a
+        right step. With gradient; in float32 or wider."""
+        ids, mask, pad = self._padded(rows)
+        config = self.model.config.get_text_config()
+        own, config.pad_token_id = config.pad_token_id, pad
+        try:
+            found = self.model(input_ids=ids, attention_mask=mask, **self._plain).logits
+        finally:
+            config.pad_token_id = own
+        if self.kind == "outcome":
+            return wide(found)[:, 0]
+        row_K = torch.tensor([index for index, row in enumerate(rows) for _ in row.places], dtype=torch.long)
+        place_K = torch.tensor([place for row in rows for place in row.places], dtype=torch.long)
+        wrong, right = self.encoder.verdicts if isinstance(self.encoder, TagEncoder) else (0, 1)
+        picked = wide(found[row_K, place_K][:, [wrong, right]])
+        return picked[:, 1] - picked[:, 0]
+
+    def _padded(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, int]:
+        """Rows side by side, filled up at their right ends.
+
+        The stock class looks for the last token that is not padding, so a model that names no padding gets a token
+        that no row has: then its score is that of the row alone.
+        """
+        pad = self.model.config.get_text_config().pad_token_id
+        if pad is None:
+            taken = {token for row in rows for token in row.token_ids}
+            pad = next(token for token in range(len(taken) + 1) if token not in taken)
+        longest = max(len(row.token_ids) for row in rows)
+        ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        for index, row in enumerate(rows):
+            ids[index, : len(row.token_ids)] = torch.tensor(row.token_ids)
+            mask[index, : len(row.token_ids)] = 1
+        return ids.to(self.device), mask.to(self.device), int(pad)
+
+    def write_card(self, folder: Path) -> None:
+        """Write beside saved weights what loading them needs."""
+        card: dict[str, Any] = {"kind": self.kind, "version": self.version}
+        if isinstance(self.encoder, StepEncoder):
+            card["separator"] = self.encoder.separator
+        write_atomic(folder / CARD, json.dumps(card, ensure_ascii=False, indent=2) + "\n")
+
+
+def load_reward_model(
+    source: Source, kind: Kind, *, device: str = "auto", dtype: torch.dtype = torch.float32, tags: Tags | None = None
+) -> RewardModel:
+    """A reward model to score with. A run folder of `groupwise reward-model train` stands for its `model` folder.
+
+    `tags` make a causal model a process reward model. Raises ModelError where the model is of another kind, has
+    another number of labels, or lacks the weights of its head.
+    """
+    inner = Path(source.path) / "model"
+    if (inner / "config.json").is_file() and not (Path(source.path) / "config.json").is_file():
+        source = Source(str(inner), None, source.trust_remote_code)
+    config = load_config(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    tagged = kind == "process" and tags is not None and not _is_of(config, kind)
+    if not tagged:
+        _check_kind(source.path, config, kind)
+    auto = AutoModelForCausalLM if tagged else _CLASSES[kind][0]
+    with quiet_transformers():
+        model, missing, _ = read_weights(auto, source.path, source.revision, source.trust_remote_code)
+    if missing:
+        raise ModelError(
+            f"{source.path} lacks {len(missing)} of the reward model's weights ({', '.join(missing[:3])}): it would "
+            "score by random numbers. Train it first: groupwise reward-model train."
+        )
+    codec = _codec(source, model)
+    card = _card(source)
+    encoder: Encoder = OutputEncoder(codec)
+    if kind == "process":
+        encoder = TagEncoder(codec, tags) if tagged and tags else StepEncoder(codec, card.get("separator", SEPARATOR))
+    for parameter in nn.Module.to(model, choose_device(device)).requires_grad_(False).parameters():
+        parameter.data = parameter.data.to(dtype)  # buffers such as rotary frequencies would lose too much
+    limit, version = context_length(model.config), int(card.get("version", 0))
+    return RewardModel(model, codec, kind, encoder, source=source.path, version=version, limit=limit)
+
+
+def new_reward_model(
+    source: Source, kind: Kind, *, seed: int = 0, separator: str | None = None, device: str = "auto",
+    max_length: int | None = None,
+) -> RewardModel:  # fmt: skip
+    """A reward model to be trained, in float32: a backbone with a new head, or one that has its head already.
+
+    `seed` decides the new head. `separator` follows each step (default: as stored, else a line break). Raises
+    ModelError where the backbone lacks the class, or has a head of another number of labels.
+    """
+    config = load_config(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    _check_backbone(source.path, config, kind)
+    auto, _, labels = _CLASSES[kind]
+    if _is_of(config, kind):
+        _check_kind(source.path, config, kind)
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, missing, _ = read_weights(
+            auto, source.path, source.revision, source.trust_remote_code, num_labels=labels
+        )
+    body = [name for name in missing if name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name]
+    if body:
+        raise ModelError(
+            f"{source.path} lacks {len(body)} of the backbone's weights ({', '.join(body[:3])}): training would start "
+            "from random numbers. Is it whole?"
+        )
+    codec = _codec(source, model)
+    text = model.config.get_text_config()
+    if text.pad_token_id is None:  # stored with the model, since the stock class needs it for more than one row
+        text.pad_token_id = codec.tokenizer.pad_token_id
+        if text.pad_token_id is None:
+            text.pad_token_id = codec.tokenizer.eos_token_id
+    card = _card(source)
+    separator = card.get("separator", SEPARATOR) if separator is None else separator
+    encoder: Encoder = OutputEncoder(codec) if kind == "outcome" else StepEncoder(codec, separator)
+    limits = [limit for limit in (max_length, context_length(config)) if limit is not None]
+    nn.Module.to(model, choose_device(device))
+    return RewardModel(
+        model, codec, kind, encoder, source=source.path,
+        version=int(card.get("version", 0)), limit=min(limits, default=None), stored_dtype=source_dtype(config),
+    )  # fmt: skip
+
+
+def _is_of(config: PreTrainedConfig, kind: Kind) -> bool:
+    """Whether a folder holds a model of this kind's class, as far as its config says."""
+    return any(name.endswith(_CLASSES[kind][1]) for name in config.architectures or ())
+
+
+def _check_kind(path: str, config: PreTrainedConfig, kind: Kind) -> None:
+    _, wanted, labels = _CLASSES[kind]
+    found = ", ".join(config.architectures or ()) or "of no stated class"
+    other: Kind = "process" if kind == "outcome" else "outcome"
+    if not _is_of(config, kind):
+        advice = "Train one from it: groupwise reward-model train."
+        if _is_of(config, other):
+            option = "--reward" if other == "outcome" else "--step-reward"
+            advice = f"It is a reward model of kind {other}: name it with {option}."
+        elif kind == "process" and found.endswith(("ForCausalLM", "LMHeadModel")):
+            advice += " If it was trained to say a word after each step, set reward.step_tags to [tag, right, wrong]."
+        raise ModelError(f"{path} is {found}, and a reward model of kind {kind} is ...{wanted}. {advice}")
+    if config.num_labels != labels:
+        raise ModelError(
+            f"{path} has num_labels {config.num_labels}, and a reward model of kind {kind} has {labels}: it was made "
+            "for something else."
+        )
+
+
+def _check_backbone(path: str, config: PreTrainedConfig, kind: Kind) -> None:
+    """Raise ModelError unless transformers has the class that `kind` needs for this backbone."""
+    auto, wanted, _ = _CLASSES[kind]
+    known = auto._model_mapping
+    if type(config) in known or f"AutoModel{wanted}" in (getattr(config, "auto_map", None) or {}):
+        return
+    names = {one.model_type for one in known}
+    works = ", ".join(name for name in _NAMED if name in names)
+    raise ModelError(
+        f"{path} is a {config.model_type}, for which transformers has no ...{wanted}, and a reward model of kind "
+        f"{kind} is one. Backbones that work: {works}."
+    )
+
+
+def _codec(source: Source, model: PreTrainedModel) -> Codec:
+    codec = Codec.load(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    rows = int(model.config.get_text_config().vocab_size)
+    if codec.vocab_size > rows:
+        raise ModelError(
+            f"The tokenizer of {source.path} knows {codec.vocab_size} tokens, the model has rows for {rows}: they do "
+            "not belong together. Take the tokenizer that it was trained with."
+        )
+    return codec
+
+
+def _card(source: Source) -> dict[str, Any]:
+    """What stands beside the weights; nothing in public models."""
+    path = Path(source.path) / CARD
+    if not Path(source.path).is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(source.path, CARD, revision=source.revision))
+        except EntryNotFoundError:  # not there, or not reached and not in the cache
+            return {}
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"version": int(found["version"]), "separator": str(found.get("separator", SEPARATOR))}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{path} cannot be read: {one_line(error)}") from error

@@ -1,0 +1,71 @@
+"""Scores of many outputs: each different row once, rows of like length together, in the order they were asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+
+from groupwise.errors import DataError
+from groupwise.models.judging import Judged, Row
+from groupwise.models.reward_model import RewardModel
+
+BUDGET = 16384
+"""Tokens of a pass, padding included."""
+
+
+def scores_of(
+    model: RewardModel, judged: Sequence[Judged], budget: int = BUDGET
+) -> tuple[list[list[float] | None], dict[int, str]]:
+    """What each output or its steps earn, and by index why some cannot be read, which have None.
+
+    An output has one number, its raw logit; steps have one each, the probability of being right. Equal rows have
+    equal numbers, to the bit.
+    """
+    rows: dict[int, Row] = {}
+    unread: dict[int, str] = {}
+    for index, one in enumerate(judged):
+        try:
+            rows[index] = model.encode(one)
+        except DataError as error:  # what a policy writes may be anything; the reason is the caller's to show
+            unread[index] = str(error)
+    flat = iter(logits_of(model, list(rows.values()), budget))
+    found: list[list[float] | None] = [None] * len(judged)
+    for index, row in rows.items():
+        if model.kind == "outcome":
+            found[index] = [next(flat)]
+        else:
+            found[index] = [sigmoid(x) for x in islice(flat, len(row.places))]
+    return found, unread
+
+
+@torch.no_grad()
+def logits_of(model: RewardModel, rows: Sequence[Row], budget: int = BUDGET) -> list[float]:
+    """What `RewardModel.logits` gives for all rows, in passes of at most `budget` tokens, each different row once."""
+    different = sorted(set(rows), key=lambda row: (len(row.token_ids), row), reverse=True)
+    found: dict[Row, list[float]] = {}
+    for part in _passes(different, budget):
+        flat = iter(model.logits(part).tolist())
+        found |= {row: list(islice(flat, count_of(model, row))) for row in part}
+    return [x for row in rows for x in found[row]]
+
+
+def count_of(model: RewardModel, row: Row) -> int:
+    """How many numbers a row gets."""
+    return 1 if model.kind == "outcome" else len(row.places)
+
+
+def sigmoid(x: float) -> float:
+    """The probability behind log-odds; NaN stays NaN."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 or math.isnan(x) else math.exp(x) / (1 + math.exp(x))
+
+
+def _passes(rows: Sequence[Row], budget: int) -> Iterator[Sequence[Row]]:
+    """Rows, the longest first, in runs that fit into the budget."""
+    start = 0
+    while start < len(rows):
+        size = max(1, budget // len(rows[start].token_ids))
+        yield rows[start : start + size]
+        start += size

@@ -1,0 +1,340 @@
+"""Training a reward model in a run folder of its own: the same files, terminal and exact resume as a policy's."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+import torch
+import transformers
+
+from groupwise import __version__
+from groupwise.data.labelled import load_examples
+from groupwise.errors import ConfigError, DataError, GroupwiseError
+from groupwise.jobfile.reward_model import RewardModelJob, changed_keys, load_reward_job
+from groupwise.learn import checkpoint
+from groupwise.learn.checkpoint import Checkpoint
+from groupwise.learn.optimizer import OptimizerSettings
+from groupwise.learn.reward_learner import (
+    Encoded,
+    RewardLearner,
+    RewardLearnerSettings,
+    encode_examples,
+    updates_in,
+)
+from groupwise.models.judging import Example, Preferred, rows_of
+from groupwise.models.load import choose_dtype
+from groupwise.models.reward_model import Source, new_reward_model
+from groupwise.run.export import write_folder
+from groupwise.run.folder import RunFolder, git_commit
+from groupwise.run.progress import Progress, StopSignals
+from groupwise.run.record import Record, Watch
+from groupwise.run.saving import Clock
+from groupwise.seeds import stable_hash
+from groupwise.watch import events
+from groupwise.watch.events import EventsFile
+from groupwise.watch.terminal import Mode, Terminal, make_terminal
+from groupwise.watch.words import duration, number
+
+KEEP = 2
+"""Checkpoints that are kept: the one before the last serves when the last is damaged."""
+PREFIX = "reward_model/"
+"""What metrics of a reward model's training begin with, here and where it is trained inside a policy's run."""
+Rows = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """What training came to. `before` and `after` are held-out metrics; empty where nothing was held out.
+
+    `model` is the folder of the trained model, None where the run was stopped before its end, by `stopped_by`.
+    """
+
+    run: str
+    model: str | None
+    updates: int
+    before: dict[str, float]
+    after: dict[str, float]
+    model_version: int
+    seconds: float
+    seed: int
+    commit: str | None
+    machine: str
+    version: str
+    stopped_by: int | None = None
+
+
+@dataclass(frozen=True)
+class RewardData:
+    """Examples as they are given from Python, in place of the files that a job names."""
+
+    rows: Rows | None = None
+    eval_rows: Rows | None = None
+    trust_remote_code: bool = False
+
+
+NOTHING = RewardData()
+"""Everything is named by the job."""
+
+
+@dataclass
+class _Session:
+    """One run under way."""
+
+    job: RewardModelJob
+    folder: RunFolder
+    learner: RewardLearner
+    train: list[Encoded]
+    held_out: list[Example]
+    progress: Progress
+    clock: Clock
+    watch: Watch
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    saved_step: int = 0
+
+    def evaluate(self, record: Record) -> None:
+        """Put held-out metrics into the event."""
+        if not self.held_out:
+            return
+        with record.time("eval"):
+            self.after = self.learner.evaluate(self.held_out)
+        self.before = self.before or self.after
+        record.metrics |= {f"{PREFIX}eval/{name}": value for name, value in self.after.items()}
+
+    def save(self) -> None:
+        """Save now."""
+        tensors, counters = self.learner.state_dict()
+        state = {"learner": counters, "seconds": self.clock.seconds, "before": self.before, "after": self.after}
+        checkpoint.save(self.folder.checkpoints, self.progress.step, tensors=tensors, state=state)
+        checkpoint.prune(self.folder.checkpoints, KEEP)
+        self.saved_step = self.progress.step
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Take up where `saved` left off."""
+        tensors = {name: saved.tensors(name) for name in ("reward_model", "reward_optimizer")}
+        self.learner.load_state_dict(tensors, saved.state["learner"])
+        self.progress.step = self.saved_step = saved.step
+        self.clock.before = saved.state["seconds"]
+        self.before, self.after = saved.state["before"], saved.state["after"]
+        self.watch.terminal.say(f"resumed after update {saved.step} of {self.progress.total}")
+
+
+def train_reward_model(job: RewardModelJob, *, given: RewardData = NOTHING, show: Mode = "auto") -> RewardResult:
+    """Train a reward model in a new run folder; it is saved as a Hugging Face folder, `RUN/model`.
+
+    Raises GroupwiseError where the job cannot be run.
+    """
+    clock = Clock()
+    folder = RunFolder.create(Path(job.run))
+    with folder.lock():
+        return _run(job, folder, given, show, clock, None)
+
+
+def resume_reward_model(
+    run: str | Path, *, overrides: Sequence[str] = (), given: RewardData = NOTHING, show: Mode = "auto"
+) -> RewardResult:  # fmt: skip
+    """Continue a reward model's run from its last whole checkpoint, as if it had not been interrupted.
+
+    Raises ConfigError for a key that may not change, and GroupwiseError as training does.
+    """
+    clock, folder = Clock(), RunFolder.open(Path(run))
+    old = load_reward_job({}, base=folder.job)
+    new = load_reward_job({"run": str(run)}, overrides, base=folder.job)
+    fixed = [key for key, may in changed_keys(old, new).items() if not may]
+    if fixed:
+        raise ConfigError(f"A resumed run would not be the same run with another {', '.join(fixed)}: start a new one.")
+    with folder.lock():
+        warnings: list[str] = []
+        saved = checkpoint.latest(folder.checkpoints, warnings.append)
+        folder.cut_back(saved.step if saved else None)
+        return _run(new, folder, given, show, clock, saved, warnings=warnings)
+
+
+def _run(
+    job: RewardModelJob, folder: RunFolder, given: RewardData, show: Mode, clock: Clock, saved: Checkpoint | None,
+    *, warnings: Sequence[str] = (),
+) -> RewardResult:  # fmt: skip
+    transformers.utils.logging.disable_progress_bar()
+    train, held_out = _examples(job, given)
+    model = new_reward_model(
+        Source(job.model, job.revision, given.trust_remote_code), job.kind, seed=job.seed, separator=job.separator,
+        device=job.device, max_length=job.max_length,
+    )  # fmt: skip
+    encoded = encode_examples(model, train)
+    learner = RewardLearner(model, settings_of(job, len(encoded.examples), model.device))
+    progress = Progress(1, updates_in(len(encoded.examples), learner.settings))
+    terminal = make_terminal(show, total_steps=progress.total, title=str(folder.path), history=_history(folder, saved))
+    with ExitStack() as closing:
+        closing.callback(terminal.close)
+        for warning in warnings:
+            terminal.warn(warning)
+        if encoded.dropped:
+            terminal.warn(f"{encoded.dropped} examples were left out, the first because: {encoded.reason}")
+        folder.write_job(tomlkit.dumps(job.model_dump(exclude_none=True)))
+        watch = Watch([EventsFile(folder.events)], terminal, None)
+        closing.callback(watch.close)
+        session = _Session(job, folder, learner, encoded.examples, held_out, progress, clock, watch)
+        terminal.say(_line(session))
+        return _rest(session, saved, terminal)
+
+
+def _rest(session: _Session, saved: Checkpoint | None, terminal: Terminal) -> RewardResult:
+    """What is left of a run, to its result."""
+    if saved is not None:
+        session.restore(saved)
+    try:
+        with StopSignals(session.progress, terminal.say):
+            if saved is None and session.held_out:
+                with session.watch.step(0) as record:
+                    session.evaluate(record)
+            _train(session)
+    except GroupwiseError as error:
+        where = f"is saved up to update {session.saved_step}" if session.saved_step else "has saved nothing yet"
+        error.add_note(f"The run {where}; go on with `groupwise resume {session.folder.path}`.")
+        raise
+    result = _result(session)
+    if result.stopped_by is None:
+        session.folder.write_result(asdict(result))
+    terminal.close(_closing_line(result, session.progress.total))
+    return result
+
+
+def _train(session: _Session) -> None:
+    """The updates that are left, with their events, evaluations and checkpoints; then the model's folder."""
+    job, progress, learner = session.job, session.progress, session.learner
+    updates = learner.updates(session.train)
+    for step in (step for _ in progress.iterations() for step in progress.steps()):
+        with session.watch.step(step) as record:
+            with record.time("update"):
+                metrics = next(updates)
+            record.metrics |= {f"{PREFIX}{name}": value for name, value in metrics.items()}
+            if step == progress.total or (job.eval_every > 0 and step % job.eval_every == 0):
+                session.evaluate(record)
+        if job.checkpoint_every > 0 and step % job.checkpoint_every == 0:
+            session.save()
+    if progress.step != session.saved_step:
+        session.save()
+    if progress.step == progress.total:
+        save_model(learner, session.folder.path / "model", _card_of(session))
+
+
+def save_model(learner: RewardLearner, target: Path, card: str = "") -> None:
+    """Write a learner's reward model as a Hugging Face folder, with tokenizer and separator; an older one is replaced.
+
+    Raises RunFolderError where it cannot be written.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    whole = copy.deepcopy(learner.model.model).float()  # the one that trains stays as it is
+    own: dict[str, torch.Tensor] = dict(whole.named_parameters()) | dict(whole.named_buffers())
+    with torch.no_grad():
+        for name, tensor in learner.masters().items():
+            own[name].copy_(tensor)
+    model = learner.model
+    write_folder(whole, model.codec, partial, source=model.source, dtype=model.stored_dtype, card=card)
+    model.write_card(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+
+
+def _examples(job: RewardModelJob, given: RewardData) -> tuple[list[Example], list[Example]]:
+    """What is trained on, and what is held out: no prompt is on both sides."""
+    examples = load_examples(job.data if given.rows is None else given.rows, job.kind, split=job.split)
+    other = job.eval_data if given.eval_rows is None else given.eval_rows
+    if other is not None:
+        return examples, load_examples(other, job.kind, split=job.split)
+    held = [stable_hash(job.seed, "held-out", prompt_of(one)) < job.eval_share * 2**63 for one in examples]
+    train = [one for one, out in zip(examples, held, strict=True) if not out]
+    if not train:
+        raise DataError(
+            f"All {len(examples)} examples of {job.data} would be held out (eval_share {job.eval_share:g}): give more "
+            "prompts, name --eval-data, or set eval_share to 0."
+        )
+    return train, [one for one, out in zip(examples, held, strict=True) if out]
+
+
+def prompt_of(example: Example) -> str:
+    """What tells an example's prompt from others: the prompt itself or, of texts without one, the better text."""
+    prompt = rows_of(example)[0].prompt
+    if not prompt and isinstance(example, Preferred):
+        return example.chosen.text
+    return json.dumps(prompt, sort_keys=True)
+
+
+def settings_of(job: RewardModelJob, examples: int, device: torch.device) -> RewardLearnerSettings:
+    """How the learner works for this job and so many examples."""
+    optimizer = OptimizerSettings(
+        learning_rate=job.learning_rate, total_updates=job.epochs * -(-examples // job.batch_size),
+        lr_scheduler_type=job.lr_scheduler_type, warmup_steps=job.warmup_steps, weight_decay=job.weight_decay,
+        max_grad_norm=job.max_grad_norm,
+    )  # fmt: skip
+    return RewardLearnerSettings(
+        optimizer=optimizer, batch_size=job.batch_size, epochs=job.epochs,
+        tokens_per_micro_batch=job.tokens_per_micro_batch, compute_dtype=choose_dtype(job.dtype, device), seed=job.seed,
+    )  # fmt: skip
+
+
+def _history(folder: RunFolder, saved: Checkpoint | None) -> list[dict[str, Any]]:
+    return list(events.read(folder.events)) if saved else []
+
+
+def _line(session: _Session) -> str:
+    """What is trained, on what."""
+    model = session.learner.model
+    size = sum(parameter.numel() for parameter in model.model.parameters()) / 1e6
+    return (
+        f"{type(model.model).__name__}, {size:.1f}M parameters on {model.device}: {len(session.train):,} examples, "
+        f"{len(session.held_out):,} held out"
+    )
+
+
+def _result(session: _Session) -> RewardResult:
+    progress = session.progress
+    finished = progress.step == progress.total
+    return RewardResult(
+        run=str(session.folder.path),
+        model=str(session.folder.path / "model") if finished else None,
+        updates=progress.step,
+        before=session.before,
+        after=session.after,
+        model_version=session.learner.version,
+        seconds=round(session.clock.seconds, 1),
+        seed=session.job.seed,
+        commit=git_commit(),
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        version=__version__,
+        stopped_by=int(progress.stopped) if progress.stopped and not finished else None,
+    )
+
+
+def _closing_line(result: RewardResult, total: int) -> str:
+    if result.model is None:
+        return f"stopped after update {result.updates} of {total}; go on with: groupwise resume {result.run}"
+    took = f"{duration(result.seconds)} · model: {result.model}"
+    if not result.after:
+        return f"done in {took}"
+    return f"held-out accuracy {number(result.before['accuracy'])} -> {number(result.after['accuracy'])} in {took}"
+
+
+def _card_of(session: _Session) -> str:
+    """The README of the trained model."""
+    job, after = session.job, session.after
+    tags = {"outcome": "text-classification", "process": "token-classification"}[job.kind]
+    held_out = ", ".join(f"{name} {value:.3f}" for name, value in after.items())
+    return "\n".join([
+        "---", "library_name: transformers", f"pipeline_tag: {tags}", "tags: [reward-model, groupwise]", "---", "",
+        f"# {Path(job.model).name}, a reward model of kind {job.kind}", "",
+        f"Trained with groupwise from `{job.model}` on `{job.data}`, version {session.learner.version}.",
+        f"Held out: {held_out or 'nothing'}.", "", "## Job", "", "```json",
+        json.dumps(job.model_dump(mode="json"), indent=2, ensure_ascii=False), "```", "",
+    ])  # fmt: skip
