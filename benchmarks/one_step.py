@@ -18,6 +18,8 @@ from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.probe import probe
 from groupwise.models.small import small_model
 from groupwise.run import parts
+from groupwise.run.given import Given
+from groupwise.run.settings import learner_settings, objective_of, sampling_of
 from groupwise.types import Group, GroupKey, Request, Score, ScoredGroup
 
 
@@ -39,23 +41,21 @@ def warm_up() -> None:
 def main(path: str, steps: int) -> None:
     """Sample and update as often as asked."""
     job = load_job(path).job
-    given = parts.Given()
+    given = Given()
     warm_up()
     before = status("VmRSS")
     model = parts.open_model(job, given, lambda line: None, training=True)
     prompts = parts.training_prompts(job, model, given).prompts[: job.train.prompts_per_step]
     model.codec.end_token_ids = frozenset()
-    objective = parts.objective_of(job)
+    objective = objective_of(job)
     engine = parts.NativeEngine(model.loaded.policy, model.codec, max_live=job.sampling.max_live_outputs)
-    learner = Learner(model.loaded.policy, objective, parts.learner_settings(job, model.loaded.compute_dtype))
+    learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype))
     reference = Reference(learner.policy) if objective.needs_reference else NoReference()
     seconds: dict[str, list[float]] = {"sampling": [], "training": []}
     count = job.sampling.num_generations
     for step in range(steps):
         start = time.perf_counter()
-        requests = [
-            Request(f"{step}/{i}", p.token_ids, count, parts.sampling_of(job), i) for i, p in enumerate(prompts)
-        ]
+        requests = [Request(f"{step}/{i}", p.token_ids, count, sampling_of(job), i) for i, p in enumerate(prompts)]
         groups = [
             Group(GroupKey(step, i, str(i)), prompts[i], outputs)
             for i, outputs in enumerate(generate(engine, requests))

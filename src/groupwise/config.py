@@ -13,6 +13,8 @@ from pydantic.fields import FieldInfo
 
 SCHEMA_VERSION: Final = 1
 BUILTIN: Final = "builtin:arithmetic"
+TRAINED: Final = "reward_model"
+"""Names, among a job's rewards, the reward model that its run trains."""
 
 Preset = Literal["grpo", "deepseekmath", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo"]
 PRESET_NAMES: Final[tuple[str, ...]] = get_args(Preset)
@@ -90,13 +92,16 @@ class RewardSection(Section):
 
     functions: list[str] = Field(default_factory=lambda: [BUILTIN])
     """`file.py:name` (run in a worker process), `package.module:name`, `model:DIR` (a reward model, or a hub id in its
-    place), or `builtin:arithmetic`; none where steps alone are scored."""
+    place), `reward_model` (the one that the run trains), or `builtin:arithmetic`; none where steps alone are scored."""
     weights: list[float] | None = None
     """One weight per function; the reward is their weighted sum. Default: 1 each."""
     step_functions: list[str] = Field(default_factory=list)
     """Functions that score the steps of an output, named as above: process supervision."""
     step_weights: list[float] | None = None
     """One weight per step function; a step's reward is their weighted sum. Default: 1 each."""
+    verifier: list[str] = Field(default_factory=list)
+    """Functions that say, apart from what is trained on, how good an output is: their sum judges held-out outputs and,
+    from `eval.threshold` on, says that one is right. Default: `functions`, unless a reward model is trained."""
     timeout: float = _resumable(60.0, gt=0)
     """Seconds that one call over a step's outputs may take before its worker is restarted."""
     output_timeout: float = _resumable(10.0, gt=0)
@@ -121,6 +126,47 @@ class ProcessSection(Section):
     function: str | None = None
     """For the segmenter `function`: `file.py:name`, called as a reward function is; returns, per output, where in its
     text the steps end, as rising numbers of characters."""
+
+
+class RewardModelSection(Section):
+    """A reward model that is trained inside the run, from its own samples: named `reward_model` in `reward.functions`
+    (it scores outputs) or in `reward.step_functions` (it scores steps)."""
+
+    path: str | None = None
+    """The backbone, or a reward model to go on with: a Hugging Face folder or hub id. Default: the policy's."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id of `path`."""
+    labels: str | None = None
+    """What says what is right, never the model itself: `verifier` (for outputs), `monte_carlo` (for steps: as often as
+    a continuation reaches what the verifier calls right), or a file of labelled examples, read anew each round."""
+    continuations: int = Field(8, ge=1)
+    """For `monte_carlo`: continuations of each step."""
+    soft_labels: bool = False
+    """For `monte_carlo`: label a step by the share of right continuations, not by whether there is any."""
+    completer: str | None = None
+    """For `monte_carlo`: the folder or hub id of what writes the continuations. Default: the policy before training."""
+    first_prompts: int = Field(256, ge=0)
+    """Prompts that the policy answers before the first step, to train a first reward model from; 0: `path` is one."""
+    prompts_per_round: int = Field(256, ge=1)
+    """Most prompts of an iteration whose outputs become its round's training set, chosen by the seed."""
+    held_out_share: float = Field(0.1, gt=0, lt=1)
+    """Share of the prompts that a reward model is never trained on, but tried on in each round."""
+    replay: float = Field(0.1, ge=0, lt=1)
+    """Share of a round's examples that comes from earlier rounds (the paper's is the default)."""
+    replay_size: int = Field(10_000, ge=1)
+    """Most examples that are kept for replay."""
+    epochs: int = Field(1, ge=1)
+    """Passes over a round's examples."""
+    first_epochs: int | None = Field(None, ge=1)
+    """The same in the first round, which may have a new head to train. Default: `epochs`."""
+    batch_size: int = Field(32, ge=1)
+    """Examples per update of the reward model."""
+    learning_rate: float = Field(2e-5, gt=0)
+    """AdamW's, for the reward model (the default is the paper's)."""
+    warmup_steps: int = Field(0, ge=0)
+    """Updates of the reward model over which its learning rate rises, in all rounds together."""
+    min_accuracy: float | None = _resumable(None, gt=0, le=1)
+    """The run stops where the reward model's held-out accuracy is below this after a round."""
 
 
 class SamplingSection(Section):
@@ -276,6 +322,7 @@ class Job(Section):
     data: DataSection = Field(default_factory=DataSection)
     reward: RewardSection = Field(default_factory=RewardSection)
     process: ProcessSection = Field(default_factory=ProcessSection)
+    reward_model: RewardModelSection = Field(default_factory=RewardModelSection)
     sampling: SamplingSection = Field(default_factory=SamplingSection)
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
     train: TrainSection = Field(default_factory=TrainSection)

@@ -30,7 +30,7 @@ from groupwise.models.head import HeadShape
 from groupwise.models.small import character_tokenizer
 from groupwise.run import doctor, doctor_inputs, parts
 from groupwise.run.doctor_numbers import BFLOAT16, FLOAT32, bounds
-from groupwise.run.parts import Given
+from groupwise.run.given import Given
 from groupwise.run.patient import Patient, Room, open_patient
 from groupwise.run.report import Finding, Report, measured, print_report
 from groupwise.types import Prompt

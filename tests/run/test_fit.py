@@ -13,8 +13,9 @@ from groupwise.errors import ModelError
 from groupwise.jobfile import load_job
 from groupwise.run import fit
 from groupwise.run import plan as plans
-from groupwise.run.parts import BUDGET, Given
+from groupwise.run.given import Given
 from groupwise.run.plan import Plan
+from groupwise.run.settings import BUDGET
 from tests.run.tiny import save_model
 
 PLAN = Plan(

@@ -13,8 +13,9 @@ from groupwise.objective import objective_named
 from groupwise.run import loop
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.progress import Progress
-from groupwise.run.record import Watch
+from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
+from groupwise.run.rounds import NoRounds, Saving
 from groupwise.types import Sampling, Scored
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import Log, MemorySink, ScriptedEngine, ScriptedReward, prompts
@@ -62,9 +63,25 @@ class Penalty:
         return scored
 
 
+class RewardModel(NoRounds):
+    """Writes down when it is handed samples, and when it could be trained."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def add(self, scored: Scored, record: Record) -> None:
+        self.log.append(("collect", record.step))
+
+    def update(self, saving: Saving) -> None:
+        self.log.append(("reward model",))
+
+
 class Checkpoints:
     def __init__(self, log: Log) -> None:
         self.log = log
+
+    def round_over(self) -> None:
+        self.log.append(("round over",))
 
     def maybe(self, step: int) -> None:
         self.log.append(("save?", step))
@@ -95,6 +112,7 @@ class Bench:
             learner=Learner(self.log),  # type: ignore[arg-type]
             reference=Reference(self.log),  # type: ignore[arg-type]
             penalty=Penalty(self.log),  # type: ignore[arg-type]
+            rounds=RewardModel(self.log),
             evaluation=self.evaluation,
             checkpoints=Checkpoints(self.log),
             watch=Watch([self.sink], make_terminal("quiet", total_steps=0, title=""), None),
@@ -106,12 +124,15 @@ def test_the_order_is_that_of_algorithm_1() -> None:
     bench = Bench(iterations=2, steps=2, every=2)
     loop.train(bench.parts)
     assert bench.log == [
+        ("reward model",),  # there is one before the first step
         ("reference", 0, "version 0"),
         *step(1, version=0, reference=0),
         *step(2, version=2, reference=0, evaluated=True),
+        ("reward model",),  # trained on the iteration's samples
         ("reference", 1, "version 4"),  # the policy of now, and once per iteration
         *step(3, version=4, reference=4),
         *step(4, version=6, reference=4, evaluated=True),
+        ("reward model",),
         ("finish",),
     ]
 
@@ -129,6 +150,7 @@ def step(number: int, version: int, reference: int, evaluated: bool = False) -> 
         ("charge",),
         ("prepare", f"version {version}"),
         *passes,
+        ("collect", number),
         ("load", f"version {after}"),
         *(held_out if evaluated else []),
         ("save?", number),
@@ -208,7 +230,7 @@ def test_a_stop_lets_the_step_finish_and_saves_it() -> None:
     loop.train(bench.parts)
     assert bench.progress.step == 2
     assert [event["step"] for event in bench.sink.events] == [1, 2]
-    assert bench.log[-2:] == [("save?", 2), ("finish",)]
+    assert bench.log[-3:] == [("save?", 2), ("reward model",), ("finish",)]
 
 
 def stop(bench: Bench, at: int) -> None:
@@ -232,4 +254,4 @@ def test_a_run_that_is_taken_up_in_the_middle_goes_on_in_its_iteration() -> None
     done = Bench(iterations=2, steps=3)
     done.progress.step = 6
     loop.train(done.parts)
-    assert done.log == [("finish",)], "a run that is finished does nothing more"
+    assert done.log == [("reward model",), ("finish",)], "a run that is finished does nothing more"

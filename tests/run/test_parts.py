@@ -13,7 +13,9 @@ from groupwise.models.codec import Codec
 from groupwise.models.load import load_policy
 from groupwise.objective import PRESETS
 from groupwise.run import parts
-from groupwise.run.parts import Given, Model
+from groupwise.run.given import Given
+from groupwise.run.parts import Model
+from groupwise.run.settings import eval_sampling_of, objective_of, sampling_of
 from groupwise.types import Sampling
 from tests.run.tiny import CONTEXT, save_model
 
@@ -23,7 +25,7 @@ def a_job(**sections: Any) -> Job:
 
 
 def an_objective(**knobs: Any) -> Any:
-    return parts.objective_of(a_job(objective=knobs, sampling={"max_completion_length": 32}))
+    return objective_of(a_job(objective=knobs, sampling={"max_completion_length": 32}))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -61,10 +63,10 @@ def test_training_and_evaluation_sample_by_settings_of_their_own() -> None:
     job = a_job(
         sampling={"temperature": 0.7, "max_completion_length": 50, "stop": ["\n"]}, eval={"top_p": 0.9, "top_k": 5}
     )
-    assert parts.sampling_of(job) == Sampling(temperature=0.7, max_tokens=50, stop=("\n",))
-    assert parts.eval_sampling_of(job) == Sampling(temperature=0.0, top_p=0.9, top_k=5, max_tokens=50, stop=("\n",))
+    assert sampling_of(job) == Sampling(temperature=0.7, max_tokens=50, stop=("\n",))
+    assert eval_sampling_of(job) == Sampling(temperature=0.0, top_p=0.9, top_k=5, max_tokens=50, stop=("\n",))
     longer = a_job(sampling={"max_completion_length": 50}, eval={"max_completion_length": 80, "temperature": 1.0})
-    assert parts.eval_sampling_of(longer) == Sampling(max_tokens=80)
+    assert eval_sampling_of(longer) == Sampling(max_tokens=80)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from groupwise.models.size import weight_bytes
 from groupwise.objective import PRESETS
 from groupwise.run import plan as plans
 from groupwise.run import rates
-from groupwise.run.parts import Given
+from groupwise.run.given import Given
 from groupwise.run.plan import Plan, in_text
 from groupwise.run.rates import Rates
 from tests.run.tiny import save_model, save_rewards, save_rows

@@ -16,9 +16,9 @@ import groupwise
 from groupwise.config import PRESET_NAMES, Job
 from groupwise.errors import RewardError
 from groupwise.objective import PRESETS, process_advantages
-from groupwise.run import parts
 from groupwise.run.evaluate import judge
 from groupwise.run.rollouts import step_summary
+from groupwise.run.settings import objective_of
 from groupwise.types import Score, ScoredGroup, Step
 from groupwise.watch.metrics import unknown
 from tests.commandline import call
@@ -275,15 +275,15 @@ def test_an_option_of_the_command_line(bench: Path, monkeypatch: pytest.MonkeyPa
 
 def test_weights_of_credit_follow_from_what_is_scored() -> None:
     def objective(**reward: Any) -> tuple[float, float]:
-        found = parts.objective_of(Job(reward=reward))
+        found = objective_of(Job(reward=reward))
         return found.outcome_weight, found.process_weight
 
     assert objective() == (1.0, 0.0)
     assert objective(step_functions=["s.py:f"]) == (1.0, 1.0)
     assert objective(functions=[], step_functions=["s.py:f"]) == (0.0, 1.0)
     job = Job(reward={"step_functions": ["s.py:f"]}, objective={"outcome_weight": 0.3, "process_weight": 0.7})
-    assert parts.objective_of(job).outcome_weight == 0.3
-    assert parts.objective_of(Job()) == replace(PRESETS["grpo"], max_completion_length=256)
+    assert objective_of(job).outcome_weight == 0.3
+    assert objective_of(Job()) == replace(PRESETS["grpo"], max_completion_length=256)
 
 
 def test_a_step_of_training_in_numbers_of_steps() -> None:

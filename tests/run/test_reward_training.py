@@ -20,8 +20,9 @@ from groupwise.errors import RunFolderError
 from groupwise.jobfile.reward_model import load_reward_job
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reward_learner import RewardLearner, RewardLearnerSettings
-from groupwise.models.judging import Output, rows_of
-from groupwise.run.reward_training import prompt_of, save_model, train_reward_model
+from groupwise.models.judging import Output, prompt_of, rows_of
+from groupwise.run.export import save_reward_model
+from groupwise.run.reward_training import train_reward_model
 from groupwise.watch.metrics import unknown
 from groupwise.watch.panel import draw_svg
 from tests.commandline import call
@@ -194,7 +195,7 @@ def test_saving_leaves_the_one_that_trains_as_it_is(bench: Path, tmp_path: Path)
     learner = RewardLearner(model, RewardLearnerSettings(OptimizerSettings(1e-3, 10)))
     before = learner.score_outputs([Output("a", "b")])
     for _ in range(2):  # an older one is replaced
-        save_model(learner, tmp_path / "model")
+        save_reward_model(learner, tmp_path / "model")
     assert learner.score_outputs([Output("a", "b")]) == before
     assert model.model.dtype == torch.float32
     assert load_file(tmp_path / "model" / "model.safetensors")["score.weight"].dtype == torch.bfloat16

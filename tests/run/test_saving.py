@@ -14,6 +14,7 @@ from groupwise.learn import checkpoint
 from groupwise.run.folder import RunFolder
 from groupwise.run.progress import Progress
 from groupwise.run.record import Watch
+from groupwise.run.rounds import NoRounds
 from groupwise.run.saving import Clock, Saver, Stateful, check_shapes
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import MemorySink, a_checkpoint
@@ -54,7 +55,7 @@ class Bench:
         self.folder = RunFolder.create(path / "run")
         self.progress, self.evaluation, self.sink = Progress(1, 10), Evaluations(), MemorySink()
         self.watch = Watch([self.sink], make_terminal("quiet", total_steps=10, title=""), None)
-        parts: Any = (self.progress, Prompts(), Counter(), Nothing(), self.evaluation, Clock())
+        parts: Any = (self.progress, Prompts(), Counter(), Nothing(), self.evaluation, Clock(), NoRounds())
         self.stateful = Stateful(*parts)
         self.saver = Saver(self.folder, CheckpointSection(**schedule), self.stateful, self.watch)
 

@@ -8,6 +8,7 @@ from math import inf
 
 from groupwise.config import (
     BUILTIN,
+    TRAINED,
     EvalSection,
     Job,
     ObjectiveSection,
@@ -17,6 +18,7 @@ from groupwise.config import (
     TrainSection,
 )
 from groupwise.errors import ConfigError
+from groupwise.jobfile import reward_model_checks
 
 REASONS = {
     ("objective.kl", "k1"): (
@@ -43,6 +45,7 @@ def problems(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
     yield from _sampling(job.sampling)
     yield from _objective(job.objective)
     yield from _reward(job, origins)
+    yield from reward_model_checks.problems(job)
     yield from _credit(job)
     yield from _segmenter(job.process, bool(job.reward.step_functions))
     yield from _data(job)
@@ -103,6 +106,7 @@ def _reward(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
     for key, functions, option in (
         ("functions", section.functions, "--reward rewards.py:score"),
         ("step_functions", section.step_functions, "--step-reward rewards.py:score_steps"),
+        ("verifier", section.verifier, "--set reward.verifier=rewards.py:score"),
     ):
         origin = origins.get(f"reward.{key}", "default")
         nobody_said = origin == "default" or origin.startswith("recipe ")
@@ -112,7 +116,7 @@ def _reward(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
                 f'Name a function, as in {option} or `{key} = ["{option.split()[1]}"]` under [reward].'
             )
         for function in functions:
-            if not all(function.partition(":")):
+            if not all(function.partition(":")) and function != TRAINED:
                 yield (
                     f'`reward.{key}` has "{function}", which does not say where and what. '
                     "Write file.py:name or package.module:name."
@@ -129,7 +133,8 @@ def _reward(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
 
 def _reward_models(section: RewardSection) -> Iterator[str]:
     """What is said of reward models where none is named."""
-    models = [name for name in (*section.functions, *section.step_functions) if name.startswith("model:")]
+    named = (*section.functions, *section.step_functions, *section.verifier)
+    models = [name for name in named if name.startswith("model:") or name == TRAINED]
     if section.device is not None and not models:
         yield (
             f'`reward.device` = "{section.device}" has no effect: it says where reward models compute, and none is '
@@ -140,7 +145,7 @@ def _reward_models(section: RewardSection) -> Iterator[str]:
             f"`reward.step_tags` has {len(section.step_tags)} entries. It takes three: the tag that ends a step, the "
             'word for right and the word for wrong, as in ["ки", "+", "-"].'
         )
-    if section.step_tags is not None and not any(name in models for name in section.step_functions):
+    if section.step_tags is not None and not any(name in models and name != TRAINED for name in section.step_functions):
         yield (
             "`reward.step_tags` has no effect where no reward model scores steps: name one, as in "
             "--step-reward model:DIR, or remove it."
@@ -157,10 +162,10 @@ def _credit(job: Job) -> Iterator[str]:
             f"`objective.outcome_weight` = {objective.outcome_weight:g}, but `reward.functions` is empty: there are no "
             "rewards of outputs to learn from. Name a function, or remove the weight."
         )
-    if not functions and (job.eval.data is not None or job.data.path == BUILTIN):
+    if not functions and not job.reward.verifier and (job.eval.data is not None or job.data.path == BUILTIN):
         yield (
-            "`reward.functions` is empty, and what is held out is judged by it. Name one; with "
-            "`objective.outcome_weight` = 0 it stays out of training."
+            "`reward.functions` is empty, and what is held out is judged by it. Name one in `reward.verifier`, which "
+            "judges and takes no part in training."
         )
     if not step_functions and objective.process_weight:
         yield (

@@ -28,10 +28,13 @@ OPTIONS = {
     "num_generations": "sampling.num_generations",
     "temperature": "sampling.temperature",
     "max_completion_length": "sampling.max_completion_length",
+    "device": "model.device",
+    "learning_rate": "train.learning_rate",
+    "warmup_steps": "train.warmup_steps",
 }
 """Options whose key is not the only one of its name; every other knob goes by its own (`learning_rate`)."""
 
-FUNCTIONS = ("reward.functions", "reward.step_functions")
+FUNCTIONS = ("reward.functions", "reward.step_functions", "reward.verifier")
 """Lists of which an option may give one entry without the list."""
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: folders of safetensors and JSON, whole or not there, never a pickle.
 
     checkpoints/step-00000012/   model.safetensors  optimizer.safetensors  state.json  manifest.json
+                                 and, where a reward model is trained, its own and what it learns from as lines of JSON
     checkpoints/best/            the same, weights only
 
 A checkpoint is written beside its place, its manifest last, and then renamed. So a kill leaves either a whole one or a
@@ -18,6 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,18 +53,28 @@ class Checkpoint:
         tensors = load_file(self.path / f"{stem}.safetensors", device=device)
         return tensors | {alias: tensors[name] for alias, name in self.aliases[stem].items()}
 
+    def text(self, name: str) -> str:
+        """The text of the file `name`."""
+        return (self.path / name).read_text(encoding="utf-8")
 
-def save(folder: Path, step: int, *, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
-    """Write `folder/step-{step}` and return it. `tensors` maps file stems to named tensors; `state` must suit JSON.
+
+def save(
+    folder: Path, step: int, *, tensors: Mapping[str, Tensors], state: Mapping[str, Any],
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> Path:  # fmt: skip
+    """Write `folder/step-{step}` and return it. `tensors` maps file stems to named tensors, `texts` file names to what
+    is in them; `state` must suit JSON.
 
     On RunFolderError (a full disk, a closed folder) what was there before is untouched and nothing is left behind.
     """
-    return _write(folder / f"step-{step:08d}", step, tensors, state)
+    return _write(
+        folder / f"step-{step:08d}", step, tensors, {"state.json": json.dumps(dict(state), indent=1), **texts}
+    )
 
 
 def save_best(folder: Path, step: int, value: float, tensors: Tensors) -> Path:
     """Write or replace `folder/best`: the weights (stem `model`) with the best evaluation so far, and its value."""
-    return _write(folder / "best", step, {"model": tensors}, {"value": value})
+    return _write(folder / "best", step, {"model": tensors}, {"state.json": json.dumps({"value": value})})
 
 
 def load(path: Path) -> Checkpoint:
@@ -137,12 +149,11 @@ def _number(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _write(target: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
-    text = json.dumps(dict(state), indent=1)
+def _write(target: Path, step: int, tensors: Mapping[str, Tensors], texts: Mapping[str, str]) -> Path:
     own, aliases = {}, {}
     for stem, named in tensors.items():
         own[stem], aliases[stem] = _unshare(named)
-    needed = len(text) + sum(tensor.nbytes for named in own.values() for tensor in named.values())
+    needed = sum(map(len, texts.values())) + sum(tensor.nbytes for named in own.values() for tensor in named.values())
     partial = target.with_name(target.name + _PARTIAL)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +163,8 @@ def _write(target: Path, step: int, tensors: Mapping[str, Tensors], state: Mappi
         partial.mkdir()
         for stem, named in own.items():
             _save_file(named, partial / f"{stem}.safetensors")
-        write_atomic(partial / "state.json", text)
+        for name, text in texts.items():
+            write_atomic(partial / name, text)
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": files, "aliases": aliases}
         write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1))

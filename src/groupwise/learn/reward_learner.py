@@ -80,9 +80,9 @@ def encode_examples(model: RewardModel, examples: Sequence[Example]) -> EncodedS
     return EncodedSet(kept, len(reasons), reasons[0] if reasons else "")
 
 
-def updates_in(examples: int, settings: RewardLearnerSettings) -> int:
+def updates_in(examples: int, settings: RewardLearnerSettings, epochs: int | None = None) -> int:
     """Optimizer updates of a round over so many examples; an epoch's last update may have fewer."""
-    return settings.epochs * math.ceil(examples / settings.batch_size)
+    return (epochs or settings.epochs) * math.ceil(examples / settings.batch_size)
 
 
 class RewardLearner:
@@ -105,25 +105,27 @@ class RewardLearner:
         """Rounds that the model has been trained for, also before it came here."""
         return self.model.version
 
-    def updates(self, examples: Sequence[Encoded]) -> Iterator[Metrics]:
-        """The updates of the round that are left, each made when it is asked for, as its metrics.
+    def updates(self, examples: Sequence[Encoded], epochs: int | None = None) -> Iterator[Metrics]:
+        """The updates of the round that are left, each made when it is asked for, as its metrics; `epochs` passes,
+        where that is not as the settings say.
 
         Raises RunFolderError where the round was begun on other examples, ModelError where the loss is not finite.
         """
-        total, fingerprint = updates_in(len(examples), self.settings), _fingerprint(examples)
+        epochs = epochs or self.settings.epochs
+        total, fingerprint = updates_in(len(examples), self.settings, epochs), _fingerprint(examples)
         if self.done and self._round != fingerprint:
             raise RunFolderError(
                 "This round of the reward model was begun on other examples than these. Bring back its data, "
                 "tokenizer and length limit, or start a new run."
             )
         self._round = fingerprint
-        for batch in islice(self._batches(examples), self.done, total):
+        for batch in islice(self._batches(examples, epochs), self.done, total):
             metrics = self._update(batch)
             self.done += 1
             if self.done == total:
                 self.done, self._round = 0, None
                 self.model.version += 1
-            yield metrics | {"epoch": (self.done or total) / total * self.settings.epochs}
+            yield metrics | {"epoch": (self.done or total) / total * epochs}
 
     def fit(self, examples: Sequence[Example], after: Callable[[Metrics], object] = lambda metrics: None) -> Metrics:
         """A whole round, or what is left of it; `after` is called with each update's metrics. Their means."""
@@ -159,10 +161,10 @@ class RewardLearner:
         """The probability of being right of each step, per output; None where the output cannot be read."""
         return scores_of(self.model, steps, self.settings.tokens_per_micro_batch)[0]
 
-    def _batches(self, examples: Sequence[Encoded]) -> Iterator[list[Encoded]]:
+    def _batches(self, examples: Sequence[Encoded], epochs: int) -> Iterator[list[Encoded]]:
         """The examples of each update: every epoch in its own seeded order."""
         seed, size = self.settings.seed, self.settings.batch_size
-        for epoch in range(self.settings.epochs):
+        for epoch in range(epochs):
             keys = [stable_hash(seed, "reward-model", self.version, epoch, i) for i in range(len(examples))]
             order = sorted(range(len(examples)), key=keys.__getitem__)
             for start in range(0, len(order), size):

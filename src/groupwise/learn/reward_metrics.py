@@ -9,6 +9,8 @@ import numpy as np
 
 BINS = 10
 """Of equal width, in the calibration error."""
+PREFIX = "reward_model/"
+"""What metrics of a reward model's training begin with, also where it is trained inside a policy's run."""
 Metrics = dict[str, float]
 
 

@@ -5,6 +5,7 @@ itself, so that no token lies across the end of a step, and is judged at its las
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -175,3 +176,11 @@ def rows_of(example: Example) -> Sequence[Judged]:
     if isinstance(example, Preferred):
         return (example.chosen, example.rejected)
     return (example.output,) if isinstance(example, Graded) else (example.steps,)
+
+
+def prompt_of(example: Example) -> str:
+    """What tells an example's prompt from others: the prompt itself or, of texts without one, the better text."""
+    prompt = rows_of(example)[0].prompt
+    if not prompt and isinstance(example, Preferred):
+        return example.chosen.text
+    return json.dumps(prompt, sort_keys=True)

@@ -172,17 +172,18 @@ def load_reward_model(
 
 def new_reward_model(
     source: Source, kind: Kind, *, seed: int = 0, separator: str | None = None, device: str = "auto",
-    max_length: int | None = None,
+    max_length: int | None = None, has_head: bool = False,
 ) -> RewardModel:  # fmt: skip
     """A reward model to be trained, in float32: a backbone with a new head, or one that has its head already.
 
-    `seed` decides the new head. `separator` follows each step (default: as stored, else a line break). Raises
-    ModelError where the backbone lacks the class, or has a head of another number of labels.
+    `seed` decides the new head; with `has_head` there has to be one. `separator` follows each step (default: as
+    stored, else a line break). Raises ModelError where the backbone lacks the class, or has a head of another number
+    of labels.
     """
     config = load_config(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
     _check_backbone(source.path, config, kind)
     auto, _, labels = _CLASSES[kind]
-    if _is_of(config, kind):
+    if has_head or _is_of(config, kind):
         _check_kind(source.path, config, kind)
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

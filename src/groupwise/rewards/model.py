@@ -8,7 +8,7 @@ from typing import Any
 
 from groupwise.models.judging import Judged, Output, Steps
 from groupwise.models.reward_model import RewardModel
-from groupwise.models.scorer import BUDGET, scores_of
+from groupwise.models.scorer import BUDGET, scores_of, sigmoid
 from groupwise.rewards.base import RewardContext, Scope, Values
 from groupwise.rewards.checks import check_number, check_values, show_output
 from groupwise.rewards.steps import Cuts
@@ -19,9 +19,10 @@ from groupwise.types import Group
 class _Judge:
     """What both kinds share: names, metrics, and what to say about outputs that cannot be read.
 
-    Per step `<place>/<name>/version` is the version of the weights that scored it, which `rollouts.jsonl` has beside
-    every output too, and `<place>/<name>/unread` counts outputs that are not scored because they are too long for the
-    model or refused by its tokenizer.
+    Per step `<place>/<name>/version` is the version of the weights that scored it, and `<place>/<name>/unread` counts
+    outputs that are not scored because they are too long for the model or refused by its tokenizer. `rollouts.jsonl`
+    has beside every output `<name>/version` and `<name>/right`, its probability of being right (of steps: the last
+    one's).
     """
 
     place = "rewards"
@@ -65,8 +66,9 @@ class ModelReward(_Judge):
             for group in groups
             for output in group.completions
         ]
-        found = self._scores(groups, judged, context)
-        return check_values(self.name, groups, [None if values is None else values[0] for values in found])
+        scores = [None if values is None else values[0] for values in self._scores(groups, judged, context)]
+        context.extras[f"{self.name}/right"] = [None if score is None else sigmoid(score) for score in scores]
+        return check_values(self.name, groups, scores)
 
 
 class ModelStepReward(_Judge):
@@ -81,7 +83,9 @@ class ModelStepReward(_Judge):
             for group, of_group in zip(groups, cuts, strict=True)
             for cut in of_group
         ]
-        found = iter(self._scores(groups, judged, context))
+        scores = self._scores(groups, judged, context)
+        context.extras[f"{self.name}/right"] = [values[-1] if values else None for values in scores]
+        found = iter(scores)
         return [
             [self._values(next(found), len(cut.texts), group, index) for index, cut in enumerate(of_group)]
             for group, of_group in zip(groups, cuts, strict=True)

@@ -21,21 +21,14 @@ from groupwise.run.doctor import examine
 from groupwise.run.evaluate import Evaluation
 from groupwise.run.export import model_card, write_folder
 from groupwise.run.folder import RunFolder
-from groupwise.run.parts import (
-    PYTHON,
-    Given,
-    Model,
-    eval_sampling_of,
-    open_engine,
-    open_evaluation,
-    open_functions,
-    open_model,
-    scorer_of,
-)
+from groupwise.run.given import PYTHON, Given
+from groupwise.run.parts import Model, narrow, open_engine, open_evaluation, open_model
 from groupwise.run.record import Record
 from groupwise.run.report import Report
 from groupwise.run.saving import Clock, check_shapes
+from groupwise.run.scoring import as_judged, open_functions, scorer_of
 from groupwise.run.session import Result, Start, run_job
+from groupwise.run.settings import eval_sampling_of
 from groupwise.types import Completion, Message, Request
 from groupwise.watch.terminal import Mode
 
@@ -51,19 +44,19 @@ WHICH = ("latest", "best", "base")
 
 def train(
     job: str | Path | None = None, *, model: str | Path | None = None, data: Rows | None = None,
-    reward: Functions = None, step_reward: Functions = None, eval_data: Rows | None = None,
+    reward: Functions = None, step_reward: Functions = None, verifier: Functions = None, eval_data: Rows | None = None,
     run: str | Path | None = None, overrides: Sequence[str] = (), show: Mode = "auto", trust_remote_code: bool = False,
     **options: Any,
 ) -> Result:  # fmt: skip
     """Train a model by GRPO and return what came of it.
 
     `job` is a job file or a recipe's name; everything else overrides it: `data` and `eval_data` are paths, hub ids or
-    rows (dicts with a `prompt`), `reward` and `step_reward` a `file.py:name`, a function, or several; any knob of the
-    job goes by its name (`learning_rate=1e-5`) or in `overrides` (`"train.steps=10"`). `show` is auto, plain, quiet or
-    json. Raises GroupwiseError where the job cannot be run.
+    rows (dicts with a `prompt`), `reward`, `step_reward` and `verifier` a `file.py:name`, a function, or several; any
+    knob of the job goes by its name (`learning_rate=1e-5`) or in `overrides` (`"train.steps=10"`). `show` is auto,
+    plain, quiet or json. Raises GroupwiseError where the job cannot be run.
     """
     clock = Clock()
-    given, named = _hand_over(data, eval_data, reward, step_reward, trust_remote_code)
+    given, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
     resolved = load_job(job, overrides, {"model": model, "run": run, **named, **options})
     folder = RunFolder.create(Path(resolved.job.run))
     with folder.lock():
@@ -72,7 +65,7 @@ def train(
 
 def plan(
     job: str | Path | None = None, *, model: str | Path | None = None, data: Rows | None = None,
-    reward: Functions = None, step_reward: Functions = None, eval_data: Rows | None = None,
+    reward: Functions = None, step_reward: Functions = None, verifier: Functions = None, eval_data: Rows | None = None,
     run: str | Path | None = None, overrides: Sequence[str] = (), trust_remote_code: bool = False, **options: Any,
 ) -> Plan:  # fmt: skip
     """Tell what `train` of the same arguments would take on this machine: memory by component, seconds by phase.
@@ -81,7 +74,7 @@ def plan(
     """
     from groupwise.run.plan import plan_of  # what traces a model is not needed to train it
 
-    given, named = _hand_over(data, eval_data, reward, step_reward, trust_remote_code)
+    given, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
     return plan_of(load_job(job, overrides, {"model": model, "run": run, **named, **options}).job, given)
 
 
@@ -89,7 +82,8 @@ def resume(
     run: str | Path, *, overrides: Sequence[str] = (), fork: str | Path | None = None,
     data: Iterable[Mapping[str, Any]] | None = None, eval_data: Iterable[Mapping[str, Any]] | None = None,
     reward: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
-    step_reward: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None, show: Mode = "auto",
+    step_reward: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+    verifier: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None, show: Mode = "auto",
     trust_remote_code: bool = False,
 ) -> Result:  # fmt: skip
     """Continue a run from its last whole checkpoint, exactly as if it had not been interrupted.
@@ -98,7 +92,7 @@ def resume(
     Python are handed over again. Raises GroupwiseError.
     """
     clock = Clock()
-    given, _ = _hand_over(data, eval_data, reward, step_reward, trust_remote_code)
+    given, _ = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
     folder = RunFolder.open(Path(run))
     old = load_job(folder.job).job
     new = load_job(folder.job, overrides, {"run": str(fork or run)}).job
@@ -114,7 +108,8 @@ def resume(
     with folder.lock():
         start = _start(folder, changed, forked=False)
         _refuse_other_iterations(old, new, start.saved)
-        folder.cut_back(start.saved.step if start.saved else None)
+        done = start.saved.state.get("rounds", {}).get("done", 0) if start.saved else 0
+        folder.cut_back(start.saved.step if start.saved else None, done)
         return run_job(new, folder, given, show, clock, start)
 
 
@@ -122,15 +117,17 @@ def evaluate(
     target: str | Path, *, overrides: Sequence[str] = (), which: str = "latest", eval_data: Rows | None = None,
     reward: Functions = None, step_reward: Functions = None, trust_remote_code: bool = False,
 ) -> dict[str, float]:  # fmt: skip
-    """Evaluate a run's weights (`which`: latest, best or base), or a job's model before training.
+    """Evaluate a run's weights (`which`: latest, best or base), or a job's model before training; `reward` judges in
+    place of the job's verifier or rewards.
 
     Returns `reward`, `accuracy`, `pass@k`, their intervals and `mean_length`. Raises GroupwiseError.
     """
-    given, named = _hand_over(None, eval_data, reward, step_reward, trust_remote_code)
+    given, named = _hand_over((None, eval_data), (None, step_reward, reward), trust_remote_code)
     job, model, saved = _opened(target, overrides, which, given, named)
-    _narrow(model)
+    narrow(model)
+    judged, given = as_judged(job, given)
     with ExitStack() as closing:
-        scorer = scorer_of(job, open_functions(job, given, None, closing), model.codec, _to_stderr)
+        scorer = scorer_of(judged, open_functions(judged, given, None, closing), model.codec, _to_stderr)
         evaluation = open_evaluation(job, model, given, open_engine(job, model, closing), scorer)
         if not isinstance(evaluation, Evaluation):
             raise ConfigError("There is nothing to evaluate on: name held-out prompts with --data, or in eval.data.")
@@ -149,7 +146,7 @@ def sample(
     """
     given = Given(trust_remote_code=trust_remote_code)
     job, model, _ = _opened(target, overrides, which, given, {})
-    _narrow(model)
+    narrow(model)
     model.codec.check([model.codec.render(prompt)])
     token_ids = model.codec.encode_prompt(prompt)
     sampling = eval_sampling_of(job)
@@ -180,10 +177,10 @@ def label(
     """
     from groupwise.run.label import Ask, write_labels
 
-    given, named = _hand_over(data, None, reward, None, trust_remote_code)
+    given, named = _hand_over((data, None), (reward, None, None), trust_remote_code)
     named |= {"model": model}
     job, opened, saved = _opened(target, overrides, which, given, named)
-    _narrow(opened)
+    narrow(opened)
     run = RunFolder(Path(target)) if target is not None and Path(target).is_dir() and data is None else None
     completer = {
         "model": opened.source, "revision": job.model.revision, "step": saved.step if saved else 0,
@@ -212,7 +209,7 @@ def export(run: str | Path, target: str | Path, *, which: str = "latest", trust_
 
 def doctor(
     job: str | Path | None = None, *, model: str | Path | None = None, data: Rows | None = None,
-    reward: Functions = None, step_reward: Functions = None, eval_data: Rows | None = None,
+    reward: Functions = None, step_reward: Functions = None, verifier: Functions = None, eval_data: Rows | None = None,
     overrides: Sequence[str] = (), trust_remote_code: bool = False, **options: Any,
 ) -> Report:  # fmt: skip
     """Try the library's own properties on a job's model, data and rewards, before training; nothing is written.
@@ -220,28 +217,32 @@ def doctor(
     The job is given as to `train`. `Report.healthy` tells whether no check failed. Raises GroupwiseError where the job
     cannot be opened at all.
     """
-    given, named = _hand_over(data, eval_data, reward, step_reward, trust_remote_code)
+    given, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
     return examine(load_job(job, overrides, {"model": model, **named, **options}).job, given, _to_stderr)
 
 
 def _hand_over(
-    data: Rows | None, eval_data: Rows | None, reward: Functions, step_reward: Functions, trust: bool
+    rows: tuple[Rows | None, Rows | None], functions: tuple[Functions, Functions, Functions], trust: bool
 ) -> tuple[Given, dict[str, Any]]:
-    """What is named goes into the job, what is an object goes beside it under a name of its own."""
+    """What is named goes into the job, what is an object goes beside it under a name of its own. `rows` are those of
+    training and held-out ones, `functions` score outputs, steps, and judge."""
     named: dict[str, Any] = {}
     objects: dict[str, Any] = {}
-    for key, rows in (("data", data), ("eval_data", eval_data)):
-        if isinstance(rows, str | Path) or rows is None:
-            named[key] = rows
+    for key, one in zip(("data", "eval_data"), rows, strict=True):
+        if isinstance(one, str | Path) or one is None:
+            named[key] = one
         else:
-            named[key], objects[key] = f"{PYTHON}rows", rows
+            named[key], objects[key] = f"{PYTHON}rows", one
     handed: dict[str, list[Callable[..., Any]]] = {}
-    for key, given in (("reward", reward), ("step_reward", step_reward)):
-        functions = [given] if isinstance(given, str) or callable(given) else list(given or ())
-        handed[key] = [function for function in functions if not isinstance(function, str)]
-        if functions:
-            named[key] = [f if isinstance(f, str) else PYTHON + getattr(f, "__name__", key) for f in functions]
-    return Given(handed["reward"], objects.get("data"), objects.get("eval_data"), trust, handed["step_reward"]), named
+    for key, given in zip(("reward", "step_reward", "verifier"), functions, strict=True):
+        several = [given] if isinstance(given, str) or callable(given) else list(given or ())
+        handed[key] = [function for function in several if not isinstance(function, str)]
+        if several:
+            named[key] = [f if isinstance(f, str) else PYTHON + getattr(f, "__name__", key) for f in several]
+    return Given(
+        handed["reward"], objects.get("data"), objects.get("eval_data"), trust, handed["step_reward"],
+        handed["verifier"],
+    ), named  # fmt: skip
 
 
 def _start(folder: RunFolder, changed: Sequence[Difference], forked: bool) -> Start:
@@ -312,12 +313,6 @@ def _load(model: Model, saved: Checkpoint) -> None:
     check_shapes(own, found, saved)
     for name, tensor in found.items():
         own[name].copy_(tensor)
-
-
-def _narrow(model: Model) -> None:
-    """Compute as training does, which evaluates in the narrow type."""
-    for parameter in model.loaded.policy.model.parameters():
-        parameter.data = parameter.data.to(model.loaded.compute_dtype)
 
 
 def _to_stderr(message: str) -> None:

@@ -11,7 +11,8 @@ from groupwise.config import Job
 from groupwise.errors import GroupwiseError
 from groupwise.run.doctor_inputs import chat_template, end_token, memory, rewards, tokenizer
 from groupwise.run.doctor_numbers import NUMBERS, Check
-from groupwise.run.parts import Given, lacking_memory, model_source
+from groupwise.run.given import Given
+from groupwise.run.parts import lacking_memory, model_source
 from groupwise.run.patient import Patient, open_patient
 from groupwise.run.report import Finding, Report
 from groupwise.wording import one_line

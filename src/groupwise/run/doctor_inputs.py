@@ -15,10 +15,10 @@ from groupwise.learn.learner import peak_memory
 from groupwise.models.codec import Codec
 from groupwise.objective import token_advantages
 from groupwise.rewards.combine import unique_names
-from groupwise.run.parts import memory_settings
 from groupwise.run.patient import LOOKED_AT, Patient, credit, unscored
 from groupwise.run.record import Record, frac_zero
 from groupwise.run.report import Finding, Verdict, measured
+from groupwise.run.settings import memory_settings
 from groupwise.types import Completion, Group, GroupKey, Message, Prompt, ScoredGroup
 from groupwise.watch.words import duration, percent
 

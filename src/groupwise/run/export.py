@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 from groupwise.disk import cannot_write
 from groupwise.errors import RunFolderError
 from groupwise.learn.checkpoint import Checkpoint
+from groupwise.learn.reward_learner import RewardLearner
 from groupwise.models.codec import Codec
 from groupwise.models.tokenizer_files import looks_local
 
@@ -103,3 +106,22 @@ def _found(saved: Checkpoint | None) -> list[str]:
         if name in found["first"] and name in found["last"]
     ]
     return [f"Held-out {', '.join(words)}; {saved.state['seconds']:.0f} s in all.", ""]
+
+
+def save_reward_model(learner: RewardLearner, target: Path, card: str = "") -> None:
+    """Write a learner's reward model as a Hugging Face folder, with tokenizer and separator; an older one is replaced.
+
+    Raises RunFolderError where it cannot be written.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    whole = copy.deepcopy(learner.model.model).float()  # the one that trains stays as it is
+    own: dict[str, torch.Tensor] = dict(whole.named_parameters()) | dict(whole.named_buffers())
+    with torch.no_grad():
+        for name, tensor in learner.masters().items():
+            own[name].copy_(tensor)
+    model = learner.model
+    write_folder(whole, model.codec, partial, source=model.source, dtype=model.stored_dtype, card=card)
+    model.write_card(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)

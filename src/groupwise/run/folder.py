@@ -164,13 +164,14 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RunFolderError(f"Cannot read the result of this run, {self.result}: {error}.") from error
 
-    def cut_back(self, step: int | None) -> None:
+    def cut_back(self, step: int | None, rounds: int = 0) -> None:
         """Make the folder what it was at the checkpoint of `step`; None: before the first event.
 
-        Events and rollouts after it go, result.json too; later checkpoints, which are damaged, are set aside.
+        `rounds` of a reward model were over then: the event of the next one, at the same step, goes too. Events and
+        rollouts after it go, result.json too; later checkpoints, which are damaged, are set aside.
         """
         last = -1 if step is None else step
-        events.truncate_to(self.events, last)
+        events.truncate_to(self.events, last, rounds)
         events.truncate_rollouts(self.rollouts, last)
         checkpoint.set_aside(self.checkpoints, last)
         self.result.unlink(missing_ok=True)

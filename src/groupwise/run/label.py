@@ -23,11 +23,14 @@ from groupwise.errors import ConfigError, DataError
 from groupwise.models.codec import Codec
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.folder import RunFolder
+from groupwise.run.given import Given
 from groupwise.run.label_file import COUNTED, LabelFile
-from groupwise.run.monte_carlo import Completer, MonteCarlo
-from groupwise.run.parts import Given, Model, encoded_prompts, open_engine, open_functions, sampling_of
+from groupwise.run.monte_carlo import Completer, MonteCarlo, read_by
+from groupwise.run.parts import Model, encoded_prompts, open_engine
 from groupwise.run.record import Record
 from groupwise.run.rollouts import Draw, Scorer
+from groupwise.run.scoring import as_judged, open_functions
+from groupwise.run.settings import sampling_of
 from groupwise.types import Completion, Finish, Group, GroupKey, Prompt
 from groupwise.watch.events import older, read
 from groupwise.watch.words import duration
@@ -115,11 +118,7 @@ def _completion(item: Any, codec: Codec, where: str) -> Completion:
     if not isinstance(text, str):
         raise DataError(f"{where}: an output has to be a text, or an object with a 'text', but is {shown(item)}.")
     finish: Finish = "length" if isinstance(item, Mapping) and item.get("finish", "stop") != "stop" else "stop"
-    token_ids = codec.encode_text(text)
-    if finish == "stop":
-        # It was sampled, if only as a token without text: the last step has it.
-        token_ids = (*token_ids, *sorted(codec.end_token_ids)[:1])
-    return Completion(token_ids, text, (0.0,) * len(token_ids), finish)
+    return read_by(codec, text, finish)
 
 
 Blocks = Sequence[Callable[[], Sequence[Group]]]
@@ -159,6 +158,7 @@ def write_labels(
     `completer` says which weights the model has. Raises GroupwiseError.
     """
     process = _process(job, ask)
+    job, given = as_judged(job, given)
     if not job.reward.functions:
         raise ConfigError("What is right is said by a reward of whole outputs: name one with --reward.")
     with ExitStack() as closing:

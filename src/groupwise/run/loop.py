@@ -12,6 +12,7 @@ from groupwise.run.evaluate import Evaluator
 from groupwise.run.progress import Progress
 from groupwise.run.record import Watch
 from groupwise.run.rollouts import Rollouts
+from groupwise.run.rounds import Rounds
 
 
 class Checkpoints(Protocol):
@@ -19,6 +20,9 @@ class Checkpoints(Protocol):
 
     def maybe(self, step: int) -> None:
         """Save after this step, where it is due."""
+
+    def round_over(self) -> None:
+        """Save what a round of the reward model made."""
 
     def finish(self) -> None:
         """Save the last step, where that has not been done."""
@@ -34,6 +38,7 @@ class Parts:
     learner: Learner
     reference: Reference | NoReference
     penalty: RewardPenalty | NoPenalty
+    rounds: Rounds
     evaluation: Evaluator
     checkpoints: Checkpoints
     watch: Watch
@@ -43,6 +48,7 @@ class Parts:
 def train(parts: Parts) -> None:
     """Run the iterations and steps that are left, or until the run is asked to stop."""
     p = parts
+    p.rounds.update(p.checkpoints)  # a first reward model, or the round that an interruption cut short
     for iteration in p.progress.iterations():
         p.reference.refresh(p.learner, iteration)  # reference <- policy
         for step in p.progress.steps():
@@ -55,9 +61,11 @@ def train(parts: Parts) -> None:
                 with record.time("update"):
                     for done in range(p.num_iterations):  # mu passes over the batch
                         record.metrics |= p.learner.update(batch, done)
+                p.rounds.add(scored, record)  # the new training set of the reward model
                 p.rollouts.load_weights(p.learner)
                 p.evaluation.maybe(record)
                 record.metrics |= {"iteration": iteration, "policy_version": p.learner.version}
                 p.watch.groups(record, scored, credit)
             p.checkpoints.maybe(step)
+        p.rounds.update(p.checkpoints)  # the reward model: labelled samples of this iteration, and replay
     p.checkpoints.finish()

@@ -16,7 +16,7 @@ from groupwise.rewards.base import RewardContext
 from groupwise.rewards.steps import Cuts, Segmenter
 from groupwise.rewards.stepwise import StepValues
 from groupwise.seeds import stable_hash
-from groupwise.types import Branch, Completion, Group, Request, Sampling, Score, Scored, ScoredGroup, Tree
+from groupwise.types import Branch, Completion, Finish, Group, Request, Sampling, Score, Scored, ScoredGroup, Tree
 
 TREE_TOKENS = 16384
 """A tree is computed in one pass: what has more tokens is two trees, each with the prompt."""
@@ -205,3 +205,12 @@ def _parts(ends: Sequence[tuple[int, int]], room: int) -> Iterator[list[tuple[in
         part.append(one)
     if part:
         yield part
+
+
+def read_by(codec: Codec, text: str, finish: Finish) -> Completion:
+    """An output whose text is known, as a model reads it: its log-probs are not known, and 0 here."""
+    token_ids = codec.encode_text(text)
+    if finish == "stop":
+        # It was sampled, if only as a token without text: the last step has it.
+        token_ids = (*token_ids, *sorted(codec.end_token_ids)[:1])
+    return Completion(token_ids, text, (0.0,) * len(token_ids), finish)

@@ -2,66 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import psutil
 import torch
 import transformers
 
-from groupwise.config import BUILTIN, Job
+from groupwise.config import BUILTIN, TRAINED, Job
 from groupwise.data import arithmetic
 from groupwise.data.files import PromptSet, load_prompts
 from groupwise.data.stream import PromptStream
 from groupwise.disk import in_words
 from groupwise.engines.base import Engine
 from groupwise.engines.native import NativeEngine
-from groupwise.errors import ConfigError, DataError, GroupwiseError, ModelError, RewardError
-from groupwise.learn.learner import Learner, LearnerSettings
-from groupwise.learn.optimizer import OptimizerSettings
+from groupwise.errors import ConfigError, DataError, GroupwiseError, ModelError
+from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
+from groupwise.learn.reward_learner import RewardLearner
 from groupwise.models.codec import Codec
 from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, load_config, load_policy
+from groupwise.models.reward_model import RewardModel
 from groupwise.models.size import parameter_count, weight_bytes
-from groupwise.objective import PRESETS, Objective, objective_named
-from groupwise.rewards.adapters import FunctionCalls, ModelOptions, load_reward, load_stepwise
-from groupwise.rewards.base import Reward
+from groupwise.rewards.adapters import FunctionCalls
 from groupwise.rewards.steps import segmenter_of
-from groupwise.rewards.stepwise import StepReward, StepScorer, load_step_reward
+from groupwise.run.collected import Collected
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.folder import RunFolder
+from groupwise.run.given import PYTHON, Given, Rows
+from groupwise.run.label_sources import FileLabels, LabelSource, MonteCarloLabels, VerifierLabels
 from groupwise.run.loop import Parts
+from groupwise.run.monte_carlo import Completer, MonteCarlo
 from groupwise.run.progress import Progress
-from groupwise.run.record import Watch
+from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
+from groupwise.run.rounds import NoRounds, RewardModelRounds, Rounds, Task
 from groupwise.run.saving import Clock, Saver, Stateful
+from groupwise.run.scoring import as_judged, open_functions, open_trained, scorer_of
+from groupwise.run.settings import (
+    eval_sampling_of,
+    learner_settings,
+    memory_settings,
+    objective_of,
+    reward_learner_settings,
+    sampling_of,
+    total_steps,
+    trains_reward_model,
+)
 from groupwise.run.warmup import ensure_warm
-from groupwise.types import Sampling
+from groupwise.seeds import stable_hash
+from groupwise.types import Group, Prompt
 from groupwise.watch.events import EventsFile, RolloutsFile, Sink
 from groupwise.watch.terminal import Terminal
 
-PYTHON = "python:"
-"""Marks, in a job, what was handed over as a Python object and cannot be named in a file."""
 TRAINING_QUESTIONS = 8192
 """How many of the built-in questions are an epoch."""
-BUDGET = 16384
-"""Tokens of a micro-batch where memory is no question: more would take memory and no less time."""
 CHECKED_PROMPTS = 64
 """How many prompts the tokenizer is tried on."""
-Rows = Iterable[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a job file cannot hold: objects from Python, and the consent to run a model's own code."""
-
-    rewards: Sequence[Callable[..., Any]] = ()
-    rows: Rows | None = None
-    eval_rows: Rows | None = None
-    trust_remote_code: bool = False
-    step_rewards: Sequence[Callable[..., Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -140,54 +139,6 @@ def available_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def memory_settings(job: Job) -> tuple[int, bool]:
-    """A job's token budget, and whether layers are computed twice: where it names none, as if there were room."""
-    budget = job.train.tokens_per_micro_batch or max(BUDGET, job.sampling.max_completion_length)
-    return budget, bool(job.model.gradient_checkpointing)
-
-
-def objective_of(job: Job) -> Objective:
-    """The job's preset with the job's changes. Raises ObjectiveError where they cannot go together."""
-    section = job.objective
-    given = ("epsilon", "epsilon_high", "beta", "kl", "dual_clip")
-    changes: dict[str, Any] = {name: value for name in given if (value := getattr(section, name)) is not None}
-    preset = PRESETS[section.preset]
-    if section.epsilon is not None and preset.epsilon == preset.epsilon_high:
-        changes.setdefault("epsilon_high", section.epsilon)
-    changes |= {name: value for name in ("step_return", "step_normalization") if (value := getattr(section, name))}
-    for name, functions in (("outcome", job.reward.functions), ("process", job.reward.step_functions)):
-        given_weight = getattr(section, f"{name}_weight")
-        changes[f"{name}_weight"] = float(bool(functions)) if given_weight is None else given_weight
-    if section.scale_rewards is not None:
-        changes["scale"] = section.scale_rewards
-    if section.importance_sampling != "none":
-        changes |= {
-            "importance_sampling": section.importance_sampling,
-            "importance_sampling_cap": section.importance_sampling_cap,
-        }
-    return objective_named(section.preset, max_completion_length=job.sampling.max_completion_length, **changes)
-
-
-def total_steps(job: Job) -> int:
-    """Steps of all outer iterations."""
-    return job.train.iterations * job.train.steps
-
-
-def sampling_of(job: Job) -> Sampling:
-    """How training outputs are drawn."""
-    section = job.sampling
-    return Sampling(temperature=section.temperature, max_tokens=section.max_completion_length, stop=tuple(section.stop))
-
-
-def eval_sampling_of(job: Job) -> Sampling:
-    """How held-out outputs are drawn: settings of their own."""
-    section = job.eval
-    return Sampling(
-        temperature=section.temperature, top_p=section.top_p, top_k=section.top_k, stop=tuple(job.sampling.stop),
-        max_tokens=section.max_completion_length or job.sampling.max_completion_length,
-    )  # fmt: skip
-
-
 def training_prompts(job: Job, model: Model, given: Given) -> PromptSet:
     """The job's prompts, encoded, the too long ones left out."""
     return encoded_prompts(job, model.codec, model.loaded.context, given)
@@ -239,61 +190,6 @@ def _room(job: Job, context: int | None, completion: int, key: str) -> int | Non
     return limit or context - completion
 
 
-@dataclass(frozen=True)
-class Functions:
-    """A job's functions, loaded: those that score outputs, those that score steps, and the one that finds them."""
-
-    rewards: Sequence[Reward]
-    step_rewards: Sequence[StepReward]
-    segmenter: FunctionCalls | None
-
-
-def open_functions(job: Job, given: Given, folder: RunFolder | None, closing: ExitStack) -> Functions:
-    """Load the job's functions; files start their workers now, so that a broken one is found at once."""
-    section = job.reward
-    limits: dict[str, Any] = {"timeout": section.timeout, "output_timeout": section.output_timeout}
-    limits["log"] = folder.rewards_log if folder else None
-    models = ModelOptions(
-        section.device or job.model.device, job.model.dtype, section.step_tags, given.trust_remote_code
-    )
-    rewards, step_rewards = [], []
-    for function in _named_or_handed(section.functions, given.rewards, "reward function", "reward"):
-        rewards.append(load_reward(function, models=models, **limits))
-        closing.callback(rewards[-1].close)
-    for function in _named_or_handed(section.step_functions, given.step_rewards, "step reward function", "step_reward"):
-        step_rewards.append(load_step_reward(function, models=models, **limits))
-        closing.callback(step_rewards[-1].close)
-    segmenter = None
-    if job.process.function is not None:
-        segmenter = load_stepwise(job.process.function, place="segmenter", kind="segmenter", **limits)
-        closing.callback(segmenter.close)
-    return Functions(rewards, step_rewards, segmenter)
-
-
-def _named_or_handed(
-    specs: Sequence[str], handed: Sequence[Callable[..., Any]], kind: str, option: str
-) -> Iterator[str | Callable[..., Any]]:
-    objects = iter(handed)
-    for spec in specs:
-        function = next(objects, None) if spec.startswith(PYTHON) else spec
-        if function is None:
-            raise RewardError(
-                f"The {kind} {spec} was handed over from Python, not by name. Hand it over again, as in "
-                f"groupwise.resume(run, {option}=function), or name one with --{option.replace('_', '-')} where that "
-                "is offered."
-            )
-        yield function
-
-
-def scorer_of(job: Job, functions: Functions, codec: Codec, warn: Callable[[str], None]) -> Scorer:
-    """What scores outputs and, where the job says so, their steps."""
-    steps = None
-    if functions.step_rewards:
-        segmenter = segmenter_of(job.process, codec, functions.segmenter)
-        steps = StepScorer(segmenter, functions.step_rewards, job.reward.step_weights)
-    return Scorer(functions.rewards, job.reward.weights, total_steps(job), warn, steps)
-
-
 def open_evaluation(job: Job, model: Model, given: Given, engine: Engine, scorer: Scorer) -> Evaluation | NoEvaluation:
     """Held-out evaluation, or its stand-in where the job names no data for it."""
     held_out = held_out_prompts(job, model, given)
@@ -333,14 +229,18 @@ def build(
 
     What is quick to refuse is opened first.
     """
-    objective = objective_of(job)
-    functions = open_functions(job, given, folder, closing)
+    objective, warn = objective_of(job), watch.terminal.warn
+    trained = cache(lambda: open_trained(job, model_source(job, watch.terminal.say), given))
+    functions = open_functions(job, given, folder, closing, trained)
+    judged, judged_given = as_judged(job, given)
+    judges = functions if judged is job else open_functions(judged, judged_given, folder, closing)
     model = open_model(job, given, watch.terminal.say, training=True)
-    scorer = scorer_of(job, functions, model.codec, watch.terminal.warn)
+    scorer = scorer_of(job, functions, model.codec, warn)
+    judge = scorer_of(judged, judges, model.codec, warn)
     prompts = training_prompts(job, model, given)
-    _check_prompts(prompts, model.codec, watch.terminal.warn)
+    _check_prompts(prompts, model.codec, warn)
     engine = open_engine(job, model, closing)
-    evaluation = open_evaluation(job, model, given, engine, scorer)
+    evaluation = open_evaluation(job, model, given, engine, judge)
     learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype))
     reference = Reference(learner.policy) if objective.needs_reference else NoReference()
     penalty = (
@@ -351,7 +251,14 @@ def build(
     stream = PromptStream(prompts.prompts, seed=job.seed, shuffle=job.data.shuffle)
     draw = Draw(sampling_of(job), job.sampling.num_generations, job.seed, "train")
     progress = Progress(job.train.iterations, job.train.steps)
-    stateful = Stateful(progress, stream, learner, reference, evaluation, clock)
+    rounds: Rounds = NoRounds()
+    if trains_reward_model(job):
+        verifier = Scorer(judges.rewards, None, total_steps(job), warn) if job.reward.verifier else None
+        rounds = _open_rounds(
+            _Opened(job, given, folder, watch, model, prompts.prompts, engine, progress), trained(), verifier,
+            functions.segmenter,
+        )  # fmt: skip
+    stateful = Stateful(progress, stream, learner, reference, evaluation, clock, rounds)
     saver = Saver(folder, job.checkpoint, stateful, watch)
     parts = Parts(
         progress=progress,
@@ -360,6 +267,7 @@ def build(
         learner=learner,
         reference=reference,
         penalty=penalty,
+        rounds=rounds,
         evaluation=evaluation,
         checkpoints=saver,
         watch=watch,
@@ -368,27 +276,82 @@ def build(
     return parts, stateful, saver
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What of a job is open when its reward model's rounds are."""
+
+    job: Job
+    given: Given
+    folder: RunFolder
+    watch: Watch
+    model: Model
+    prompts: Sequence[Prompt]
+    engine: Engine
+    progress: Progress
+
+
+def _open_rounds(
+    opened: _Opened, trained: RewardModel, verifier: Scorer | None, segmenter: FunctionCalls | None
+) -> RewardModelRounds:
+    """The rounds of the reward model that a run trains."""
+    job, section, prompts = opened.job, opened.job.reward_model, opened.prompts
+    draw = Draw(sampling_of(job), job.sampling.num_generations, job.seed, TRAINED)
+
+    def first() -> Sequence[Group]:
+        stream = PromptStream(prompts, seed=stable_hash(job.seed, TRAINED), shuffle=True)
+        return draw.groups(opened.engine, stream.take(min(section.first_prompts, len(prompts))), 0)
+
+    sources: dict[str | None, LabelSource] = {
+        "verifier": VerifierLabels(job.eval.threshold),
+        "monte_carlo": MonteCarloLabels(lambda closing: _open_labeller(opened, verifier, segmenter, closing)),
+    }
+    dtype = choose_dtype(job.model.dtype, trained.device)
+    task = Task(
+        learner=RewardLearner(trained, reward_learner_settings(job, dtype)),
+        labels=sources.get(section.labels) or FileLabels(str(section.labels)),
+        verifier=verifier,
+        threshold=job.eval.threshold,
+        first=first,
+        settings=section,
+        seed=job.seed,
+        progress=opened.progress,
+        watch=opened.watch,
+        model_folder=opened.folder.path / TRAINED,
+    )
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    return RewardModelRounds(task, Collected(section.prompts_per_round, job.seed, by_id))
+
+
+def _open_labeller(
+    opened: _Opened, verifier: Scorer | None, segmenter: FunctionCalls | None, closing: ExitStack
+) -> tuple[MonteCarlo, Codec | None]:
+    """What labels steps by continuations of a completer, which is loaded now: the policy as it was before training, or
+    a model of its own, with its own tokenizer."""
+    assert verifier is not None
+    job, section, step = opened.job, opened.job.reward_model, opened.progress.step
+    if section.completer is not None:
+        own = job.model.model_copy(update={"path": section.completer, "revision": None})
+        job = job.model_copy(update={"model": own})
+    completer = open_model(job, opened.given, lambda line: None, training=False)
+    narrow(completer)
+    labeller = MonteCarlo(
+        open_engine(job, completer, closing), lambda groups: verifier(groups, Record(step)), completer.codec,
+        segmenter_of(job.process, completer.codec, segmenter),
+        Completer(section.continuations, sampling_of(job), job.seed, completer.loaded.context),
+        soft=section.soft_labels, threshold=job.eval.threshold,
+    )  # fmt: skip
+    return labeller, completer.codec if section.completer is not None else None
+
+
+def narrow(model: Model) -> None:
+    """Compute as training does, which samples in the narrow type."""
+    for parameter in model.loaded.policy.model.parameters():
+        parameter.data = parameter.data.to(model.loaded.compute_dtype)
+
+
 def _check_prompts(prompts: PromptSet, codec: Codec, warn: Callable[[str], None]) -> None:
     """Say what was left out, and hold the tokenizer against what is left. Raises ModelError where it loses text."""
     if prompts.dropped_long:
         warn(f"{prompts.dropped_long} prompts are too long and were left out")
     for warning in codec.check([codec.render(prompt.content) for prompt in prompts.prompts[:CHECKED_PROMPTS]]):
         warn(warning)
-
-
-def learner_settings(job: Job, compute_dtype: torch.dtype) -> LearnerSettings:
-    """How the learner works for this job."""
-    section = job.train
-    optimizer = OptimizerSettings(
-        learning_rate=section.learning_rate,
-        total_updates=total_steps(job) * section.num_iterations * section.updates_per_batch,
-        lr_scheduler_type=section.lr_scheduler_type, warmup_steps=section.warmup_steps,
-        weight_decay=section.weight_decay, adam_beta1=section.adam_beta1, adam_beta2=section.adam_beta2,
-        adam_epsilon=section.adam_epsilon, max_grad_norm=section.max_grad_norm,
-    )  # fmt: skip
-    return LearnerSettings(
-        optimizer=optimizer, temperature=job.sampling.temperature, num_iterations=section.num_iterations,
-        updates_per_batch=section.updates_per_batch, tokens_per_micro_batch=memory_settings(job)[0],
-        mask_truncated=job.objective.mask_truncated_completions,
-        correct_sampler=job.objective.importance_sampling != "none", compute_dtype=compute_dtype, seed=job.seed,
-    )  # fmt: skip

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import inf
 
 import psutil
@@ -23,7 +23,10 @@ from groupwise.learn.pack import Batch
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.load import choose_device
 from groupwise.run import parts
+from groupwise.run.given import Given
 from groupwise.run.rollouts import Scorer
+from groupwise.run.scoring import open_functions, open_trained, scorer_of
+from groupwise.run.settings import learner_settings, objective_of, sampling_of
 from groupwise.seeds import group_seed
 from groupwise.types import Group, GroupKey, Prompt, Request, Score, ScoredGroup
 
@@ -93,7 +96,7 @@ class Patient:
 
     def _draw(self, purpose: str, n: int, lengths: Sequence[int]) -> list[Group]:
         self.engine.load_weights(self.learner.weights(), self.learner.version)
-        sampling = parts.sampling_of(self.job)
+        sampling = sampling_of(self.job)
         requests = [
             Request(
                 f"{purpose}/{slot}", prompt.token_ids, n, replace(sampling, max_tokens=length),
@@ -116,24 +119,25 @@ class Patient:
         return self.learner.prepare(self.few, credit(self.few), self.reference)
 
 
-def open_patient(job: Job, given: parts.Given, say: Callable[[str], None], closing: ExitStack) -> Patient:
+def open_patient(job: Job, given: Given, say: Callable[[str], None], closing: ExitStack) -> Patient:
     """Open a job as training does, what is quick to refuse first. Raises GroupwiseError where it cannot be opened."""
     warnings: list[str] = []
-    functions = parts.open_functions(job, given, None, closing)
+    trained = cache(lambda: open_trained(job, parts.model_source(job, say), given))
+    functions = open_functions(job, given, None, closing, trained)
     device = choose_device(job.model.device)
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     room = Room(parts.available_memory(device), int(held))
     model = parts.open_model(job, given, say, training=True)
-    scorer = parts.scorer_of(job, functions, model.codec, warnings.append)
+    scorer = scorer_of(job, functions, model.codec, warnings.append)
     prompts = parts.training_prompts(job, model, given)
     held_out = parts.held_out_prompts(job, model, given)
-    settings = parts.learner_settings(job, model.loaded.compute_dtype)
+    settings = learner_settings(job, model.loaded.compute_dtype)
     settings = replace(
         settings, optimizer=OptimizerSettings(learning_rate=0.0, total_updates=1, max_grad_norm=inf),
         num_iterations=2, updates_per_batch=1,  # so that old log-probs are computed by a forward of their own
         mask_truncated=False,  # outputs are cut here that would not be cut in a run
     )  # fmt: skip
-    learner = Learner(model.loaded.policy, parts.objective_of(job), settings)
+    learner = Learner(model.loaded.policy, objective_of(job), settings)
     reference = Reference(learner.policy) if learner.objective.needs_reference else NoReference()
     reference.refresh(learner, 0)
     engine = parts.open_engine(job, model, closing)

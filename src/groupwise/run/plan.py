@@ -24,9 +24,11 @@ from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.models.small import character_tokenizer, small_model
 from groupwise.objective import Objective
 from groupwise.run.fit import NOTHING_FITS
+from groupwise.run.given import Given
 from groupwise.run.memory import SamplingCosts, sampling_costs
-from groupwise.run.parts import Given, available_memory, encoded_prompts, memory_settings, objective_of
+from groupwise.run.parts import available_memory, encoded_prompts
 from groupwise.run.rates import measure
+from groupwise.run.settings import memory_settings, objective_of
 from groupwise.watch.words import duration
 from groupwise.wording import one_line
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 import platform
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -31,10 +28,11 @@ from groupwise.learn.reward_learner import (
     encode_examples,
     updates_in,
 )
-from groupwise.models.judging import Example, Preferred, rows_of
+from groupwise.learn.reward_metrics import PREFIX
+from groupwise.models.judging import Example, prompt_of
 from groupwise.models.load import choose_dtype
 from groupwise.models.reward_model import Source, new_reward_model
-from groupwise.run.export import write_folder
+from groupwise.run.export import save_reward_model
 from groupwise.run.folder import RunFolder, git_commit
 from groupwise.run.progress import Progress, StopSignals
 from groupwise.run.record import Record, Watch
@@ -47,8 +45,6 @@ from groupwise.watch.words import duration, number
 
 KEEP = 2
 """Checkpoints that are kept: the one before the last serves when the last is damaged."""
-PREFIX = "reward_model/"
-"""What metrics of a reward model's training begin with, here and where it is trained inside a policy's run."""
 Rows = Iterable[Mapping[str, Any]]
 
 
@@ -225,26 +221,7 @@ def _train(session: _Session) -> None:
     if progress.step != session.saved_step:
         session.save()
     if progress.step == progress.total:
-        save_model(learner, session.folder.path / "model", _card_of(session))
-
-
-def save_model(learner: RewardLearner, target: Path, card: str = "") -> None:
-    """Write a learner's reward model as a Hugging Face folder, with tokenizer and separator; an older one is replaced.
-
-    Raises RunFolderError where it cannot be written.
-    """
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    whole = copy.deepcopy(learner.model.model).float()  # the one that trains stays as it is
-    own: dict[str, torch.Tensor] = dict(whole.named_parameters()) | dict(whole.named_buffers())
-    with torch.no_grad():
-        for name, tensor in learner.masters().items():
-            own[name].copy_(tensor)
-    model = learner.model
-    write_folder(whole, model.codec, partial, source=model.source, dtype=model.stored_dtype, card=card)
-    model.write_card(partial)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+        save_reward_model(learner, session.folder.path / "model", _card_of(session))
 
 
 def _examples(job: RewardModelJob, given: RewardData) -> tuple[list[Example], list[Example]]:
@@ -261,14 +238,6 @@ def _examples(job: RewardModelJob, given: RewardData) -> tuple[list[Example], li
             "prompts, name --eval-data, or set eval_share to 0."
         )
     return train, [one for one, out in zip(examples, held, strict=True) if out]
-
-
-def prompt_of(example: Example) -> str:
-    """What tells an example's prompt from others: the prompt itself or, of texts without one, the better text."""
-    prompt = rows_of(example)[0].prompt
-    if not prompt and isinstance(example, Preferred):
-        return example.chosen.text
-    return json.dumps(prompt, sort_keys=True)
 
 
 def settings_of(job: RewardModelJob, examples: int, device: torch.device) -> RewardLearnerSettings:

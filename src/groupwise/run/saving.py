@@ -20,6 +20,7 @@ from groupwise.run.evaluate import Evaluator
 from groupwise.run.folder import RunFolder
 from groupwise.run.progress import Progress
 from groupwise.run.record import Watch
+from groupwise.run.rounds import Rounds
 
 
 class Clock:
@@ -44,6 +45,7 @@ class Stateful:
     reference: Reference | NoReference
     evaluation: Evaluator
     clock: Clock
+    rounds: Rounds
     best: float | None = None
 
     def tensors(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -58,8 +60,9 @@ class Stateful:
             "evaluation": {name: getattr(self.evaluation, name) for name in ("first", "last", "at_step")},
             "seconds": self.clock.seconds,
             "best": self.best,
+            "rounds": self.rounds.state(),
         }
-        return {**files, **({"reference": reference} if reference else {})}, state
+        return {**files, **({"reference": reference} if reference else {}), **self.rounds.tensors()}, state
 
     def restore(self, saved: Checkpoint) -> None:
         """Take up where `saved` left off. Raises RunFolderError or DataError where it is of another model or data."""
@@ -69,6 +72,7 @@ class Stateful:
         for name, value in state["evaluation"].items():
             setattr(self.evaluation, name, value)
         self.clock.before, self.best = state["seconds"], state["best"]
+        self._restore_rounds(saved)
 
     def fork(self, saved: Checkpoint) -> None:
         """Begin a new run from `saved`, with an evaluation and a clock of its own.
@@ -78,6 +82,12 @@ class Stateful:
         self.restore_policy(saved)
         if saved.state["prompts"]["fingerprint"] == self.prompts.state_dict()["fingerprint"]:
             self.prompts.load_state_dict(saved.state["prompts"])
+            self._restore_rounds(saved)
+
+    def _restore_rounds(self, saved: Checkpoint) -> None:
+        """A checkpoint without a reward model leaves one that is trained now as it is: before its first round."""
+        if found := saved.state.get("rounds"):
+            self.rounds.load(saved.tensors, found, saved.text)
 
     def restore_policy(self, saved: Checkpoint) -> None:
         """Weights, optimizer and reference. A reference where there was none becomes the policy as it is now."""
@@ -106,6 +116,7 @@ class Saver:
     def __init__(self, folder: RunFolder, schedule: CheckpointSection, stateful: Stateful, watch: Watch) -> None:
         self.folder, self.schedule, self.stateful, self.watch = folder, schedule, stateful, watch
         self.saved_step = 0
+        self._saved: Any = None
 
     def maybe(self, step: int) -> None:
         """See `Checkpoints`."""
@@ -118,16 +129,23 @@ class Saver:
 
     def finish(self) -> None:
         """See `Checkpoints`."""
-        if self.stateful.progress.step != self.saved_step:
-            self.save(self.stateful.progress.step)
+        step = self.stateful.progress.step
+        if step != self.saved_step or self._saved not in (None, self.stateful.rounds.state()):
+            self.save(step)
         checkpoint.prune(self.folder.checkpoints, self.schedule.keep)  # a kill may have come before it
+
+    def round_over(self) -> None:
+        """See `Saving`: what a round made is not to be made again."""
+        if self.schedule.every > 0:
+            self.save(self.stateful.progress.step)
 
     def save(self, step: int) -> None:
         """Save now."""
         tensors, state = self.stateful.tensors()
-        checkpoint.save(self.folder.checkpoints, step, tensors=tensors, state=state)
+        texts = self.stateful.rounds.texts()
+        checkpoint.save(self.folder.checkpoints, step, tensors=tensors, state=state, texts=texts)
         checkpoint.prune(self.folder.checkpoints, self.schedule.keep)
-        self.saved_step = step
+        self.saved_step, self._saved = step, state["rounds"]
 
     def _best(self, step: int) -> None:
         evaluation = self.stateful.evaluation

@@ -17,9 +17,11 @@ from groupwise.learn.checkpoint import Checkpoint
 from groupwise.run import loop
 from groupwise.run.fit import settle
 from groupwise.run.folder import RunFolder, git_commit
-from groupwise.run.parts import Given, build, open_watch, total_steps
+from groupwise.run.given import Given
+from groupwise.run.parts import build, open_watch
 from groupwise.run.progress import StopSignals
 from groupwise.run.saving import Clock, Saver, Stateful
+from groupwise.run.settings import total_steps
 from groupwise.watch import events
 from groupwise.watch.terminal import Mode, Terminal, make_terminal
 from groupwise.watch.words import duration

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from groupwise.disk import cannot_write, sync
 from groupwise.errors import RunFolderError
 from groupwise.types import Completion, Score, ScoredGroup, Step
+from groupwise.watch.words import ROUND
 
 Advantage = float | Sequence[float]
 """One output's advantage: the same for all its tokens, or one per token."""
@@ -210,13 +211,14 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return dict(event)
 
 
-def truncate_to(path: Path, step: int) -> None:
-    """Drop every line after `step`, and a half-written last line. A file that does not exist is fine."""
+def truncate_to(path: Path, step: int, rounds: int | None = None) -> None:
+    """Drop every line after `step`, and a half-written last line; of lines about rounds of a reward model (numbered
+    from 0) all but those of the first `rounds`. A file that does not exist is fine."""
     if not path.exists():
         return
     end = 0
     for event, after in _lines(path):
-        if event["step"] > step:
+        if event["step"] > step or (rounds is not None and event.get(ROUND, -1) >= rounds):
             break
         end = after
     if end == path.stat().st_size:

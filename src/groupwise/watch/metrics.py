@@ -86,6 +86,9 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
         Metric("time/reward", "seconds", "Scoring the outputs."),
         Metric("time/prepare", "seconds", "Credit, packing, old and reference log-probs."),
         Metric("time/update", "seconds", "Forward, backward and optimizer."),
+        Metric("time/verify", "seconds", "Calling the verifier, where a reward model is trained."),
+        Metric("time/label", "seconds", "Labelling the outputs of a round."),
+        Metric("time/reward_model", "seconds", "Training the reward model in a round."),
         Metric("time/eval", "seconds", "The evaluation."),
         Metric("time/checkpoint", "seconds", "Writing the checkpoint before this event."),
         Metric("memory/peak_bytes", "bytes", "Most memory held so far: allocated on CUDA, else resident."),
@@ -121,6 +124,18 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
         Metric("reward_model/learning_rate", "rate", "Learning rate of the update."),
         Metric("reward_model/tokens", "tokens", "Tokens of the update's examples."),
         Metric("reward_model/epoch", "passes", "Passes over the examples so far, as a fraction."),
+        Metric("reward_model/predicted", "share", "Mean probability of being right that the trained model gives."),
+        Metric("reward_model/verified", "share", "Share of the same outputs that the verifier calls right."),
+        Metric(
+            "reward_model/gap", "share", "`predicted` minus `verified`: grows where the policy only pleases the model."
+        ),
+        Metric(
+            "reward_model/round", "rounds", "Number of the round that the event tells of; 0 is before the first step."
+        ),
+        Metric("reward_model/new", "examples", "Labelled examples of the round that are new."),
+        Metric("reward_model/replayed", "examples", "Examples of earlier rounds that were learned with them."),
+        Metric("reward_model/held_out", "examples", "New examples of prompts that the model is never trained on."),
+        Metric("reward_model/before/<name>", "", "As `reward_model/eval/<name>`, before the round's updates."),
         Metric("reward_model/updates", "updates", "Updates of a round inside a policy's run."),
         Metric("reward_model/version", "versions", "Version of the reward model after the round."),
         Metric("reward_model/dropped", "examples", "Examples of the round that the model cannot read: left out."),

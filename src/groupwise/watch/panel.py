@@ -17,7 +17,19 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from groupwise.watch.words import ABSENT, duration, is_step, number, of_reward_model, one_line, percent, sparkline, why
+from groupwise.watch.words import (
+    ABSENT,
+    ROUND,
+    duration,
+    is_round,
+    is_step,
+    number,
+    of_reward_model,
+    one_line,
+    percent,
+    sparkline,
+    why,
+)
 
 
 class _Phase(NamedTuple):
@@ -31,7 +43,7 @@ class _Phase(NamedTuple):
 
 _PHASES = (
     _Phase("sample", "█", "cyan", ("time/sample",)),
-    _Phase("reward", "▓", "yellow", ("time/reward",)),
+    _Phase("reward", "▓", "yellow", ("time/reward", "time/verify")),
     _Phase("update", "▒", "green", ("time/prepare", "time/update")),
 )
 _OTHER = _Phase("other", "░", "bright_black")
@@ -50,10 +62,15 @@ class Progress:
     evals: list[tuple[int, float]] = field(default_factory=list)
     verdict: str | None = None
     sample: tuple[str, float | None] | None = None
+    judge: dict[str, Any] = field(default_factory=dict)
+    """The latest round of the reward model that the run trains."""
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Add one event."""
         self.step = event["step"]
+        if is_round(event):
+            self.judge |= event
+            return
         self.latest.update(event)
         judge = of_reward_model(event)
         accuracy = event.get("reward_model/eval/accuracy" if judge else "eval/accuracy", event.get("eval/reward"))
@@ -122,7 +139,7 @@ def _headline(progress: Progress, width: int) -> list[Text]:
         line = Text.assemble(("reward    ", "dim"), (f"{number(latest.get('reward')):<7}", "bold green"))
         line.append(f"± {number(latest.get('reward_std')):<7}", style="dim")
     line.append(sparkline(list(progress.rewards)), style="green")
-    lines = [line, *_steps(latest), *_held_out(progress)]
+    lines = [line, *_steps(latest), *_held_out(progress), *_judge(progress)]
     for each in lines:
         each.truncate(width, overflow="ellipsis")
     return lines
@@ -136,6 +153,19 @@ def _steps(latest: Mapping[str, Any]) -> list[Text]:
     first = percent(latest.get("steps/first_right"))
     line.append(f"mean of {number(latest.get('steps/per_output'))} per output, first right {first}", style="dim")
     return [line]
+
+
+def _judge(progress: Progress) -> list[Text]:
+    """The reward model that the run trains: is it right, and does the policy only please it?"""
+    if not progress.judge:
+        return []
+    accuracy, gap = progress.judge.get("reward_model/eval/accuracy"), progress.latest.get("reward_model/gap")
+    return [
+        Text.assemble(
+            ("judge     ", "dim"), (f"{number(accuracy):<7}", "bold green"),
+            (f"after round {int(progress.judge[ROUND])}, above the verifier by {number(gap)}", "dim"),
+        )
+    ]  # fmt: skip
 
 
 def _held_out(progress: Progress) -> list[Text]:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from groupwise.watch.events import encode
 from groupwise.watch.panel import Progress, panel
-from groupwise.watch.words import duration, is_step, number, of_reward_model, percent, why
+from groupwise.watch.words import ROUND, duration, is_round, is_step, number, of_reward_model, percent, why
 
 Mode = Literal["auto", "plain", "quiet", "json"]
 
@@ -73,7 +73,11 @@ class Plain:
         self._teaches_nothing = False
 
     def write(self, event: Mapping[str, Any]) -> None:
-        """Write a step's line, and an evaluation's. The first of several steps that teach nothing says why."""
+        """Write a step's line, and an evaluation's, or a round's. The first of several steps that teach nothing says
+        why."""
+        if is_round(event):
+            self._put(round_line(event))
+            return
         if is_step(event):
             self._put(step_line(event, self._total_steps))
             verdict = why(event)
@@ -218,6 +222,20 @@ def step_line(event: Mapping[str, Any], total_steps: int) -> str:
     )
     step = f"step {event['step']:>{len(str(total_steps))}}/{total_steps}"
     return "  ".join([step, *(f"{name} {value:>{width}}" for name, value, width in columns)])
+
+
+def round_line(event: Mapping[str, Any]) -> str:
+    """A round of the reward model that a run trains, in one line."""
+    get = event.get
+    before, after = (number(get(f"reward_model/{when}/accuracy")) for when in ("before", "eval"))
+    columns = (
+        f"reward model, round {int(event[ROUND])}: {number(get('reward_model/new'))} new examples",
+        f"{number(get('reward_model/replayed'))} replayed",
+        f"held-out accuracy {before} -> {after}",
+        f"auc {number(get('reward_model/eval/auc'))}",
+        f"time {duration(get('time/step'))}",
+    )
+    return "  ".join(columns)
 
 
 def reward_model_line(event: Mapping[str, Any], total_steps: int) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 ABSENT = "-"
+ROUND = "reward_model/round"
+"""In the event of a round of the reward model that a run trains: its number. Such an event has no step of its own."""
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -58,12 +60,21 @@ def _bar(value: float, low: float, high: float) -> str:
 
 def is_step(event: Mapping[str, Any]) -> bool:
     """Whether an event tells of a training step, rather than of an evaluation alone."""
-    return "reward" in event or "loss" in event or "reward_model/loss" in event
+    return "reward" in event or "loss" in event or ("reward_model/loss" in event and not is_round(event))
+
+
+def is_round(event: Mapping[str, Any]) -> bool:
+    """Whether an event tells of a round of the reward model that a run trains, between two steps."""
+    return ROUND in event
 
 
 def of_reward_model(event: Mapping[str, Any]) -> bool:
-    """Whether an event tells of a reward model's training alone."""
-    return not ("reward" in event or "loss" in event) and any(name.startswith("reward_model/") for name in event)
+    """Whether an event tells of a step of a reward model's own training."""
+    return (
+        not is_round(event)
+        and not ("reward" in event or "loss" in event)
+        and any(name.startswith("reward_model/") for name in event)
+    )
 
 
 def why(event: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,97 @@
+"""What cannot work, or would be without effect, where a run trains a reward model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from groupwise.config import BUILTIN, TRAINED, Job, RewardModelSection
+from groupwise.jobfile.phrases import suggestion
+
+SOURCES = ("verifier", "monte_carlo")
+"""What labels may come from, beside a file."""
+_OFF = RewardModelSection()
+
+
+def problems(job: Job) -> Iterator[str]:
+    """Every reason why a job's reward model cannot be trained as written."""
+    section, named = job.reward_model, (*job.reward.functions, *job.reward.step_functions)
+    if TRAINED not in named:
+        if section != _OFF:
+            key = next(key for key in RewardModelSection.model_fields if getattr(section, key) != getattr(_OFF, key))
+            yield (
+                f"`reward_model.{key}` has no effect: no reward model is trained in this run. Name it, as in "
+                f'--reward {TRAINED} (it scores outputs) or --step-reward {TRAINED} (steps), or remove it.'
+            )  # fmt: skip
+        return
+    if named.count(TRAINED) > 1:
+        yield (
+            f'"{TRAINED}" is named {named.count(TRAINED)} times: the one model that a run trains scores outputs '
+            "(`reward.functions`) or steps (`reward.step_functions`). Name it once."
+        )
+    yield from _labels(job)
+    yield from _monte_carlo(section)
+    yield from _start(section)
+
+
+def _labels(job: Job) -> Iterator[str]:
+    section, labels, verifier = job.reward_model, job.reward_model.labels, job.reward.verifier
+    outcome = TRAINED in job.reward.functions
+    wanted = "verifier" if outcome else "monte_carlo"
+    if labels is None:
+        yield (
+            "`reward_model.labels` is not set: nothing says what is right, so there is nothing to train the reward "
+            f'model on after an iteration. Take "{wanted}", or a file of labelled examples.'
+        )
+        return
+    if labels == TRAINED or TRAINED in verifier or f"model:{section.path}" in verifier:
+        key = f'`reward_model.labels` = "{labels}"' if labels == TRAINED else "`reward.verifier`"
+        yield (
+            f"{key} is the reward model that is being trained: it would learn what it says already. Labels come from "
+            "something that knows: a function (`reward.verifier`), or a file."
+        )
+        return
+    if labels in SOURCES and labels != wanted:
+        what = ("outputs", "steps") if outcome else ("steps", "outputs")
+        yield (
+            f'`reward_model.labels` = "{labels}" labels {what[1]}, and this reward model scores {what[0]}. '
+            f'Take "{wanted}", or a file of labelled examples.'
+        )
+    if labels in SOURCES and not verifier:
+        yield (
+            f'`reward_model.labels` = "{labels}" needs `reward.verifier`: a function that says whether an output is '
+            'right, as in verifier = ["verify.py:correct"] under [reward].'
+        )
+    if labels not in SOURCES and not _is_file(labels):
+        yield (
+            f'`reward_model.labels` = "{labels}" is no file, and labels come from `verifier`, `monte_carlo` or a '
+            f"file.{suggestion(labels, SOURCES)}"
+        )
+    if not verifier and (job.eval.data is not None or job.data.path == BUILTIN):
+        yield (
+            "There are held-out prompts, and they are not judged by a model in training: name a function in "
+            "`reward.verifier`."
+        )
+
+
+def _is_file(labels: str) -> bool:
+    """Whether it may be one: what is not there may still be of the hub, or come later."""
+    return "/" in labels or "." in labels or Path(labels).exists()
+
+
+def _monte_carlo(section: RewardModelSection) -> Iterator[str]:
+    for key in ("continuations", "soft_labels", "completer"):
+        if section.labels != "monte_carlo" and getattr(section, key) != getattr(_OFF, key):
+            yield f'`reward_model.{key}` has no effect unless `reward_model.labels` = "monte_carlo". Remove it.'
+
+
+def _start(section: RewardModelSection) -> Iterator[str]:
+    if section.path is None and section.first_prompts == 0:
+        yield (
+            "`reward_model.first_prompts` = 0 leaves the first iteration without a reward model: name one that is "
+            "trained in `reward_model.path`, or let the policy answer some prompts first."
+        )
+    if section.path is None and section.revision is not None:
+        yield "`reward_model.revision` has no effect without `reward_model.path`. Remove it."
+    if section.first_prompts == 0 and section.first_epochs is not None:
+        yield "`reward_model.first_epochs` has no effect where `reward_model.first_prompts` = 0. Remove it."

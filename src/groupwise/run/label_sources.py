@@ -1,0 +1,93 @@
+"""Where the labels of a reward model's training set come from: never from the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Protocol
+
+from groupwise.data.files import read_rows
+from groupwise.models.codec import Codec
+from groupwise.run.monte_carlo import MonteCarlo, read_by
+from groupwise.types import Group, Scored
+
+Row = dict[str, Any]
+"""An example as reward models learn from it (see `groupwise.data.labelled`), and where it comes from."""
+
+
+class LabelSource(Protocol):
+    """Labels the outputs of a round. `reads_outputs`: it needs them, and has no examples of its own."""
+
+    name: str
+    reads_outputs: bool
+
+    def __call__(self, verified: Scored) -> list[Row]:
+        """The examples of these groups, whose scores are the verifier's; those without any label are left out."""
+
+
+class VerifierLabels:
+    """Outputs: right where the verifier gives at least `threshold`."""
+
+    name, reads_outputs = "verifier", True
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    def __call__(self, verified: Scored) -> list[Row]:
+        """See `LabelSource`. An output that the verifier did not score has no label."""
+        rows: list[Row] = []
+        for one in verified:
+            key = one.group.key
+            where = {"prompt_id": key.prompt_id, "step": key.step, "slot": key.slot}
+            for i, (output, reward) in enumerate(zip(one.group.completions, one.rewards, strict=True)):
+                if reward is not None:
+                    rows.append({
+                        "prompt": one.group.prompt.content, "completion": output.text, "finish": output.finish,
+                        "label": float(reward >= self.threshold), **where, "output": i,
+                    })  # fmt: skip
+        return rows
+
+
+Opener = Callable[[ExitStack], tuple[MonteCarlo, Codec | None]]
+"""Opens what labels by continuations, until the stack is closed; with a codec where its tokens are not the policy's."""
+
+
+class MonteCarloLabels:
+    """Steps: right where continuations of them are, drawn by a completer that is in memory only while it draws."""
+
+    name, reads_outputs = "monte_carlo", True
+
+    def __init__(self, opener: Opener) -> None:
+        self._open = opener
+
+    def __call__(self, verified: Scored) -> list[Row]:
+        """See `LabelSource`."""
+        with ExitStack() as closing:
+            labeller, codec = self._open(closing)
+            found = labeller.label(verified if codec is None else _read_by(codec, verified))
+            rows = [one.row(labeller.soft) for one in found]
+        return [row for row in rows if any(label is not None for label in row["labels"])]
+
+
+class FileLabels:
+    """Examples of a file, folder or hub data set, read anew each round: it may grow during a run."""
+
+    reads_outputs = False
+
+    def __init__(self, path: str) -> None:
+        self.name = self.path = path
+
+    def __call__(self, verified: Scored) -> list[Row]:
+        """See `LabelSource`. Raises DataError where it cannot be read."""
+        return [dict(row) for row in read_rows(self.path)]
+
+
+def _read_by(codec: Codec, verified: Scored) -> Scored:
+    """Groups as another model's tokenizer reads their texts."""
+    return [replace(one, group=_group_read_by(codec, one.group)) for one in verified]
+
+
+def _group_read_by(codec: Codec, group: Group) -> Group:
+    prompt = replace(group.prompt, token_ids=codec.encode_prompt(group.prompt.content))
+    return replace(group, prompt=prompt, completions=tuple(read_by(codec, c.text, c.finish) for c in group.completions))

@@ -1,0 +1,266 @@
+"""Rounds of a reward model inside a run: a new training set from an iteration's samples, and replay (Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from groupwise.config import TRAINED, RewardModelSection
+from groupwise.data.labelled import load_examples
+from groupwise.errors import DataError, RewardError
+from groupwise.learn.replay import ReplayStore
+from groupwise.learn.reward_learner import RewardLearner, encode_examples
+from groupwise.learn.reward_metrics import PREFIX
+from groupwise.models.judging import Example, prompt_of
+from groupwise.run.collected import Collected
+from groupwise.run.export import save_reward_model
+from groupwise.run.label_sources import LabelSource, Row
+from groupwise.run.progress import Progress
+from groupwise.run.record import Record, Watch
+from groupwise.run.rollouts import Scorer
+from groupwise.seeds import stable_hash
+from groupwise.types import Group, Scored
+from groupwise.watch.words import ROUND, number
+
+Tensors = Mapping[str, Mapping[str, Tensor]]
+
+
+class Saving(Protocol):
+    """Saves a run whose round is over."""
+
+    def round_over(self) -> None:
+        """Save now, where anything is saved."""
+
+
+class Rounds(Protocol):
+    """What the loop asks of them."""
+
+    def add(self, scored: Scored, record: Record) -> None:
+        """Take a step's outputs into the next training set, and hold the model's scores against the verifier's."""
+
+    def update(self, saving: Saving) -> None:
+        """Train the reward model for every iteration that is over and has had no round."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, by file."""
+
+    def state(self) -> dict[str, Any]:
+        """What `state.json` holds."""
+
+    def texts(self) -> dict[str, str]:
+        """What a checkpoint holds as files of lines."""
+
+    def load(self, tensors: Callable[[str], dict[str, Tensor]], state: Any, text: Callable[[str], str]) -> None:
+        """Take up where these left off."""
+
+
+class NoRounds:
+    """Stands where no reward model is trained."""
+
+    def add(self, scored: Scored, record: Record) -> None:
+        """Nothing is collected."""
+
+    def update(self, saving: Saving) -> None:
+        """Nothing is trained."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """No state."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """No state."""
+        return {}
+
+    def texts(self) -> dict[str, str]:
+        """No state."""
+        return {}
+
+    def load(self, tensors: Callable[[str], dict[str, Tensor]], state: Any, text: Callable[[str], str]) -> None:
+        """No state."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What rounds work with. `first` samples the outputs of the first round, `model_folder` is where the trained model
+    is written after each."""
+
+    learner: RewardLearner
+    labels: LabelSource
+    verifier: Scorer | None
+    threshold: float
+    first: Callable[[], Sequence[Group]]
+    settings: RewardModelSection
+    seed: int
+    progress: Progress
+    watch: Watch
+    model_folder: Path
+
+
+@dataclass
+class _UnderWay:
+    """A round that was interrupted: what the model was like before it, and its updates so far."""
+
+    before: dict[str, float] = field(default_factory=dict)
+    updates: list[dict[str, float]] = field(default_factory=list)
+
+
+class RewardModelRounds:
+    """Trains the job's reward model: round 0 before the first step, round `i` after iteration `i` (from 1).
+
+    `done` counts the rounds that are over. A round is a function of what was collected, the replay store and the
+    reward model, all of which are in the checkpoint: killed inside, it is repeated, or gone on with, to the bit.
+    """
+
+    def __init__(self, task: Task, collected: Collected) -> None:
+        self.task, self.collected = task, collected
+        self.done = 0 if task.settings.first_prompts else 1
+        self.replay = ReplayStore(task.settings.replay_size, task.seed)
+        self._under_way: _UnderWay | None = None
+        self._told = False
+
+    def add(self, scored: Scored, record: Record) -> None:
+        """See `Rounds`. `reward_model/gap` is by how much the model's probabilities of being right are above what the
+        verifier says of the same outputs, in the mean."""
+        if self.task.verifier is None:
+            return
+        with record.time("verify"):
+            verified = self._verified([one.group for one in scored])
+        right = [None if r is None else float(r >= self.task.threshold) for one in verified for r in one.rewards]
+        predicted = record.extras.get(f"{TRAINED}/right", [None] * len(right))
+        both = [(p, r) for p, r in zip(predicted, right, strict=True) if p is not None and r is not None]
+        if both:
+            means = fmean(p for p, _ in both), fmean(r for _, r in both)
+            record.metrics |= dict(zip((f"{PREFIX}predicted", f"{PREFIX}verified"), means, strict=True))
+            record.metrics[f"{PREFIX}gap"] = means[0] - means[1]
+        if self.task.labels.reads_outputs:
+            self.collected.add(verified)
+
+    def update(self, saving: Saving) -> None:
+        """See `Rounds`. Asked to stop, it leaves the rest of a round to the run that resumes."""
+        progress = self.task.progress
+        while self.done * progress.steps_per_iteration <= progress.step and not progress.stopped:
+            record = Record(progress.step)
+            with record.time("step"):
+                self._round(record)
+            if self._under_way is not None:
+                return
+            with self.task.watch.step(progress.step) as event:
+                event.metrics |= record.metrics
+            saving.round_over()
+            self._guard(record.metrics)
+
+    def _round(self, record: Record) -> None:
+        task, learner, n = self.task, self.task.learner, self.done
+        with record.time("label"):
+            new, held_out = self._new_examples()
+        old = self.replay.draw(len(new), task.settings.replay, n)
+        encoded = encode_examples(learner.model, _examples([*new, *old], learner))
+        with record.time("reward_model"):
+            if self._under_way is None:
+                self._under_way = _UnderWay(self._tried(held_out))
+            epochs = task.settings.first_epochs if n == 0 else None
+            for metrics in learner.updates(encoded.examples, epochs):
+                self._under_way.updates.append(metrics)
+                if task.progress.stopped and learner.done:
+                    return
+            after = self._tried(held_out)
+        self.replay.add(new, n)
+        self.collected.clear()
+        save_reward_model(learner, task.model_folder)
+        record.metrics |= _summary(self._under_way, after) | {
+            ROUND: float(n), f"{PREFIX}version": float(learner.version), f"{PREFIX}new": float(len(new)),
+            f"{PREFIX}replayed": float(len(old)), f"{PREFIX}held_out": float(len(held_out)),
+            f"{PREFIX}dropped": float(encoded.dropped),
+        }  # fmt: skip
+        self.done, self._under_way = n + 1, None
+
+    def _new_examples(self) -> tuple[list[Row], list[Row]]:
+        """The round's new examples: to be learned, and of prompts that are held out in every round."""
+        task = self.task
+        verified: Scored = ()
+        if task.labels.reads_outputs:
+            verified = self._verified(task.first()) if self.done == 0 else self.collected.scored
+        rows = task.labels(verified)
+        limit = task.settings.held_out_share * 2**63
+        held = [
+            stable_hash(task.seed, "held-out", prompt_of(example)) < limit for example in _examples(rows, task.learner)
+        ]
+        new = [row for row, out in zip(rows, held, strict=True) if not out]
+        if not new:
+            outputs = sum(len(one.scores) for one in verified)
+            found = f"none of {outputs} outputs has a label" if not rows else "all of its examples are held out"
+            raise DataError(
+                f"Round {self.done} of the reward model has nothing to learn from: {found} (labels: "
+                f"{task.labels.name}). Look at the verifier, or raise reward_model.prompts_per_round."
+            )
+        return new, [row for row, out in zip(rows, held, strict=True) if out]
+
+    def _verified(self, groups: Sequence[Group]) -> Scored:
+        assert self.task.verifier is not None
+        return self.task.verifier(groups, Record(self.task.progress.step))
+
+    def _tried(self, rows: Sequence[Row]) -> dict[str, float]:
+        if not rows and not self._told:
+            self._told = True
+            self.task.watch.terminal.warn(
+                "no prompt of this round is held out, so nothing tells how good the reward model is: raise "
+                "reward_model.held_out_share or reward_model.prompts_per_round"
+            )
+        return self.task.learner.evaluate(_examples(rows, self.task.learner)) if rows else {}
+
+    def _guard(self, found: Mapping[str, float]) -> None:
+        bound, accuracy = self.task.settings.min_accuracy, found.get(f"{PREFIX}eval/accuracy")
+        if bound is not None and (accuracy is None or accuracy < bound):
+            raise RewardError(
+                f"After round {int(found[ROUND])} the reward model's held-out accuracy is "
+                f"{number(accuracy)}, and `reward_model.min_accuracy` is {bound:g}: a policy would learn to please it, "
+                "not to be right. More labelled outputs (first_prompts, prompts_per_round), more epochs or a better "
+                "backbone help; lower the bound to go on all the same."
+            )
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """See `Rounds`."""
+        return self.task.learner.state_dict()[0]
+
+    def state(self) -> dict[str, Any]:
+        """See `Rounds`."""
+        way = self._under_way
+        under_way = None if way is None else {"before": way.before, "updates": way.updates}
+        return {"done": self.done, "under_way": under_way, "learner": self.task.learner.state_dict()[1]}
+
+    def texts(self) -> dict[str, str]:
+        """See `Rounds`."""
+        return {"replay.jsonl": _text(self.replay.lines()), "collected.jsonl": _text(self.collected.lines())}
+
+    def load(self, tensors: Callable[[str], dict[str, Tensor]], state: Any, text: Callable[[str], str]) -> None:
+        """See `Rounds`. Raises RunFolderError where the checkpoint is of another reward model, DataError of other
+        prompts."""
+        found = {name: tensors(name) for name in ("reward_model", "reward_optimizer")}
+        self.task.learner.load_state_dict(found, state["learner"])
+        self.done = state["done"]
+        self._under_way = None if state["under_way"] is None else _UnderWay(**state["under_way"])
+        self.replay.load(text("replay.jsonl").splitlines())
+        self.collected.load(text("collected.jsonl").splitlines())
+
+
+def _examples(rows: Sequence[Mapping[str, Any]], learner: RewardLearner) -> list[Example]:
+    return load_examples(rows, learner.model.kind) if rows else []
+
+
+def _summary(round_: _UnderWay, after: Mapping[str, float]) -> dict[str, float]:
+    """Means over the updates, and what held-out examples said before and after them."""
+    names = dict.fromkeys(name for metrics in round_.updates for name in metrics if name not in ("epoch", "tokens"))
+    found = {name: fmean(metrics[name] for metrics in round_.updates if name in metrics) for name in names}
+    found |= {"updates": float(len(round_.updates))}
+    found |= {f"before/{name}": value for name, value in round_.before.items()}
+    found |= {f"eval/{name}": value for name, value in after.items()}
+    return {f"{PREFIX}{name}": value for name, value in found.items()}
+
+
+def _text(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)

@@ -1,0 +1,133 @@
+"""From a job's names to what scores outputs: those that are trained on, and those that are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from groupwise.config import TRAINED, Job
+from groupwise.errors import RewardError
+from groupwise.models.codec import Codec
+from groupwise.models.reward_model import RewardModel, Source, new_reward_model
+from groupwise.rewards.adapters import FunctionCalls, ModelOptions, load_reward, load_stepwise
+from groupwise.rewards.base import Reward
+from groupwise.rewards.model import ModelReward, ModelStepReward
+from groupwise.rewards.steps import segmenter_of
+from groupwise.rewards.stepwise import StepReward, StepScorer, load_step_reward
+from groupwise.run.folder import RunFolder
+from groupwise.run.given import PYTHON, Given
+from groupwise.run.rollouts import Scorer
+from groupwise.run.settings import total_steps
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+Closing = TypeVar("Closing", bound=_Closes)
+
+
+def _untold() -> RewardModel:
+    raise AssertionError("the reward model of a run was asked for where none is trained")
+
+
+@dataclass(frozen=True)
+class Functions:
+    """A job's functions, loaded: those that score outputs, those that score steps, and the one that finds them."""
+
+    rewards: Sequence[Reward]
+    step_rewards: Sequence[StepReward]
+    segmenter: FunctionCalls | None
+
+
+def open_functions(
+    job: Job, given: Given, folder: RunFolder | None, closing: ExitStack, trained: Callable[[], RewardModel] = _untold
+) -> Functions:
+    """Load the job's functions; files start their workers now, so that a broken one is found at once.
+
+    `trained` gives the reward model that the run trains, once all else is loaded, where the job names it.
+    """
+    section = job.reward
+    limits: dict[str, Any] = {"timeout": section.timeout, "output_timeout": section.output_timeout}
+    limits["log"] = folder.rewards_log if folder else None
+    limits["models"] = ModelOptions(
+        section.device or job.model.device, job.model.dtype, section.step_tags, given.trust_remote_code
+    )
+    option = ("verifier", "verifier") if given.judges else ("reward function", "reward")
+    named = _named_or_handed(section.functions, given.rewards, *option)
+    rewards = [None if f == TRAINED else _opened(load_reward(f, **limits), closing) for f in named]
+    named = _named_or_handed(section.step_functions, given.step_rewards, "step reward function", "step_reward")
+    step_rewards = [None if f == TRAINED else _opened(load_step_reward(f, **limits), closing) for f in named]
+    segmenter = None
+    if job.process.function is not None:
+        del limits["models"]
+        segmenter = _opened(load_stepwise(job.process.function, place="segmenter", kind="segmenter", **limits), closing)
+    return Functions(
+        [one or ModelReward(trained(), TRAINED) for one in rewards],
+        [one or ModelStepReward(trained(), TRAINED) for one in step_rewards],
+        segmenter,
+    )
+
+
+def _opened(found: Closing, closing: ExitStack) -> Closing:
+    closing.callback(found.close)
+    return found
+
+
+def as_judged(job: Job, given: Given) -> tuple[Job, Given]:
+    """A job as its held-out outputs are judged: by its verifier, where it names one, and never by a model in training.
+
+    Steps are then scored by what else scores them.
+    """
+    section = job.reward
+    if not section.verifier:
+        return job, given
+    weights = section.step_weights or [1.0] * len(section.step_functions)
+    kept = [(f, weight) for f, weight in zip(section.step_functions, weights, strict=True) if f != TRAINED]
+    changes = {
+        "functions": section.verifier, "weights": None,
+        "step_functions": [function for function, _ in kept], "step_weights": [weight for _, weight in kept] or None,
+    }  # fmt: skip
+    return job.model_copy(update={"reward": section.model_copy(update=changes)}), replace(
+        given, rewards=given.verifier, judges=True
+    )
+
+
+def _named_or_handed(
+    specs: Sequence[str], handed: Sequence[Callable[..., Any]], kind: str, option: str
+) -> Iterator[str | Callable[..., Any]]:
+    objects = iter(handed)
+    for spec in specs:
+        function = next(objects, None) if spec.startswith(PYTHON) else spec
+        if function is None:
+            raise RewardError(
+                f"The {kind} {spec} was handed over from Python, not by name. Hand it over again, as in "
+                f"groupwise.resume(run, {option}=function), or name one with --{option.replace('_', '-')} where that "
+                "is offered."
+            )
+        yield function
+
+
+def scorer_of(job: Job, functions: Functions, codec: Codec, warn: Callable[[str], None]) -> Scorer:
+    """What scores outputs and, where the job says so, their steps."""
+    steps = None
+    if functions.step_rewards:
+        segmenter = segmenter_of(job.process, codec, functions.segmenter)
+        steps = StepScorer(segmenter, functions.step_rewards, job.reward.step_weights)
+    return Scorer(functions.rewards, job.reward.weights, total_steps(job), warn, steps)
+
+
+def open_trained(job: Job, policy: str, given: Given) -> RewardModel:
+    """The reward model that a run trains, as it is before the first round; `policy` is where the policy comes from.
+
+    Raises ModelError where its backbone has no such class, or where it has to be trained already and is not.
+    """
+    section = job.reward_model
+    revision = job.model.revision if section.path is None else section.revision
+    return new_reward_model(
+        Source(section.path or policy, revision, given.trust_remote_code),
+        "outcome" if TRAINED in job.reward.functions else "process",
+        seed=job.seed, device=job.reward.device or job.model.device, has_head=section.first_prompts == 0,
+    )  # fmt: skip

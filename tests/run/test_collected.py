@@ -1,0 +1,65 @@
+"""Which of an iteration's groups its reward-model round gets to see."""
+
+from __future__ import annotations
+
+import pytest
+
+from groupwise.errors import DataError
+from groupwise.run.collected import Collected
+from groupwise.types import Completion, Group, GroupKey, Prompt, Score, ScoredGroup
+
+PROMPTS = {str(i): Prompt(str(i), f"question {i}", (2, 3), {"answer": object()}) for i in range(3)}
+
+
+def groups(step: int, n: int = 4) -> list[ScoredGroup]:
+    """Groups of two outputs; the second was cut and is not scored."""
+    found = []
+    for slot in range(n):
+        key = GroupKey(step, slot, str(slot % 3))
+        outputs = (
+            Completion((5, 6), f"a{step}", (-0.5, -0.25), "stop", ((step, 2),)),
+            Completion((7,), "b", (-1.0,), "length"),
+        )
+        found.append(ScoredGroup(Group(key, PROMPTS[key.prompt_id], outputs), (Score(1.0), Score(None))))
+    return found
+
+
+def keys(collected: Collected) -> list[tuple[int, int]]:
+    return [(one.group.key.step, one.group.key.slot) for one in collected.scored]
+
+
+def filled(capacity: int, *steps: int, seed: int = 0) -> Collected:
+    made = Collected(capacity, seed, PROMPTS)
+    for step in steps:
+        made.add(groups(step))
+    return made
+
+
+def test_all_are_kept_while_there_is_room() -> None:
+    assert keys(filled(100, 1, 2)) == [(step, slot) for step in (1, 2) for slot in range(4)]
+
+
+def test_a_choice_is_bounded_seeded_and_the_same_in_any_order() -> None:
+    chosen = keys(filled(5, 1, 2, 3))
+    assert len(chosen) == 5
+    assert chosen == sorted(chosen)
+    assert chosen == keys(filled(5, 3, 1, 2)), "nothing is preferred for having come first"
+    assert chosen != keys(filled(5, 1, 2, 3, seed=1))
+
+
+def test_lines_bring_back_what_labels_are_made_from() -> None:
+    before, after = filled(5, 1, 2, 3), Collected(5, 0, PROMPTS)
+    after.load(before.lines())
+    assert after.scored == before.scored
+    assert [one.rewards for one in after.scored] == [[1.0, None]] * 5
+    assert all(one.group.prompt.row for one in after.scored), "the verifier finds its columns"
+    before.add(groups(4))
+    after.add(groups(4))
+    assert after.scored == before.scored
+    after.clear()
+    assert not after.scored
+
+
+def test_a_prompt_that_is_not_there_any_more_is_named() -> None:
+    with pytest.raises(DataError, match="prompt 2, which the data set lacks"):
+        Collected(5, 0, {"0": PROMPTS["0"], "1": PROMPTS["1"]}).load(filled(100, 1).lines())
