@@ -6,8 +6,10 @@ KNOBS = {
     "": "schema_version run seed",
     "model": "path revision device dtype layout gradient_checkpointing",
     "data": "path revision subset split prompt_column chat_template_kwargs max_prompt_length long_prompts shuffle",
-    "reward": "functions weights step_functions step_weights timeout output_timeout device step_tags",
+    "reward": "functions weights step_functions step_weights verifier timeout output_timeout device step_tags",
     "process": "segmenter pattern token_ids function",
+    "reward_model": "path revision labels continuations soft_labels completer first_prompts prompts_per_round"
+    " held_out_share replay replay_size epochs first_epochs batch_size learning_rate warmup_steps min_accuracy",
     "sampling": "num_generations temperature max_completion_length min_completion_length top_p top_k min_p stop"
     " max_live_outputs",
     "objective": "preset beta kl epsilon epsilon_high dual_clip scale_rewards outcome_weight process_weight"

@@ -205,7 +205,7 @@ def doctor(
     step_reward: StepRewards = None, eval_data: EvalData = None, set_: Sets = None,
     json_: JsonResult = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
-    """Try on a job what the library promises; status 1 if any fails."""
+    """Try on a job what the library promises. The exit status is 1 where something fails."""
     options = _options(model, data, reward, step_reward, eval_data)
     load_job(job, set_ or (), options)
     from groupwise.run import api

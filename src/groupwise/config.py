@@ -129,8 +129,7 @@ class ProcessSection(Section):
 
 
 class RewardModelSection(Section):
-    """A reward model that is trained inside the run, from its own samples: named `reward_model` in `reward.functions`
-    (it scores outputs) or in `reward.step_functions` (it scores steps)."""
+    """A reward model that the run trains: named `reward_model` in `reward.functions` or `reward.step_functions`."""
 
     path: str | None = None
     """The backbone, or a reward model to go on with: a Hugging Face folder or hub id. Default: the policy's."""

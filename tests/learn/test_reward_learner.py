@@ -127,14 +127,15 @@ def test_stopped_anywhere_and_restored_it_is_the_same_round(folders, name: str) 
 def test_a_round_counts_one_version_and_the_next_has_another_order(folders) -> None:
     model = learner(folders["outcome"], "outcome")
     encoded = encode_examples(model.model, GRADED).examples
-    first = list(model._batches(encoded))
+    first = list(model._batches(encoded, 1))
     assert sorted(one for batch in first for one in batch) == sorted(encoded)
     assert [len(batch) for batch in first] == [5, 5, 5, 5, 4]
     found = model.fit(GRADED)
+    assert [len(batch) for batch in model._batches(encoded, 2)] == [5, 5, 5, 5, 4] * 2
     assert (model.version, model.done, found["version"], found["updates"]) == (1, 0, 1.0, 5.0)
-    assert list(model._batches(encoded)) != first
-    assert list(learner(folders["outcome"], "outcome")._batches(encoded)) == first
-    assert list(learner(folders["outcome"], "outcome", seed=1)._batches(encoded)) != first
+    assert list(model._batches(encoded, 1)) != first
+    assert list(learner(folders["outcome"], "outcome")._batches(encoded, 1)) == first
+    assert list(learner(folders["outcome"], "outcome", seed=1)._batches(encoded, 1)) != first
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -71,6 +71,8 @@ def test_outputs_are_scored_by_name_in_one_call(tmp_path: Path, monkeypatch) -> 
     assert found[0] == found[2]
     assert [len(rows) for rows in calls] == [4], "both groups in one pass, the repeated output once"
     assert context.metrics == {"rewards/mine/version": 0.0, "rewards/mine/unread": 0.0}
+    right = context.extras.pop("mine/right")
+    assert right == pytest.approx([1 / (1 + math.exp(-score)) for score in found])
     assert context.extras == {"mine/version": [0] * 5}
     assert (told, unknown(context.metrics)) == ([], [])
 
@@ -177,7 +179,7 @@ def test_each_score_says_which_version_gave_it(tmp_path: Path) -> None:
     after = flat(reward(GROUPS, context))
     assert after == pytest.approx([2 * value for value in before], abs=1e-5)
     assert context.metrics["rewards/learned/version"] == 1.0
-    assert context.extras == {"learned/version": [1] * 5}
+    assert context.extras["learned/version"] == [1] * 5
 
 
 def test_a_run_folder_stands_for_its_model(tmp_path: Path) -> None:

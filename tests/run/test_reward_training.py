@@ -234,7 +234,9 @@ def test_it_is_used_as_a_reward(bench: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert first["step_rewards/prm/version"] == 1.0
     assert unknown(first) == []
     output = json.loads((bench / "policy/rollouts.jsonl").read_text().splitlines()[0])["outputs"][0]
-    assert output["extras"] == {"whole/version": 1, "prm/version": 1}
+    assert output["extras"].keys() == {"whole/version", "prm/version", "whole/right", "prm/right"}
+    assert output["extras"]["prm/right"] == output["steps"][-1]["reward"], "of an output, what the last step earns"
+    assert output["extras"]["whole/version"] == output["extras"]["prm/version"] == 1
     assert output["parts"]["whole"] == output["reward"]
     assert all(0 < step["reward"] < 1 for step in output["steps"])
 
