@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: demo test lint types docs evidence evidence-process bench wheel clean
+.PHONY: demo test lint types docs evidence evidence-process evidence-reward-models bench wheel clean
 
 # Train the embedded job, about five minutes on two cores. An earlier demo is kept once, as runs/demo.previous.
 demo: $(INSTALLED)
@@ -37,6 +37,10 @@ evidence: $(INSTALLED)
 # Outcome against process supervision, about an hour; cells that are there are kept.
 evidence-process: $(INSTALLED)
 	$(BIN)/python -m benchmarks.evidence_process $(ARGS)
+
+# Recipes that train a reward model, with and without refresh and replay, about an hour; cells that are there are kept.
+evidence-reward-models: $(INSTALLED)
+	$(BIN)/python -m benchmarks.evidence_reward_models $(ARGS)
 
 # Speed against TRL, generate and vLLM's CPU build, about an hour; rows that are there for this commit are kept.
 # make bench ARGS="--cases tiny-p16 --pairs 2" measures some of it, ARGS=--table prints what is stored.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import evidence_process as evidence
+from benchmarks.cells import END, stored
 from benchmarks.evidence_process import Cell
 from groupwise.jobfile import load_job
 
@@ -38,7 +39,7 @@ def test_a_credit_is_a_job_that_can_run(credit: str) -> None:
 
 def test_a_cell_that_has_a_file_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page, ran = tmp_path / "page.md", []
-    page.write_text(f"before\n{evidence.BEGIN}\nold\n{evidence.END}\nafter\n")
+    page.write_text(f"before\n{evidence.BEGIN}\nold\n{END}\nafter\n")
 
     def run(cell: Cell) -> dict[str, Any]:
         ran.append(cell)
@@ -46,7 +47,7 @@ def test_a_cell_that_has_a_file_is_not_run_again(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(evidence, "run", run)
-    monkeypatch.setattr(evidence.write_page, "__defaults__", (page,))
+    monkeypatch.setattr(evidence, "PAGE", page)
     monkeypatch.setattr("sys.argv", ["evidence", "--cells", "luck-process-0", "luck-outcome-0"])
     evidence.main()
     evidence.main()
@@ -97,4 +98,4 @@ def test_evaluations_become_points() -> None:
 
 def test_the_committed_page_shows_the_committed_results() -> None:
     text = evidence.PAGE.read_text(encoding="utf-8")
-    assert evidence.tables(evidence.stored()).strip() in text.partition(evidence.BEGIN)[2].partition(evidence.END)[0]
+    assert evidence.tables(stored(evidence.cells())).strip() in text.partition(evidence.BEGIN)[2].partition(END)[0]

@@ -60,6 +60,15 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
         assert torch.equal(left[name], right[name]), name
 
 
+def test_texts_are_kept_with_the_tensors_and_their_damage_is_found(tmp_path: Path) -> None:
+    texts = {"replay.jsonl": '["a\\u2028", "ü"]\n', "empty.jsonl": ""}
+    path = checkpoint.save(tmp_path, 3, tensors=tensors(3), state={}, texts=texts)
+    assert {name: checkpoint.load(path).text(name) for name in texts} == texts
+    (path / "replay.jsonl").write_text("[]\n")
+    with pytest.raises(RunFolderError, match=r"replay\.jsonl has 3 bytes instead of"):
+        checkpoint.load(path)
+
+
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     generator_state = torch.Generator().manual_seed(3).get_state()
     saved = tensors() | {"rng": {"cpu": generator_state, "empty": torch.zeros(0), "half": torch.ones(2).bfloat16()}}

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config
+from safetensors.torch import load_file
+from transformers import AutoModelForTokenClassification, Qwen3Config
 from typer.testing import CliRunner
 
 import groupwise
@@ -31,6 +32,7 @@ from groupwise.run.given import Given
 from groupwise.run.plan import Plan, in_text
 from groupwise.run.rates import Rates
 from tests.run.tiny import save_model, save_rewards, save_rows
+from tests.tiny_judges import save_judge
 
 RATES = Rates(
     flops_many=1e9, flops_few=1e9, bytes_many=1e9, bytes_few=1e9, bytes_memory=1e9, operation_decoding=0.0,
@@ -71,6 +73,25 @@ def a_plan(at: Path, model: str = "model", **options: Any) -> Plan:
         model=str(at / model), data=str(at / "prompts.jsonl"), reward=f"{at / 'rewards.py'}:share",
         overrides=overrides, **named,
     )  # fmt: skip
+
+
+def test_reward_models_are_counted(at: Path, plain: Plan) -> None:
+    """One that scores holds its weights, one that is trained its masters, gradients and means as well."""
+    save_judge(at / "judge", "process")
+    scoring = 4 * sum(t.numel() for t in load_file(at / "judge/model.safetensors").values())
+    judged = a_plan(at, step_reward=f"model:{at / 'judge'}")
+    assert judged.memory["reward models"] == scoring
+    assert judged.needed - plain.needed == pytest.approx(scoring, abs=4096)
+    elsewhere = a_plan(at, step_reward=f"model:{at / 'judge'}", **{"reward.device": "cuda:0"})
+    assert "reward models" not in elsewhere.memory
+    trained = a_plan(at, step_reward="reward_model", verifier=f"{at / 'rewards.py'}:share", labels="monte_carlo")
+    backbone = sum(p.numel() for p in AutoModelForTokenClassification.from_pretrained(at / "model").parameters())
+    assert trained.memory["reward model in training"] == 16 * backbone
+    other = a_plan(
+        at, step_reward="reward_model", verifier=f"{at / 'rewards.py'}:share", labels="monte_carlo",
+        **{"reward_model.path": str(at / "judge")},
+    )  # fmt: skip
+    assert other.memory["reward model in training"] == 4 * scoring
 
 
 def test_weights_by_hand() -> None:

@@ -285,6 +285,34 @@ def test_an_evaluation_tells_of_steps() -> None:
     assert "accuracy 0.270  right_by_luck 0.125  step_accuracy 0.520  length 30.1" in out.getvalue()
 
 
+ROUND = {
+    "step": 16, "reward_model/round": 2.0, "reward_model/new": 928.0, "reward_model/replayed": 103.0,
+    "reward_model/before/accuracy": 0.652, "reward_model/eval/accuracy": 0.834, "reward_model/eval/auc": 0.9,
+    "reward_model/loss": 0.5, "time/step": 21.0, "time/label": 1.0,
+}  # fmt: skip
+
+
+def test_a_round_inside_a_run_is_one_line_and_no_step(capsys: pytest.CaptureFixture[str]) -> None:
+    for mode in ("plain", "quiet"):
+        terminal = make_terminal(mode, total_steps=120, title="demo")  # type: ignore[arg-type]
+        terminal.write(ROUND)
+        terminal.close()
+    said = "928 new examples  103 replayed  held-out accuracy 0.652 -> 0.834  auc 0.900  time 21 s"
+    assert capsys.readouterr().out == f"reward model, round 2: {said}\n"
+
+
+def test_the_panel_keeps_the_steps_own_numbers_beside_a_round() -> None:
+    before = seen(EVENT)
+    after = seen(EVENT | {"reward_model/gap": 0.0625}, ROUND)
+    assert after.seconds == before.seconds
+    assert after.rewards == before.rewards
+    assert after.evals == before.evals, "they are the verifier's, the round's are the reward model's"
+    picture = drawn(after)
+    assert "judge     0.834  after round 2, above the verifier by 0.0625" in picture
+    assert "judge" not in drawn(before)
+    assert "█ sample 55%" in picture
+
+
 def test_a_reward_models_training_has_lines_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     update = {"reward_model/loss": 0.5, "reward_model/accuracy": 0.75, "reward_model/grad_norm": 2.0}
     event = {"step": 3, **update, "reward_model/learning_rate": 2e-5, "time/step": 0.5}

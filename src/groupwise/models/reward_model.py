@@ -36,6 +36,7 @@ from groupwise.models.load import (
 )
 from groupwise.models.policy import silence_dropout
 from groupwise.models.precision import wide
+from groupwise.models.size import parameter_count
 from groupwise.wording import one_line
 
 Kind = Literal["outcome", "process"]
@@ -144,9 +145,7 @@ def load_reward_model(
     `tags` make a causal model a process reward model. Raises ModelError where the model is of another kind, has
     another number of labels, or lacks the weights of its head.
     """
-    inner = Path(source.path) / "model"
-    if (inner / "config.json").is_file() and not (Path(source.path) / "config.json").is_file():
-        source = Source(str(inner), None, source.trust_remote_code)
+    source = _resolved(source)
     config = load_config(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
     tagged = kind == "process" and tags is not None and not _is_of(config, kind)
     if not tagged:
@@ -168,6 +167,24 @@ def load_reward_model(
         parameter.data = parameter.data.to(dtype)  # buffers such as rotary frequencies would lose too much
     limit, version = context_length(model.config), int(card.get("version", 0))
     return RewardModel(model, codec, kind, encoder, source=source.path, version=version, limit=limit)
+
+
+def parameters_of(source: Source, kind: Kind) -> int:
+    """Parameters of a reward model, or of one that a backbone becomes, told without its weights. Raises ModelError."""
+    source = _resolved(source)
+    config = load_config(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    auto = _CLASSES[kind][0]
+    if type(config) not in auto._model_mapping:  # one that says a word after each step, perhaps
+        auto = AutoModelForCausalLM
+    return parameter_count(config, source.trust_remote_code, auto)
+
+
+def _resolved(source: Source) -> Source:
+    """A run folder of `groupwise reward-model train` stands for its `model` folder."""
+    inner = Path(source.path) / "model"
+    if (inner / "config.json").is_file() and not (Path(source.path) / "config.json").is_file():
+        return Source(str(inner), None, source.trust_remote_code)
+    return source
 
 
 def new_reward_model(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -9,15 +11,17 @@ from groupwise.errors import ModelError
 from groupwise.wording import one_line
 
 
-def parameter_count(config: PreTrainedConfig, trust_remote_code: bool = False) -> int:
-    """Parameters of the causal model that a configuration describes, tied ones once. Raises ModelError."""
+def parameter_count(config: PreTrainedConfig, trust_remote_code: bool = False, auto: Any = AutoModelForCausalLM) -> int:
+    """Parameters of the model that a configuration describes, tied ones once; causal, unless `auto` is another class of
+    transformers'. Raises ModelError."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        # Named boundary: transformers knows no causal class for this configuration, or its values do not fit together.
+        # Named boundary: transformers knows no such class for this configuration, or its values do not fit together.
+        what = "causal language model" if auto is AutoModelForCausalLM else "reward model"
         raise ModelError(
-            f"No causal language model can be made from a configuration of type {config.model_type}: {one_line(error)}"
+            f"No {what} can be made from a configuration of type {config.model_type}: {one_line(error)}"
         ) from error
     return sum(parameter.numel() for parameter in model.parameters())
 

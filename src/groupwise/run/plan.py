@@ -20,6 +20,7 @@ from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.codec import Codec
 from groupwise.models.load import choose_device, choose_dtype, choose_layout, context_length, load_config
 from groupwise.models.probe import probe
+from groupwise.models.reward_model import Source
 from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.models.small import character_tokenizer, small_model
 from groupwise.objective import Objective
@@ -28,6 +29,7 @@ from groupwise.run.given import Given
 from groupwise.run.memory import SamplingCosts, sampling_costs
 from groupwise.run.parts import available_memory, encoded_prompts
 from groupwise.run.rates import measure
+from groupwise.run.scoring import reward_model_bytes
 from groupwise.run.settings import memory_settings, objective_of
 from groupwise.watch.words import duration
 from groupwise.wording import one_line
@@ -102,6 +104,7 @@ class _Planned:
     parameters: int
     cached: bool
     prompts: _Prompts
+    trust: bool = False
     _costs: dict[tuple[tuple[int, ...], bool], Cost] = field(default_factory=dict)
 
     def shape(self, prompt: int) -> Shape:
@@ -134,6 +137,8 @@ def plan_of(job: Job, given: Given | None = None, *, memory_only: bool = False) 
     held = weight_bytes(planned.parameters, hollow.dtype, planned.objective.needs_reference)
     sampling = sampling_costs(hollow, planned.shape(prompts.longest), job.sampling.max_live_outputs, planned.cached)
     held |= sampling.stores
+    own = planned.parameters if job.model.path == BUILTIN else Source(job.model.path, job.model.revision, planned.trust)
+    held |= reward_model_bytes(job, own, planned.trust, hollow.dtype)
     stays, free = sum(held.values()), available_memory(planned.device)
     budget, checkpointing = memory_settings(job)
     training = planned.training(budget, checkpointing)
@@ -164,7 +169,16 @@ def _planned(job: Job, given: Given) -> _Planned:
         choose_dtype(job.model.dtype, device), device, given.trust_remote_code,
     )  # fmt: skip
     count = parameter_count(config, given.trust_remote_code)
-    return _Planned(job, hollow, device, objective_of(job), count, findings.cached, _prompts(job, given, config))
+    return _Planned(
+        job,
+        hollow,
+        device,
+        objective_of(job),
+        count,
+        findings.cached,
+        _prompts(job, given, config),
+        given.trust_remote_code,
+    )
 
 
 def _config(job: Job, given: Given) -> PreTrainedConfig:

@@ -7,11 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from groupwise.config import TRAINED, Job
 from groupwise.errors import RewardError
 from groupwise.models.codec import Codec
-from groupwise.models.reward_model import RewardModel, Source, new_reward_model
-from groupwise.rewards.adapters import FunctionCalls, ModelOptions, load_reward, load_stepwise
+from groupwise.models.reward_model import RewardModel, Source, new_reward_model, parameters_of
+from groupwise.models.size import weight_bytes
+from groupwise.rewards.adapters import MODEL, FunctionCalls, ModelOptions, load_reward, load_stepwise
 from groupwise.rewards.base import Reward
 from groupwise.rewards.model import ModelReward, ModelStepReward
 from groupwise.rewards.steps import segmenter_of
@@ -117,6 +120,27 @@ def scorer_of(job: Job, functions: Functions, codec: Codec, warn: Callable[[str]
         segmenter = segmenter_of(job.process, codec, functions.segmenter)
         steps = StepScorer(segmenter, functions.step_rewards, job.reward.step_weights)
     return Scorer(functions.rewards, job.reward.weights, total_steps(job), warn, steps)
+
+
+def reward_model_bytes(job: Job, policy: Source | int, trust_remote_code: bool, dtype: torch.dtype) -> dict[str, int]:
+    """What a job's reward models hold on the policy's device; `policy` is where the policy comes from, or the number of
+    its parameters where that is no folder. Raises ModelError."""
+    section = job.reward
+    if section.device not in (None, job.model.device):
+        return {}
+    named = [("outcome", name) for name in (*section.functions, *section.verifier)]
+    named += [("process", name) for name in section.step_functions]
+    found = {"reward models": 0, "reward model in training": 0}
+    for kind, name in named:
+        if name.startswith(MODEL):
+            source = Source(name.removeprefix(MODEL), trust_remote_code=trust_remote_code)
+            found["reward models"] += dtype.itemsize * parameters_of(source, kind)  # type: ignore[arg-type]
+        if name == TRAINED:
+            own = Source(job.reward_model.path or "", job.reward_model.revision, trust_remote_code)
+            backbone = own if job.reward_model.path else policy
+            count = backbone if isinstance(backbone, int) else parameters_of(backbone, kind)  # type: ignore[arg-type]
+            found["reward model in training"] = sum(weight_bytes(count, dtype, reference=False).values())
+    return found
 
 
 def open_trained(job: Job, policy: str, given: Given) -> RewardModel:
