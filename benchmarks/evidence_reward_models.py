@@ -25,7 +25,7 @@ BEGIN = "<!-- evidence: written by benchmarks/evidence_reward_models.py -->"
 
 MINUTES = 8.0
 SEEDS = (0, 1, 2)
-RECIPES = {"iterative": "arithmetic-iterative", "prm": "arithmetic-prm"}
+RECIPES = {"iterative": "arithmetic-iterative"}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "no refresh": {"train.iterations": 1, "train.steps": 48},
     "no replay": {"reward_model.replay": 0.0},

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -18,8 +19,8 @@ Settings = dict[str, Any]
 Answer = dict[str, Any]
 SHORT = 4
 """Output tokens of a warm-up: enough for every lazy allocation and the optimizer's state."""
-SLOW, SLOWER = 15.0, 60.0
-"""Seconds. A default slower than these is timed twice, or once: it is not what the bar is about."""
+SLOW = 15.0
+"""Seconds. A default slower than this is timed once: it is not what the bar is about."""
 
 TRL_DEFAULT: Settings = {}
 TRL_SETTINGS = [
@@ -129,8 +130,8 @@ class Steps:
 
 def measure_steps(row: Row, bench: Bench) -> dict[str, Any]:
     """Whole steps: ours and TRL's best in pairs, TRL's default beside them."""
-    settings, trials = best_of(bench, "ours", row.case, OUR_SETTINGS, "step")
-    theirs, their_trials = best_of(bench, "trl", row.case, TRL_SETTINGS, "step")
+    settings, trials = best_of(bench, "ours", row.case, sensible(OUR_SETTINGS, bench), "step")
+    theirs, their_trials = best_of(bench, "trl", row.case, sensible(TRL_SETTINGS, bench), "step")
     default = default_once(row, bench)
     with ExitStack() as closing:
         ours = Steps(bench, "ours", row, settings, closing)
@@ -170,9 +171,9 @@ def default_once(row: Row, bench: Bench) -> float | None:
 
 def default_times(once: float | None, pairs: int, alone: bool) -> int:
     """How often TRL's default is timed beside the pairs."""
-    if once is None or once > SLOWER:
+    if once is None or once > SLOW:
         return 0
-    return min(pairs, 2) if alone or once > SLOW else pairs
+    return min(pairs, 2) if alone else pairs
 
 
 def _pairs(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
@@ -187,8 +188,8 @@ def _phases(answers: Sequence[Answer]) -> dict[str, float]:
 def measure_sampling(row: Row, bench: Bench) -> dict[str, Any]:
     """Sampling alone, against `generate` or vLLM, in tokens per second."""
     choices = GENERATE_SETTINGS if row.kind == "generate" else VLLM_SETTINGS
-    settings, trials = best_of(bench, "ours", row.case, SAMPLING_SETTINGS, "sample")
-    theirs, their_trials = best_of(bench, row.kind, row.case, choices, "sample")
+    settings, trials = best_of(bench, "ours", row.case, sensible(SAMPLING_SETTINGS, bench), "sample")
+    theirs, their_trials = best_of(bench, row.kind, row.case, sensible(choices, bench), "sample")
     with ExitStack() as closing:
         workers = [bench.start("ours", row.case, settings), bench.start(row.kind, row.case, theirs)]
         for worker in workers:
@@ -215,7 +216,7 @@ def measure_memory(row: Row, bench: Bench) -> dict[str, Any]:
 
     Like is held against like: the ratio is the worse one of float32 and, where bfloat16 is computed fast, bfloat16.
     """
-    dtypes = ("float32", "bfloat16") if narrow_is_fast(row, bench) else ("float32",)
+    dtypes = ("float32", "bfloat16") if narrow_is_fast(bench) else ("float32",)
     found: dict[str, dict[str, int]] = {}
     for dtype in dtypes:
         ours = {"dtype": dtype, "tokens_per_micro_batch": 16384}
@@ -237,23 +238,30 @@ def _peak(bench: Bench, system: str, row: Row, settings: Settings) -> int:
         worker.close()
 
 
-def narrow_is_fast(row: Row, bench: Bench) -> bool:
-    """Whether this machine multiplies bfloat16 matrices faster than float32 ones."""
+def sensible(settings: Sequence[Settings], bench: Bench) -> list[Settings]:
+    """Those that may be the fastest: none in bfloat16 where the processor multiplies that no faster than float32."""
+    wide = [one for one in settings if one["dtype"] == "float32"]
+    return wide if len(wide) < len(settings) and not narrow_is_fast(bench) else list(settings)
+
+
+@cache
+def narrow_is_fast(bench: Bench) -> bool:
+    """Whether this machine multiplies bfloat16 matrices faster than float32 ones; asked once."""
     rates = []
     for dtype in ("float32", "bfloat16"):
-        case = replace(row.case, shape="micro", prompt=8)  # the product is the same beside any model
+        case = Case("micro", 1, 1, 8, 1)  # the product is the same beside any model
         worker = bench.start("ours", case, {"dtype": dtype, "sampling_only": True})
         try:
             rates.append(worker.ask(product=True)["rate"])
         finally:
             worker.close()
-    return rates[1] > rates[0]
+    return bool(rates[1] > rates[0])
 
 
 def measure_share(row: Row, bench: Bench) -> dict[str, Any]:
     """The training phase's share of the rate at which large matrices are multiplied, measured beside each step."""
     dtype = "bfloat16" if row.name.endswith("bf16") else "float32"
-    if dtype == "bfloat16" and not narrow_is_fast(row, bench):
+    if dtype == "bfloat16" and not narrow_is_fast(bench):
         return {"ratio": None, "unit": "", "note": "this processor multiplies bfloat16 no faster than float32"}
     worker = bench.start("ours", row.case, {"dtype": dtype, "tokens_per_micro_batch": 16384})
     try:

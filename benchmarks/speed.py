@@ -1,7 +1,8 @@
 """The speed of groupwise against TRL, `generate` and vLLM's CPU build. `make bench` runs all rows and prints the table.
 
-Each finished row is written to `results/speed/ROW.json` at once; a row that is there for this commit is not measured
-again. Run it on a quiet machine: about an hour on two cores, more where bfloat16 is slow."""
+Each finished row is written to `results/speed/ROW.json` at once; a row that is there for the code that is measured
+(see `MEASURED`) is not measured again, so the whole may be done in pieces. Run it on a quiet machine: an hour or two on
+two cores."""
 
 from __future__ import annotations
 
@@ -25,6 +26,11 @@ from benchmarks.protocol import ROOT, WorkerError
 
 RESULTS = ROOT / "benchmarks" / "results" / "speed"
 NOISY = 0.05
+MEASURED = (
+    *(f"src/groupwise/{name}" for name in ("engines", "learn", "models", "objective", "seeds.py", "types.py")),
+    *(f"benchmarks/{name}.py" for name in ("cases", "measure", "one_step", "protocol", "*_worker")),
+)
+"""What a row depends on: rows of the last commit that changed any of it are not measured again."""
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -155,8 +161,8 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def measured_commit() -> str | None:
-    """The last commit that changed the package or the benchmarks' code: results and pages may change after it."""
-    command = ["git", "log", "-1", "--format=%H", "--", "src", "benchmarks/*.py"]
+    """The last commit that changed what is measured, or how: everything else may change after it."""
+    command = ["git", "log", "-1", "--format=%H", "--", *MEASURED]
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):

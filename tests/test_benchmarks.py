@@ -144,13 +144,35 @@ def test_results_are_stored_whole_and_printed_as_markdown(tmp_path, monkeypatch)
     [
         (3.0, False, 5),
         (3.0, True, 2),
-        (20.0, False, 2),
-        (61.0, False, 0),
+        (20.0, False, 0),
+        (20.0, True, 0),
         (None, False, 0),
     ],
 )
 def test_a_slow_default_is_not_waited_for_often(once, alone, times):
     assert measure.default_times(once, 5, alone) == times
+
+
+@pytest.mark.parametrize("rates, dtypes", [((1.0, 2.0), {"float32", "bfloat16"}), ((2.0, 1.0), {"float32"})])
+def test_what_the_processor_does_slowly_is_not_tried(monkeypatch, tmp_path, rates, dtypes):
+    asked = []
+
+    class Scripted:
+        def __init__(self, settings):
+            self.rate = rates[settings["dtype"] == "bfloat16"]
+
+        def ask(self, *, product):
+            asked.append(product)
+            return {"rate": self.rate}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(measure.Bench, "start", lambda self, system, case, settings: Scripted(settings))
+    bench = measure.Bench(tmp_path, tmp_path)
+    for _ in range(2):
+        assert {one["dtype"] for one in measure.sensible(measure.TRL_SETTINGS, bench)} == dtypes
+    assert len(asked) == 2, "it is asked once"
 
 
 def test_a_trial_ends_where_it_cannot_win(monkeypatch, tmp_path):

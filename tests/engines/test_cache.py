@@ -64,7 +64,7 @@ def test_an_entry_moves_in_keys_and_values() -> None:
     store = filled(4, 6)
     key, value = store.layers[0]
     value[3] = 9.0
-    store.move(1, 3)
+    store.move([1], [3])
     assert torch.equal(key[1], key[3])
     assert (value[1] == 9.0).all()
     assert (value[0] == 7.0).all()

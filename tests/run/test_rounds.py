@@ -306,6 +306,34 @@ def test_a_bad_reward_model_stops_the_run(tmp_path: Path) -> None:
     assert not any(entry[0] == "reference" for entry in bench.log)
 
 
+def test_the_bound_holds_after_a_resume_too_and_may_be_lowered(tmp_path: Path) -> None:
+    before = Bench(tmp_path, min_accuracy=0.65)
+    with pytest.raises(RewardError):
+        loop.train(before.parts)
+    state, texts = before.rounds.state(), before.rounds.texts()
+    again, lower = Bench(tmp_path, min_accuracy=0.65), Bench(tmp_path, min_accuracy=0.6)
+    for bench in (again, lower):
+        bench.rounds.load(lambda name: {}, json.loads(json.dumps(state)), texts.__getitem__)
+    with pytest.raises(RewardError, match="After round 0"):
+        loop.train(again.parts)
+    loop.train(lower.parts)
+    assert [event["reward_model/round"] for event in lower.told] == [1]
+
+
+def test_a_run_that_gets_a_reward_model_in_its_middle_trains_for_what_comes(tmp_path: Path) -> None:
+    """As a fork does: the first round is made then, and none for iterations that were without one."""
+    bench = Bench(tmp_path, iterations=4)
+    bench.progress.step = 5  # in the third of four iterations, of two steps each
+    bench.rounds.start_at(5)
+    loop.train(bench.parts)
+    assert [event["reward_model/round"] for event in bench.told] == [0, 3, 4]
+    trained = Bench(tmp_path, iterations=4)
+    trained.rounds.done, trained.progress.step = 1, 5
+    trained.rounds.start_at(5)
+    loop.train(trained.parts)
+    assert [event["reward_model/round"] for event in trained.told] == [3, 4]
+
+
 def test_a_bound_needs_something_to_hold_against_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Bench(tmp_path, min_accuracy=0.65, held_out_share=1e-9)
     with pytest.raises(RewardError, match="accuracy is -"):

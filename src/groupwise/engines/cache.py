@@ -203,10 +203,10 @@ class SharedDecoder:
 
     def keep(self, order: Sequence[int]) -> None:
         """Keep only these rows: new row `i` is old row `order[i]`, which stays where it is or comes from the end."""
-        for target, source in enumerate(order):
-            if target != source:
-                assert source >= len(order), "a row that is kept would be overwritten before it is read"
-                self.outputs.move(target, source)
+        moved = [(target, source) for target, source in enumerate(order) if target != source]
+        assert all(source >= len(order) for _, source in moved), "a row that is kept would be overwritten"
+        if moved:
+            self.outputs.move(*zip(*moved, strict=True))
         self.row_uid = [self.row_uid[i] for i in order]
         self.lengths = [self.lengths[i] for i in order]
         self._levels = None

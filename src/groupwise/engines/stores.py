@@ -56,16 +56,12 @@ class Store:
             )
         return self.layers[layer]
 
-    def move(self, target: int, source: int) -> None:
-        """Overwrite entry `target` by entry `source`."""
-        for key, value in self.layers.values():
-            key[target], value[target] = key[source], value[source]
-
-    def swap(self, one: int, other: int) -> None:
-        """Exchange two entries."""
+    def move(self, targets: Sequence[int], sources: Sequence[int]) -> None:
+        """Overwrite the entries `targets` by the entries `sources`, which are read first."""
         for pair in self.layers.values():
+            into, come = (torch.tensor(places, device=pair[0].device) for places in (targets, sources))
             for stored in pair:
-                stored[[one, other]] = stored[[other, one]]
+                stored.index_copy_(0, into, stored.index_select(0, come))
 
 
 class Shared:
@@ -93,7 +89,7 @@ class Shared:
         """Forget an entry."""
         slot, last = self.names.index(name), len(self.names) - 1
         if slot != last:
-            self.store.move(slot, last)
+            self.store.move([slot], [last])
             self.names[slot], self.lengths[slot] = self.names[last], self.lengths[last]
         self.names.pop()
         self.lengths.pop()
@@ -105,17 +101,17 @@ class Shared:
         holes = [slot for slot, name in enumerate(self.names[: len(used)]) if name not in used]
         if holes:
             behind = [slot for slot in range(len(used), len(self.names)) if self.names[slot] in used]
-            for hole, slot in zip(holes, behind, strict=True):
-                self._swap(hole, slot)
+            self._swap(holes, behind)
         slot_of = {name: slot for slot, name in enumerate(self.names[: len(used)])}
         fold = Fold.of([0 if name is None else slot_of[name] for name in names], len(used), device)
         reach = max(seen)
         return Level(self.store, fold, torch.tensor(seen, device=device), reach, min(seen) < reach)
 
-    def _swap(self, one: int, other: int) -> None:
-        self.store.swap(one, other)
-        self.names[one], self.names[other] = self.names[other], self.names[one]
-        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
+    def _swap(self, some: Sequence[int], others: Sequence[int]) -> None:
+        self.store.move([*some, *others], [*others, *some])
+        for one, other in zip(some, others, strict=True):
+            self.names[one], self.names[other] = self.names[other], self.names[one]
+            self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
 
 
 @dataclass(frozen=True)

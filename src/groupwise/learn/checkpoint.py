@@ -107,6 +107,11 @@ def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def any_in(folder: Path) -> bool:
+    """Whether there is any checkpoint, whole or not."""
+    return bool(_steps(folder))
+
+
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints; `best` stays."""
     for path in _steps(folder)[:-keep]:

@@ -46,6 +46,9 @@ class Rounds(Protocol):
     def update(self, saving: Saving) -> None:
         """Train the reward model for every iteration that is over and has had no round."""
 
+    def start_at(self, step: int) -> None:
+        """Begin in the middle of a run that had no reward model: what is over is over."""
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds, by file."""
 
@@ -67,6 +70,9 @@ class NoRounds:
 
     def update(self, saving: Saving) -> None:
         """Nothing is trained."""
+
+    def start_at(self, step: int) -> None:
+        """Nothing begins."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """No state."""
@@ -121,6 +127,7 @@ class RewardModelRounds:
         self.done = 0 if task.settings.first_prompts else 1
         self.replay = ReplayStore(task.settings.replay_size, task.seed)
         self._under_way: _UnderWay | None = None
+        self._last: dict[str, Any] | None = None
         self._told = False
 
     def add(self, scored: Scored, record: Record) -> None:
@@ -143,6 +150,7 @@ class RewardModelRounds:
     def update(self, saving: Saving) -> None:
         """See `Rounds`. Asked to stop, it leaves the rest of a round to the run that resumes."""
         progress = self.task.progress
+        self._guard()
         while self.done * progress.steps_per_iteration <= progress.step and not progress.stopped:
             record = Record(progress.step)
             with record.time("step"):
@@ -152,7 +160,15 @@ class RewardModelRounds:
             with self.task.watch.step(progress.step) as event:
                 event.metrics |= record.metrics
             saving.round_over()
-            self._guard(record.metrics)
+            self._guard()
+
+    def start_at(self, step: int) -> None:
+        """See `Rounds`. The next round is that of the iteration under way, unless the first is still to be made."""
+        if self.done:
+            self._over(step)
+
+    def _over(self, step: int) -> None:
+        self.done = step // self.task.progress.steps_per_iteration + 1
 
     def _round(self, record: Record) -> None:
         task, learner, n = self.task, self.task.learner, self.done
@@ -177,7 +193,9 @@ class RewardModelRounds:
             f"{PREFIX}replayed": float(len(old)), f"{PREFIX}held_out": float(len(held_out)),
             f"{PREFIX}dropped": float(encoded.dropped),
         }  # fmt: skip
-        self.done, self._under_way = n + 1, None
+        self._last = {"round": n, "accuracy": after.get("accuracy")}
+        self._under_way = None
+        self._over(task.progress.step)
 
     def _new_examples(self) -> tuple[list[Row], list[Row]]:
         """The round's new examples: to be learned, and of prompts that are held out in every round."""
@@ -213,15 +231,17 @@ class RewardModelRounds:
             )
         return self.task.learner.evaluate(_examples(rows, self.task.learner)) if rows else {}
 
-    def _guard(self, found: Mapping[str, float]) -> None:
-        bound, accuracy = self.task.settings.min_accuracy, found.get(f"{PREFIX}eval/accuracy")
-        if bound is not None and (accuracy is None or accuracy < bound):
-            raise RewardError(
-                f"After round {int(found[ROUND])} the reward model's held-out accuracy is "
-                f"{number(accuracy)}, and `reward_model.min_accuracy` is {bound:g}: a policy would learn to please it, "
-                "not to be right. More labelled outputs (first_prompts, prompts_per_round), more epochs or a better "
-                "backbone help; lower the bound to go on all the same."
-            )
+    def _guard(self) -> None:
+        """Hold what the last round came to against the bound; after a resume too, which may have changed it."""
+        bound, last = self.task.settings.min_accuracy, self._last
+        if bound is None or last is None or (last["accuracy"] is not None and last["accuracy"] >= bound):
+            return
+        raise RewardError(
+            f"After round {last['round']} the reward model's held-out accuracy is {number(last['accuracy'])}, and "
+            f"`reward_model.min_accuracy` is {bound:g}: a policy would learn to please it, not to be right. More "
+            "labelled outputs (first_prompts, prompts_per_round), more epochs or a better backbone help; lower the "
+            "bound to go on all the same."
+        )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """See `Rounds`."""
@@ -231,7 +251,8 @@ class RewardModelRounds:
         """See `Rounds`."""
         way = self._under_way
         under_way = None if way is None else {"before": way.before, "updates": way.updates}
-        return {"done": self.done, "under_way": under_way, "learner": self.task.learner.state_dict()[1]}
+        counters = self.task.learner.state_dict()[1]
+        return {"done": self.done, "last": self._last, "under_way": under_way, "learner": counters}
 
     def texts(self) -> dict[str, str]:
         """See `Rounds`."""
@@ -242,7 +263,7 @@ class RewardModelRounds:
         prompts."""
         found = {name: tensors(name) for name in ("reward_model", "reward_optimizer")}
         self.task.learner.load_state_dict(found, state["learner"])
-        self.done = state["done"]
+        self.done, self._last = state["done"], state["last"]
         self._under_way = None if state["under_way"] is None else _UnderWay(**state["under_way"])
         self.replay.load(text("replay.jsonl").splitlines())
         self.collected.load(text("collected.jsonl").splitlines())

@@ -85,9 +85,11 @@ class Stateful:
             self._restore_rounds(saved)
 
     def _restore_rounds(self, saved: Checkpoint) -> None:
-        """A checkpoint without a reward model leaves one that is trained now as it is: before its first round."""
+        """A checkpoint without a reward model leaves one that is trained now as it is."""
         if found := saved.state.get("rounds"):
             self.rounds.load(saved.tensors, found, saved.text)
+        else:
+            self.rounds.start_at(self.progress.step)
 
     def restore_policy(self, saved: Checkpoint) -> None:
         """Weights, optimizer and reference. A reference where there was none becomes the policy as it is now."""
@@ -116,7 +118,7 @@ class Saver:
     def __init__(self, folder: RunFolder, schedule: CheckpointSection, stateful: Stateful, watch: Watch) -> None:
         self.folder, self.schedule, self.stateful, self.watch = folder, schedule, stateful, watch
         self.saved_step = 0
-        self._saved: Any = None
+        self.saved_rounds = stateful.rounds.state()
 
     def maybe(self, step: int) -> None:
         """See `Checkpoints`."""
@@ -130,7 +132,7 @@ class Saver:
     def finish(self) -> None:
         """See `Checkpoints`."""
         step = self.stateful.progress.step
-        if step != self.saved_step or self._saved not in (None, self.stateful.rounds.state()):
+        if step != self.saved_step or self.saved_rounds != self.stateful.rounds.state():
             self.save(step)
         checkpoint.prune(self.folder.checkpoints, self.schedule.keep)  # a kill may have come before it
 
@@ -145,7 +147,7 @@ class Saver:
         texts = self.stateful.rounds.texts()
         checkpoint.save(self.folder.checkpoints, step, tensors=tensors, state=state, texts=texts)
         checkpoint.prune(self.folder.checkpoints, self.schedule.keep)
-        self.saved_step, self._saved = step, state["rounds"]
+        self.saved_step, self.saved_rounds = step, state["rounds"]
 
     def _best(self, step: int) -> None:
         evaluation = self.stateful.evaluation

@@ -13,6 +13,7 @@ from groupwise import __version__
 from groupwise.config import Job
 from groupwise.errors import GroupwiseError
 from groupwise.jobfile import to_toml
+from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.run import loop
 from groupwise.run.fit import settle
@@ -112,7 +113,7 @@ def _take_up(saved: Checkpoint, forked: bool, stateful: Stateful, saver: Saver) 
         stateful.fork(saved)
     else:
         stateful.restore(saved)
-        saver.saved_step = saved.step
+        saver.saved_step, saver.saved_rounds = saved.step, saved.state.get("rounds", {})
     saver.watch.terminal.say(f"{word} after step {saved.step} of {stateful.progress.total}")
 
 
@@ -145,6 +146,6 @@ def _closing_line(result: Result, total: int) -> str:
 
 
 def _way_on(folder: RunFolder, saved_step: int) -> str:
-    if not saved_step:
+    if not checkpoint.any_in(folder.checkpoints):
         return "Nothing was saved yet."
     return f"The run is saved up to step {saved_step}: mend this and go on with `groupwise resume {folder.path}`."
