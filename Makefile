@@ -16,9 +16,9 @@ demo: $(INSTALLED)
 	@if [ -d runs/demo ]; then rm -rf runs/demo.previous && mv runs/demo runs/demo.previous; fi
 	@$(BIN)/groupwise train --run runs/demo
 
-# make test ARGS="-k resume" runs some of it.
+# make test ARGS="-k resume" runs some of it. A file's tests stay in one process: they share what they made.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

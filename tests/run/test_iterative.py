@@ -180,7 +180,7 @@ PHASES = {
 LABELS = {"outcome": ("VerifierLabels", "__call__"), "process": ("MonteCarloLabels", "__call__")}
 
 
-STEPWISE = [phase for phase in PHASES if "labelled" in phase or "round is saved" in phase]
+STEPWISE = [phase for phase in PHASES if "labelled" in phase or phase.startswith("after the round")]
 """Where labels by continuations could go another way than those of a verifier."""
 
 

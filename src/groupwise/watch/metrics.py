@@ -135,7 +135,7 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
         Metric("reward_model/new", "examples", "Labelled examples of the round that are new."),
         Metric("reward_model/replayed", "examples", "Examples of earlier rounds that were learned with them."),
         Metric("reward_model/held_out", "examples", "New examples of prompts that the model is never trained on."),
-        Metric("reward_model/before/<name>", "", "As `reward_model/eval/<name>`, before the round's updates."),
+        Metric("reward_model/before/<name>", "as there", "As `reward_model/eval/<name>`, before the round's updates."),
         Metric("reward_model/updates", "updates", "Updates of a round inside a policy's run."),
         Metric("reward_model/version", "versions", "Version of the reward model after the round."),
         Metric("reward_model/dropped", "examples", "Examples of the round that the model cannot read: left out."),
