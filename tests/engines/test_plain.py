@@ -11,7 +11,7 @@ from tests.engines.policies import PROMPTS, UNCACHED, difference, make_policy, r
 CACHED = ("bloom", "gptj", "stablelm", "falcon", "mistral", "gemma2", "gpt_oss", "gpt2", "opt", "mpt")
 
 
-@pytest.mark.parametrize("kind", [*CACHED, *UNCACHED])
+@pytest.mark.parametrize("kind", [*CACHED, *sorted(UNCACHED)])
 @pytest.mark.parametrize("max_live", [5, 64])
 def test_recorded_log_probs_are_the_policys(kind: str, max_live: int) -> None:
     policy, asked = make_policy(kind, "plain"), requests(n=3, max_tokens=14)
