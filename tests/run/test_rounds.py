@@ -227,6 +227,7 @@ def test_the_gap_is_what_the_model_says_more_than_the_verifier(tmp_path: Path) -
     for event, share in zip(steps, right, strict=True):
         assert event["reward_model/verified"] == share
         assert event["reward_model/predicted"] == 0.75
+        assert event["reward_model/unverified"] == 0
         assert event["reward_model/gap"] == pytest.approx(0.75 - share)
 
 
@@ -339,6 +340,21 @@ def test_a_bound_needs_something_to_hold_against_it(tmp_path: Path, capsys: pyte
     with pytest.raises(RewardError, match="accuracy is -"):
         loop.train(bench.parts)
     assert capsys.readouterr().err.count("no prompt of this round is held out") == 1
+
+
+def test_what_the_verifier_does_not_score_is_counted_and_in_no_training_set(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    verifier = bench.verifier.rewards[0]
+    verifier.value = lambda text: None if int(text) % 3 == 0 else 1.0  # type: ignore[attr-defined]
+    loop.train(bench.parts)
+    steps = [event for event in bench.sink.events if "reward" in event]
+    silent = [sum(int(o.text) % 3 == 0 for group in step for o in group) for step in sampled(bench)]
+    assert sum(silent) > 0
+    assert [event["reward_model/unverified"] for event in steps] == silent
+    last = bench.told[1]
+    assert last["reward_model/unlabelled"] == sum(silent)
+    learned = last["reward_model/new"] + last["reward_model/held_out"]
+    assert learned == 2 * PER_STEP * OUTPUTS - sum(silent)
 
 
 def test_nothing_to_learn_from_is_an_error(tmp_path: Path) -> None:

@@ -27,8 +27,6 @@ from groupwise.seeds import stable_hash
 from groupwise.types import Group, Scored
 from groupwise.watch.words import ROUND, number
 
-Tensors = Mapping[str, Mapping[str, Tensor]]
-
 
 class Saving(Protocol):
     """Saves a run whose round is over."""
@@ -138,6 +136,7 @@ class RewardModelRounds:
         with record.time("verify"):
             verified = self._verified([one.group for one in scored])
         right = [None if r is None else float(r >= self.task.threshold) for one in verified for r in one.rewards]
+        record.metrics[f"{PREFIX}unverified"] = float(right.count(None))
         predicted = record.extras.get(f"{TRAINED}/right", [None] * len(right))
         both = [(p, r) for p, r in zip(predicted, right, strict=True) if p is not None and r is not None]
         if both:
@@ -173,7 +172,7 @@ class RewardModelRounds:
     def _round(self, record: Record) -> None:
         task, learner, n = self.task, self.task.learner, self.done
         with record.time("label"):
-            new, held_out = self._new_examples()
+            new, held_out = self._new_examples(record)
         old = self.replay.draw(len(new), task.settings.replay, n)
         encoded = encode_examples(learner.model, _examples([*new, *old], learner))
         with record.time("reward_model"):
@@ -197,20 +196,24 @@ class RewardModelRounds:
         self._under_way = None
         self._over(task.progress.step)
 
-    def _new_examples(self) -> tuple[list[Row], list[Row]]:
-        """The round's new examples: to be learned, and of prompts that are held out in every round."""
+    def _new_examples(self, record: Record) -> tuple[list[Row], list[Row]]:
+        """The round's new examples: to be learned, and of prompts that are held out in every round.
+
+        Raises DataError where there is nothing to be learned.
+        """
         task = self.task
         verified: Scored = ()
         if task.labels.reads_outputs:
             verified = self._verified(task.first()) if self.done == 0 else self.collected.scored
         rows = task.labels(verified)
+        outputs = sum(len(one.scores) for one in verified)
+        record.metrics[f"{PREFIX}unlabelled"] = float(max(0, outputs - len(rows)))
         limit = task.settings.held_out_share * 2**63
         held = [
             stable_hash(task.seed, "held-out", prompt_of(example)) < limit for example in _examples(rows, task.learner)
         ]
         new = [row for row, out in zip(rows, held, strict=True) if not out]
         if not new:
-            outputs = sum(len(one.scores) for one in verified)
             found = f"none of {outputs} outputs has a label" if not rows else "all of its examples are held out"
             raise DataError(
                 f"Round {self.done} of the reward model has nothing to learn from: {found} (labels: "

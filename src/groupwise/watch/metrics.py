@@ -126,6 +126,7 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
         Metric("reward_model/epoch", "passes", "Passes over the examples so far, as a fraction."),
         Metric("reward_model/predicted", "share", "Mean probability of being right that the trained model gives."),
         Metric("reward_model/verified", "share", "Share of the same outputs that the verifier calls right."),
+        Metric("reward_model/unverified", "outputs", "Outputs of the step that the verifier did not score."),
         Metric(
             "reward_model/gap", "share", "`predicted` minus `verified`: grows where the policy only pleases the model."
         ),
@@ -133,6 +134,7 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
             "reward_model/round", "rounds", "Number of the round that the event tells of; 0 is before the first step."
         ),
         Metric("reward_model/new", "examples", "Labelled examples of the round that are new."),
+        Metric("reward_model/unlabelled", "outputs", "Outputs of the round that got no label: not learned from."),
         Metric("reward_model/replayed", "examples", "Examples of earlier rounds that were learned with them."),
         Metric("reward_model/held_out", "examples", "New examples of prompts that the model is never trained on."),
         Metric("reward_model/before/<name>", "as there", "As `reward_model/eval/<name>`, before the round's updates."),
