@@ -78,7 +78,7 @@ class MemorySink:
 
 def completion(text: str, finish: Finish = "stop") -> Completion:
     """An output of one token per character."""
-    return Completion(tuple(range(2, 2 + len(text))), text, tuple([-1.0] * len(text)), finish)
+    return Completion(tuple(map(ord, text)), text, tuple([-1.0] * len(text)), finish)
 
 
 def prompts(*contents: str) -> list[Prompt]:

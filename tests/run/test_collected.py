@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from groupwise.errors import DataError
-from groupwise.run.collected import Collected
+from groupwise.run.collected import Collected, distinct
 from groupwise.types import Completion, Group, GroupKey, Prompt, Score, ScoredGroup
 
 PROMPTS = {str(i): Prompt(str(i), f"question {i}", (2, 3), {"answer": object()}) for i in range(3)}
@@ -37,6 +37,16 @@ def filled(capacity: int, *steps: int, seed: int = 0) -> Collected:
 
 def test_all_are_kept_while_there_is_room() -> None:
     assert keys(filled(100, 1, 2)) == [(step, slot) for step in (1, 2) for slot in range(4)]
+
+
+def test_of_equal_outputs_the_first_is_kept() -> None:
+    texts = ["ab", "b", "ab", "b", "a"]
+    outputs = tuple(Completion(tuple(map(ord, text)), text, (-0.5,) * len(text), "stop") for text in texts)
+    group = Group(GroupKey(1, 0, "0"), PROMPTS["0"], outputs)
+    found = distinct(ScoredGroup(group, tuple(Score(float(i)) for i in range(5))))
+    assert [c.text for c in found.group.completions] == ["ab", "b", "a"]
+    assert found.rewards == [0.0, 1.0, 4.0]
+    assert distinct(found) == found
 
 
 def test_a_choice_is_bounded_seeded_and_the_same_in_any_order() -> None:

@@ -299,6 +299,14 @@ def test_state_and_lines_bring_rounds_back(tmp_path: Path) -> None:
     assert bench.rounds.texts()["collected.jsonl"]
 
 
+def test_equal_outputs_of_a_question_are_one_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.run.doubles.random.Random", lambda seed: SimpleNamespace(randrange=lambda n: 4))
+    bench = Bench(tmp_path)
+    loop.train(bench.parts)
+    learned = [event["reward_model/new"] + event["reward_model/held_out"] for event in bench.told]
+    assert learned == [FIRST, 2 * PER_STEP]
+
+
 def test_a_bad_reward_model_stops_the_run(tmp_path: Path) -> None:
     bench = Bench(tmp_path, min_accuracy=0.65)
     with pytest.raises(RewardError, match=r"After round 0 .* held-out accuracy is 0\.600, .*min_accuracy` is 0\.65"):

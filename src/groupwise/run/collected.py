@@ -15,7 +15,7 @@ from groupwise.types import Completion, Group, GroupKey, Prompt, Score, Scored, 
 class Collected:
     """At most `capacity` groups of those that were added, each equally likely, decided by `seed`.
 
-    Scores are the verifier's. Log-probs are not kept: nothing asks for them.
+    Scores are the verifier's. Of equal outputs of a group one is kept; log-probs are not, as nothing asks for them.
     """
 
     def __init__(self, capacity: int, seed: int, prompts: Mapping[str, Prompt]) -> None:
@@ -29,7 +29,7 @@ class Collected:
 
     def add(self, verified: Scored) -> None:
         """Take in a step's groups."""
-        chosen = sorted([*self._groups, *map(_bare, verified)], key=self._rank)[: self.capacity]
+        chosen = sorted([*self._groups, *map(distinct, verified)], key=self._rank)[: self.capacity]
         self._groups = sorted(chosen, key=lambda one: one.group.key)
 
     def clear(self) -> None:
@@ -61,8 +61,14 @@ def _to_json(one: ScoredGroup) -> list[Any]:
     return [one.group.key, [[c.token_ids, c.text, c.finish, reward] for c, reward in outputs]]
 
 
-def _bare(one: ScoredGroup) -> ScoredGroup:
-    completions = tuple(
-        replace(c, sampled_logprobs=(0.0,) * len(c.token_ids), policy_versions=()) for c in one.group.completions
-    )
-    return ScoredGroup(replace(one.group, completions=completions), tuple(Score(reward) for reward in one.rewards))
+def distinct(one: ScoredGroup) -> ScoredGroup:
+    """A verified group as a round is made of it: of equal outputs the first alone, without log-probs.
+
+    Many outputs of a group are the same text, as often as that text is likely: a reward model that is to tell outputs
+    apart learns no more from the third copy than from the first, and labels and updates would be paid for it.
+    """
+    first = {c.token_ids: i for i, c in reversed(list(enumerate(one.group.completions)))}
+    kept = sorted(first.values())
+    completions = [one.group.completions[i] for i in kept]
+    bare = tuple(replace(c, sampled_logprobs=(0.0,) * len(c.token_ids), policy_versions=()) for c in completions)
+    return ScoredGroup(replace(one.group, completions=bare), tuple(Score(one.rewards[i]) for i in kept))

@@ -17,7 +17,7 @@ from groupwise.learn.replay import ReplayStore
 from groupwise.learn.reward_learner import RewardLearner, encode_examples
 from groupwise.learn.reward_metrics import PREFIX
 from groupwise.models.judging import Example, prompt_of
-from groupwise.run.collected import Collected
+from groupwise.run.collected import Collected, distinct
 from groupwise.run.export import save_reward_model
 from groupwise.run.label_sources import LabelSource, Row
 from groupwise.run.progress import Progress
@@ -204,7 +204,10 @@ class RewardModelRounds:
         task = self.task
         verified: Scored = ()
         if task.labels.reads_outputs:
-            verified = self._verified(task.first()) if self.done == 0 else self.collected.scored
+            if self.done == 0:
+                verified = [distinct(one) for one in self._verified(task.first())]
+            else:
+                verified = self.collected.scored
         rows = task.labels(verified)
         outputs = sum(len(one.scores) for one in verified)
         record.metrics[f"{PREFIX}unlabelled"] = float(max(0, outputs - len(rows)))
