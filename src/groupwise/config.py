@@ -136,8 +136,9 @@ class RewardModelSection(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id of `path`."""
     labels: str | None = None
-    """What says what is right, never the model itself: `verifier` (for outputs), `monte_carlo` (for steps: as often as
-    a continuation reaches what the verifier calls right), or a file of labelled examples, read anew each round."""
+    """What says what is right, never the model itself: `verifier` (for outputs), `pairs` (a right and a wrong output to
+    one prompt, by the verifier), `monte_carlo` (for steps: as often as a continuation reaches what the verifier calls
+    right), or a file of labelled examples, read anew each round."""
     continuations: int = Field(8, ge=1)
     """For `monte_carlo`: continuations of each step."""
     soft_labels: bool = False

@@ -41,9 +41,11 @@ def test_the_default_share_of_replay_is_the_papers() -> None:
         ),
         ({**OUTCOME, "verifier": None}, (), '"verifier" needs `reward.verifier`'),
         ({**PROCESS, "verifier": None}, (), '"monte_carlo" needs `reward.verifier`'),
-        ({**OUTCOME, "labels": "monte_carlo"}, (), 'this reward model scores outputs. Take "verifier"'),
+        ({**OUTCOME, "labels": "monte_carlo"}, (), 'this reward model scores outputs. Take "verifier" or "pairs",'),
+        ({**PROCESS, "labels": "pairs"}, (), '"pairs" labels outputs, and this reward model scores steps. Take "monte'),
+        ({**OUTCOME, "labels": "pairs", "verifier": None}, (), '"pairs" needs `reward.verifier`'),
         ({**PROCESS, "labels": "verifier"}, (), 'this reward model scores steps. Take "monte_carlo"'),
-        ({**OUTCOME, "labels": "verifer"}, (), "labels come from `verifier`, `monte_carlo` or a file. Did you"),
+        ({**OUTCOME, "labels": "verifer"}, (), "come from `verifier`, `pairs`, `monte_carlo` or a file. Did you"),
         ({**OUTCOME, "reward": ["reward_model", "reward_model"]}, (), "is named 2 times"),
         ({**OUTCOME, "step_reward": "reward_model"}, (), "is named 2 times"),
         (

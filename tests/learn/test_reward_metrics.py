@@ -7,7 +7,14 @@ from statistics import fmean
 
 import pytest
 
-from groupwise.learn.reward_metrics import auc, calibration_error, label_metrics, preference_metrics, step_metrics
+from groupwise.learn.reward_metrics import (
+    against_verifier,
+    auc,
+    calibration_error,
+    label_metrics,
+    preference_metrics,
+    step_metrics,
+)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -63,3 +70,31 @@ def test_steps_by_hand() -> None:
     clean = step_metrics([[0.9]], [[1.0]])
     assert "first_error_found" not in clean
     assert "step_f1" not in clean
+
+
+def test_against_a_verifier_by_hand() -> None:
+    """Groups of 3, 2 and 3: two pairs, of which one is ranked right and one is a tie; none; one, ranked wrong."""
+    predicted = [0.9, 0.4, 0.9, 0.2, 0.3, 0.6, None, 0.7]
+    right = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    found = against_verifier(predicted, right, [3, 2, 3], probable=True)
+    assert found["ranked_right"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert found["verified"] == pytest.approx(4 / 7)
+    assert found["predicted"] == pytest.approx(4.0 / 7)
+    assert found["gap"] == pytest.approx(0.0)
+    assert found["unverified"] == 0
+    assert against_verifier(predicted, right, [3, 2, 3], probable=False).keys() == {
+        "unverified", "verified", "ranked_right",
+    }  # fmt: skip
+
+
+def test_against_a_verifier_what_it_did_not_score_is_counted() -> None:
+    assert against_verifier([0.9, 0.1], [None, 1.0], [2], probable=False) == {"unverified": 1.0, "verified": 1.0}
+    assert against_verifier([None], [None], [1], probable=True) == {"unverified": 1.0}
+
+
+def test_a_ranking_does_not_see_what_tells_prompts_apart() -> None:
+    """A judge that knows only how hard each question is has an AUC far above chance, and teaches nothing."""
+    predicted = [0.9] * 4 + [0.1] * 4
+    right = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    assert label_metrics(predicted, right)["auc"] == 0.75
+    assert against_verifier(predicted, right, [4, 4], probable=True)["ranked_right"] == 0.5

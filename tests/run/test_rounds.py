@@ -19,7 +19,7 @@ from groupwise.objective import objective_named
 from groupwise.run import loop, rounds
 from groupwise.run.collected import Collected
 from groupwise.run.evaluate import NoEvaluation
-from groupwise.run.label_sources import FileLabels, LabelSource, VerifierLabels
+from groupwise.run.label_sources import FileLabels, LabelSource, VerifierLabels, VerifierPairs
 from groupwise.run.progress import Progress
 from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
@@ -38,7 +38,7 @@ PER_STEP, OUTPUTS, FIRST = 4, 2, 6
 
 
 class Pupil:
-    """A reward model's learner that writes down what it is taught: two updates make a round."""
+    """A reward model's learner that writes down what it is taught: two updates make a round, if there is anything."""
 
     def __init__(self, log: Log, stop: Any = lambda update: None) -> None:
         self.log, self.done, self.stop = log, 0, stop
@@ -50,7 +50,7 @@ class Pupil:
         return self.model.version
 
     def updates(self, examples: Sequence[Any], epochs: int | None = None) -> Iterator[dict[str, float]]:
-        for number in range(self.done, 2):
+        for number in range(self.done, 2 if examples else 0):
             self.log.append(("learn", number, len(examples), f"epochs {epochs}"))
             self.stop(number)
             self.done = (number + 1) % 2
@@ -229,6 +229,7 @@ def test_the_gap_is_what_the_model_says_more_than_the_verifier(tmp_path: Path) -
         assert event["reward_model/predicted"] == 0.75
         assert event["reward_model/unverified"] == 0
         assert event["reward_model/gap"] == pytest.approx(0.75 - share)
+        assert event.get("reward_model/ranked_right", 0.5) == 0.5, "it does not tell any two apart"
 
 
 def sampled(bench: Bench) -> list[list[Sequence[Any]]]:
@@ -307,6 +308,30 @@ def test_equal_outputs_of_a_question_are_one_example(tmp_path: Path, monkeypatch
     assert learned == [FIRST, 2 * PER_STEP]
 
 
+def test_pairs_are_learned_where_there_are_any(tmp_path: Path) -> None:
+    """A policy that gets everything right leaves nothing to compare: its round trains nothing, and nothing breaks."""
+    bench = Bench(tmp_path, iterations=2, labels=VerifierPairs(1.0), min_accuracy=0.5)
+    judge = bench.verifier.rewards[0]
+    by_chance = judge.value  # type: ignore[attr-defined]
+    judge.value = lambda text: float(bench.progress.step > 0 or by_chance(text))  # type: ignore[attr-defined]
+    loop.train(bench.parts)
+    pairs = [len({int(o.text) % 2 for o in group.completions}) == 2 for group in first()]
+    assert bench.told[0]["reward_model/new"] + bench.told[0]["reward_model/held_out"] == sum(pairs) > 0
+    assert bench.told[0]["reward_model/unlabelled"] == OUTPUTS * (FIRST - sum(pairs))
+    assert [event["reward_model/round"] for event in bench.told] == [0, 1, 2]
+    later = bench.told[1:]
+    assert all(event["reward_model/new"] == event["reward_model/updates"] == 0 for event in later)
+    assert [event["reward_model/version"] for event in later] == [1, 1]
+    steps = [event for event in bench.sink.events if "reward" in event]
+    assert not any("reward_model/gap" in event for event in steps), "scores of pairs are no probabilities"
+    assert not any(unknown(event) for event in bench.sink.events)
+
+
+def first() -> Sequence[Group]:
+    """What is sampled before the first step, drawn again."""
+    return Draw(Sampling(), OUTPUTS, SEED, "reward_model").groups(ScriptedEngine(), prompts(*LETTERS)[:FIRST], 0)
+
+
 def test_a_bad_reward_model_stops_the_run(tmp_path: Path) -> None:
     bench = Bench(tmp_path, min_accuracy=0.65)
     with pytest.raises(RewardError, match=r"After round 0 .* held-out accuracy is 0\.600, .*min_accuracy` is 0\.65"):
@@ -347,7 +372,7 @@ def test_a_bound_needs_something_to_hold_against_it(tmp_path: Path, capsys: pyte
     bench = Bench(tmp_path, min_accuracy=0.65, held_out_share=1e-9)
     with pytest.raises(RewardError, match="accuracy is -"):
         loop.train(bench.parts)
-    assert capsys.readouterr().err.count("no prompt of this round is held out") == 1
+    assert capsys.readouterr().err.count("nothing of this round is held out") == 1
 
 
 def test_what_the_verifier_does_not_score_is_counted_and_in_no_training_set(tmp_path: Path) -> None:

@@ -62,7 +62,11 @@ def _names(row: Mapping[str, Any]) -> str:
 
 def _preferred(row: Mapping[str, Any], where: str) -> Preferred:
     prompt = row.get("prompt")
-    return Preferred(*(_answer(prompt, row[name], f"{where}, column {name!r}") for name in ("chosen", "rejected")))
+    chosen, rejected = (
+        _answer(prompt, row[name], f"{where}, column {name!r}", finished=row.get(f"{name}_finish") != "length")
+        for name in ("chosen", "rejected")
+    )
+    return Preferred(chosen, rejected)
 
 
 def _graded(row: Mapping[str, Any], where: str) -> Graded:

@@ -8,8 +8,8 @@ from pathlib import Path
 from groupwise.config import BUILTIN, TRAINED, Job, RewardModelSection
 from groupwise.jobfile.phrases import suggestion
 
-SOURCES = ("verifier", "monte_carlo")
-"""What labels may come from, beside a file."""
+SOURCES = {"verifier": "outcome", "pairs": "outcome", "monte_carlo": "process"}
+"""What labels may come from, beside a file, and the kind of reward model that they are for."""
 _OFF = RewardModelSection()
 
 
@@ -36,12 +36,12 @@ def problems(job: Job) -> Iterator[str]:
 
 def _labels(job: Job) -> Iterator[str]:
     section, labels, verifier = job.reward_model, job.reward_model.labels, job.reward.verifier
-    outcome = TRAINED in job.reward.functions
-    wanted = "verifier" if outcome else "monte_carlo"
+    kind = "outcome" if TRAINED in job.reward.functions else "process"
+    wanted = " or ".join(f'"{source}"' for source in SOURCES if SOURCES[source] == kind)
     if labels is None:
         yield (
             "`reward_model.labels` is not set: nothing says what is right, so there is nothing to train the reward "
-            f'model on after an iteration. Take "{wanted}", or a file of labelled examples.'
+            f"model on after an iteration. Take {wanted}, or a file of labelled examples."
         )
         return
     if labels == TRAINED or TRAINED in verifier or f"model:{section.path}" in verifier:
@@ -51,11 +51,11 @@ def _labels(job: Job) -> Iterator[str]:
             "something that knows: a function (`reward.verifier`), or a file."
         )
         return
-    if labels in SOURCES and labels != wanted:
-        what = ("outputs", "steps") if outcome else ("steps", "outputs")
+    if SOURCES.get(labels, kind) != kind:
+        what = {"outcome": "outputs", "process": "steps"}
         yield (
-            f'`reward_model.labels` = "{labels}" labels {what[1]}, and this reward model scores {what[0]}. '
-            f'Take "{wanted}", or a file of labelled examples.'
+            f'`reward_model.labels` = "{labels}" labels {what[SOURCES[labels]]}, and this reward model scores '
+            f"{what[kind]}. Take {wanted}, or a file of labelled examples."
         )
     if labels in SOURCES and not verifier:
         yield (
@@ -64,8 +64,8 @@ def _labels(job: Job) -> Iterator[str]:
         )
     if labels not in SOURCES and not _is_file(labels):
         yield (
-            f'`reward_model.labels` = "{labels}" is no file, and labels come from `verifier`, `monte_carlo` or a '
-            f"file.{suggestion(labels, SOURCES)}"
+            f'`reward_model.labels` = "{labels}" is no file, and labels come from `verifier`, `pairs`, `monte_carlo` '
+            f"or a file.{suggestion(labels, list(SOURCES))}"
         )
     if not verifier and (job.eval.data is not None or job.data.path == BUILTIN):
         yield (

@@ -30,6 +30,11 @@ class ReplayStore:
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def compares(self) -> bool:
+        """Whether examples are pairs of which one output is the better."""
+        return bool(self._kept) and "chosen" in self._kept[0].row
+
     def add(self, rows: Sequence[Example], round_number: int) -> None:
         """Put in the new examples of a round; what the store has no room for goes, be it old or new."""
         kept = [*self._kept, *(_Kept(round_number, number, row) for number, row in enumerate(rows))]

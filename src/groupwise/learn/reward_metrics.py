@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from statistics import fmean
 
 import numpy as np
@@ -39,6 +40,33 @@ def preference_metrics(chosen: Sequence[float], rejected: Sequence[float]) -> Me
         "auc": auc(chosen, rejected),
         "calibration_error": calibration_error(sure.tolist(), hits.tolist()),
     }
+
+
+def against_verifier(
+    probabilities: Sequence[float | None], right: Sequence[float | None], groups: Sequence[int], *, probable: bool
+) -> Metrics:
+    """What a reward model says of outputs in training beside what a verifier says of the same ones, group after group;
+    `groups` are their sizes. None: not scored by the model, or not by the verifier (`unverified` counts these).
+
+    `verified` is the share of right ones, `predicted` the model's mean probability and `gap` by how much that is more;
+    the two are left out where scores have no such meaning (not `probable`). `ranked_right` is the share of the pairs of
+    a right and a wrong output of a group in which the right one scores higher, ties counting half.
+    """
+    found = {"unverified": float(sum(truth is None for truth in right))}
+    known = [(p, r) for p, r in zip(probabilities, right, strict=True) if p is not None and r is not None]
+    if known:
+        found["verified"] = fmean(r for _, r in known)
+        if probable:
+            found["predicted"] = fmean(p for p, _ in known)
+            found["gap"] = found["predicted"] - found["verified"]
+    both, hits, pairs = zip(probabilities, right, strict=True), 0.0, 0
+    for size in groups:
+        group = [(p, r) for p, r in islice(both, size) if p is not None and r is not None]
+        sides = [p for p, r in group if r], [p for p, r in group if not r]
+        if all(sides):
+            count = len(sides[0]) * len(sides[1])
+            hits, pairs = hits + auc(*sides) * count, pairs + count
+    return found | ({"ranked_right": hits / pairs} if pairs else {})
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float:

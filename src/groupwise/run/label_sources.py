@@ -23,7 +23,10 @@ class LabelSource(Protocol):
     reads_outputs: bool
 
     def __call__(self, verified: Scored) -> list[Row]:
-        """The examples of these groups, whose scores are the verifier's; those without any label are left out."""
+        """The examples of these groups, whose scores are the verifier's; those without any label are left out.
+
+        What is of a group says of which outputs, by their numbers in `outputs`.
+        """
 
 
 class VerifierLabels:
@@ -38,14 +41,40 @@ class VerifierLabels:
         """See `LabelSource`. An output that the verifier did not score has no label."""
         rows: list[Row] = []
         for one in verified:
-            key = one.group.key
-            where = {"prompt_id": key.prompt_id, "step": key.step, "slot": key.slot}
             for i, (output, reward) in enumerate(zip(one.group.completions, one.rewards, strict=True)):
                 if reward is not None:
                     rows.append({
                         "prompt": one.group.prompt.content, "completion": output.text, "finish": output.finish,
-                        "label": float(reward >= self.threshold), **where, "output": i,
+                        "label": float(reward >= self.threshold), **_where(one.group, i),
                     })  # fmt: skip
+        return rows
+
+
+class VerifierPairs:
+    """Pairs of outputs to one prompt, of which the verifier calls one right and the other wrong.
+
+    Each output of a group is in one pair, and those of the fewer kind in as many as it takes. Advantages compare the
+    outputs of a group: what tells prompts apart, which labels teach too, is nothing that a policy learns from.
+    """
+
+    name, reads_outputs = "pairs", True
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    def __call__(self, verified: Scored) -> list[Row]:
+        """See `LabelSource`. A group that is all right, or all wrong, makes no pair."""
+        rows: list[Row] = []
+        for one in verified:
+            known = [(i, r >= self.threshold) for i, r in enumerate(one.rewards) if r is not None]
+            right, wrong = ([i for i, is_right in known if is_right == kind] for kind in (True, False))
+            for n in range(max(len(right), len(wrong)) if right and wrong else 0):
+                pair = right[n % len(right)], wrong[n % len(wrong)]
+                chosen, rejected = (one.group.completions[i] for i in pair)
+                rows.append({
+                    "prompt": one.group.prompt.content, "chosen": chosen.text, "rejected": rejected.text,
+                    "chosen_finish": chosen.finish, "rejected_finish": rejected.finish, **_where(one.group, *pair),
+                })  # fmt: skip
         return rows
 
 
@@ -66,7 +95,7 @@ class MonteCarloLabels:
         with ExitStack() as closing:
             labeller, codec = self._open(closing)
             found = labeller.label(verified if codec is None else _read_by(codec, verified))
-            rows = [one.row(labeller.soft) for one in found]
+            rows = [one.row(labeller.soft) | {"outputs": [one.output]} for one in found]
         return [row for row in rows if any(label is not None for label in row["labels"])]
 
 
@@ -81,6 +110,11 @@ class FileLabels:
     def __call__(self, verified: Scored) -> list[Row]:
         """See `LabelSource`. Raises DataError where it cannot be read."""
         return [dict(row) for row in read_rows(self.path)]
+
+
+def _where(group: Group, *outputs: int) -> Row:
+    key = group.key
+    return {"prompt_id": key.prompt_id, "step": key.step, "slot": key.slot, "outputs": list(outputs)}
 
 
 def _read_by(codec: Codec, verified: Scored) -> Scored:

@@ -32,7 +32,7 @@ from groupwise.run.collected import Collected
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given, Rows
-from groupwise.run.label_sources import FileLabels, LabelSource, MonteCarloLabels, VerifierLabels
+from groupwise.run.label_sources import FileLabels, LabelSource, MonteCarloLabels, VerifierLabels, VerifierPairs
 from groupwise.run.loop import Parts
 from groupwise.run.monte_carlo import Completer, MonteCarlo
 from groupwise.run.progress import Progress
@@ -303,6 +303,7 @@ def _open_rounds(
 
     sources: dict[str | None, LabelSource] = {
         "verifier": VerifierLabels(job.eval.threshold),
+        "pairs": VerifierPairs(job.eval.threshold),
         "monte_carlo": MonteCarloLabels(lambda closing: _open_labeller(opened, verifier, segmenter, closing)),
     }
     dtype = choose_dtype(job.model.dtype, trained.device)

@@ -14,8 +14,8 @@ from groupwise.config import TRAINED, RewardModelSection
 from groupwise.data.labelled import load_examples
 from groupwise.errors import DataError, RewardError
 from groupwise.learn.replay import ReplayStore
-from groupwise.learn.reward_learner import RewardLearner, encode_examples
-from groupwise.learn.reward_metrics import PREFIX
+from groupwise.learn.reward_learner import EncodedSet, RewardLearner, encode_examples
+from groupwise.learn.reward_metrics import PREFIX, against_verifier
 from groupwise.models.judging import Example, prompt_of
 from groupwise.run.collected import Collected, distinct
 from groupwise.run.export import save_reward_model
@@ -130,19 +130,18 @@ class RewardModelRounds:
 
     def add(self, scored: Scored, record: Record) -> None:
         """See `Rounds`. `reward_model/gap` is by how much the model's probabilities of being right are above what the
-        verifier says of the same outputs, in the mean."""
+        verifier says of the same outputs, in the mean; a model that learns from pairs gives none.
+        `reward_model/ranked_right` is the share of the pairs of a right and a wrong output of a group in which the
+        model puts the right one above: all that advantages are made from."""
         if self.task.verifier is None:
             return
         with record.time("verify"):
             verified = self._verified([one.group for one in scored])
         right = [None if r is None else float(r >= self.task.threshold) for one in verified for r in one.rewards]
-        record.metrics[f"{PREFIX}unverified"] = float(right.count(None))
         predicted = record.extras.get(f"{TRAINED}/right", [None] * len(right))
-        both = [(p, r) for p, r in zip(predicted, right, strict=True) if p is not None and r is not None]
-        if both:
-            means = fmean(p for p, _ in both), fmean(r for _, r in both)
-            record.metrics |= dict(zip((f"{PREFIX}predicted", f"{PREFIX}verified"), means, strict=True))
-            record.metrics[f"{PREFIX}gap"] = means[0] - means[1]
+        sizes = [len(one.scores) for one in verified]
+        found = against_verifier(predicted, right, sizes, probable=not self.replay.compares)
+        record.metrics |= {f"{PREFIX}{name}": value for name, value in found.items()}
         if self.task.labels.reads_outputs:
             self.collected.add(verified)
 
@@ -174,7 +173,8 @@ class RewardModelRounds:
         with record.time("label"):
             new, held_out = self._new_examples(record)
         old = self.replay.draw(len(new), task.settings.replay, n)
-        encoded = encode_examples(learner.model, _examples([*new, *old], learner))
+        rows = _examples([*new, *old], learner)
+        encoded = encode_examples(learner.model, rows) if rows else EncodedSet([], 0, "")
         with record.time("reward_model"):
             if self._under_way is None:
                 self._under_way = _UnderWay(self._tried(held_out))
@@ -192,14 +192,16 @@ class RewardModelRounds:
             f"{PREFIX}replayed": float(len(old)), f"{PREFIX}held_out": float(len(held_out)),
             f"{PREFIX}dropped": float(encoded.dropped),
         }  # fmt: skip
-        self._last = {"round": n, "accuracy": after.get("accuracy")}
+        if after or not self.replay.compares:
+            self._last = {"round": n, "accuracy": after.get("accuracy")}
         self._under_way = None
         self._over(task.progress.step)
 
     def _new_examples(self, record: Record) -> tuple[list[Row], list[Row]]:
         """The round's new examples: to be learned, and of prompts that are held out in every round.
 
-        Raises DataError where there is nothing to be learned.
+        Raises DataError where there is nothing to be learned; not of pairs after the first round, of which a policy
+        that gets all outputs of a question right, or all wrong, leaves none.
         """
         task = self.task
         verified: Scored = ()
@@ -210,13 +212,14 @@ class RewardModelRounds:
                 verified = self.collected.scored
         rows = task.labels(verified)
         outputs = sum(len(one.scores) for one in verified)
-        record.metrics[f"{PREFIX}unlabelled"] = float(max(0, outputs - len(rows)))
+        used = {(row["step"], row["slot"], i) for row in rows for i in row["outputs"]} if verified else set()
+        record.metrics[f"{PREFIX}unlabelled"] = float(outputs - len(used))
         limit = task.settings.held_out_share * 2**63
         held = [
             stable_hash(task.seed, "held-out", prompt_of(example)) < limit for example in _examples(rows, task.learner)
         ]
         new = [row for row, out in zip(rows, held, strict=True) if not out]
-        if not new:
+        if not new and not self.replay.compares:
             found = f"none of {outputs} outputs has a label" if not rows else "all of its examples are held out"
             raise DataError(
                 f"Round {self.done} of the reward model has nothing to learn from: {found} (labels: "
@@ -232,7 +235,7 @@ class RewardModelRounds:
         if not rows and not self._told:
             self._told = True
             self.task.watch.terminal.warn(
-                "no prompt of this round is held out, so nothing tells how good the reward model is: raise "
+                "nothing of this round is held out, so nothing tells how good the reward model is: raise "
                 "reward_model.held_out_share or reward_model.prompts_per_round"
             )
         return self.task.learner.evaluate(_examples(rows, self.task.learner)) if rows else {}

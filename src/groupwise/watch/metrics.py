@@ -128,6 +128,9 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
         Metric("reward_model/verified", "share", "Share of the same outputs that the verifier calls right."),
         Metric("reward_model/unverified", "outputs", "Outputs of the step that the verifier did not score."),
         Metric(
+            "reward_model/ranked_right", "share", "Pairs of a right and a wrong output of a group that it ranks so."
+        ),
+        Metric(
             "reward_model/gap", "share", "`predicted` minus `verified`: grows where the policy only pleases the model."
         ),
         Metric(
