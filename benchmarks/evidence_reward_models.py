@@ -27,6 +27,7 @@ MINUTES = 8.0
 SEEDS = (0, 1, 2)
 RECIPES = {"iterative": "arithmetic-iterative"}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "labels": {"reward_model.labels": "verifier"},
     "no refresh": {"train.iterations": 1, "train.steps": 48},
     "no replay": {"reward_model.replay": 0.0},
 }
@@ -69,8 +70,9 @@ def curves(events: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, floa
     return {
         "evals": [{"step": e["step"], "accuracy": e["eval/accuracy"]} for e in told if "eval/accuracy" in e],
         "steps": [
-            {"step": e["step"], "predicted": e["reward_model/predicted"], "verified": e["reward_model/verified"],
-             "scoring": e["time/reward"], "seconds": e["time/step"] - e.get("time/eval", 0.0)}
+            {"step": e["step"], "score": _score(e), "verified": e["reward_model/verified"],
+             "ranked": e.get("reward_model/ranked_right"), "scoring": e["time/reward"],
+             "seconds": e["time/step"] - e.get("time/eval", 0.0)}
             for e in steps
         ],
         "rounds": [
@@ -79,6 +81,14 @@ def curves(events: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, floa
             if "reward_model/round" in e
         ],
     }  # fmt: skip
+
+
+def _score(event: Mapping[str, Any]) -> float:
+    """The mean that the reward model gave, to outputs or to steps."""
+    score: float = next(
+        event[f"{s}rewards/reward_model/mean"] for s in ("", "step_") if f"{s}rewards/reward_model/mean" in event
+    )
+    return score
 
 
 _ROUND = {
@@ -97,8 +107,10 @@ def tables(results: Sequence[Result]) -> str:
     lines += ["**Held-out accuracy over the steps.**", "", *_over(results, named, _evals, "step"), ""]
     lines += ["**Right training outputs, by the verifier, over the steps.**", ""]
     lines += [*_over(results, named, lambda result: _windows(result, "verified"), "steps up to"), ""]
-    lines += ["**The reward model's mean probability of being right, less that.**", ""]
-    lines += [*_over(results, named, lambda result: _windows(result, "gap"), "steps up to"), ""]
+    lines += ["**The reward model's mean score of the same outputs**, in its own unit.", ""]
+    lines += [*_over(results, named, lambda result: _windows(result, "score"), "steps up to"), ""]
+    lines += ["**Pairs of a right and a wrong output of a group that the reward model ranks so**; 0.5 is chance.", ""]
+    lines += [*_over(results, named, lambda result: _windows(result, "ranked"), "steps up to"), ""]
     lines += ["**Held-out accuracy of the reward model after each round.**", ""]
     lines += [*_over(results, named, _rounds, "round"), ""]
     shares = [sum(s["scoring"] for s in r["steps"]) / sum(s["seconds"] for s in r["steps"]) for r in results]
@@ -138,8 +150,8 @@ def _windows(result: Result, measure: str) -> dict[int, float]:
     """Means over every so many steps, by the last of them."""
     windows: dict[int, list[float]] = {}
     for point in result["steps"]:
-        value = point["predicted"] - point["verified"] if measure == "gap" else point[measure]
-        windows.setdefault(-(-point["step"] // WINDOW) * WINDOW, []).append(value)
+        if point[measure] is not None:
+            windows.setdefault(-(-point["step"] // WINDOW) * WINDOW, []).append(point[measure])
     return {last: fmean(values) for last, values in windows.items()}
 
 

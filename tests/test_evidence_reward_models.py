@@ -17,17 +17,15 @@ def event(step: int, **metrics: float) -> dict[str, Any]:
     return {"step": step, **{name.replace("__", "/"): value for name, value in metrics.items()}}
 
 
+def step(n: int, **metrics: float) -> dict[str, Any]:
+    return event(n, rewards__reward_model__mean=-2.5, reward_model__verified=n / 100, time__reward=1.0, **metrics)
+
+
 EVENTS = [
     event(0, eval__accuracy=0.25),
     event(0, reward_model__round=0.0, reward_model__new=90.0, reward_model__eval__accuracy=0.75),
-    *(
-        event(n, reward_model__predicted=0.5, reward_model__verified=n / 100, time__reward=1.0, time__step=10.0)
-        for n in range(1, 8)
-    ),
-    event(
-        8, reward_model__predicted=0.5, reward_model__verified=0.08, time__reward=1.0, time__step=12.0,
-        time__eval=2.0, eval__accuracy=0.5,
-    ),
+    *(step(n, time__step=10.0) for n in range(1, 8)),
+    step(8, time__step=12.0, time__eval=2.0, eval__accuracy=0.5, reward_model__ranked_right=0.75),
 ]  # fmt: skip
 
 
@@ -72,7 +70,8 @@ def test_tables_have_mean_and_spread_over_seeds() -> None:
     assert "| no refresh | 0 | 0.250 -> 0.300 | 60 s |  |" in text
     assert "| iterative | 0.250 ± 0.000 | 0.500 ± 0.000 |" in text
     assert "| iterative | 0.045 ± 0.000 |" in text, "the mean of the first eight steps"
-    assert "| iterative | 0.455 ± 0.000 |" in text, "the gap"
+    assert "| iterative | -2.500 ± 0.000 |" in text, "the score"
+    assert "| iterative | 0.750 ± 0.000 |" in text, "where there was anything to rank"
     assert "took 10.0% of the steps' time" in text
     assert "4 of 9 cells, 4 minutes in all; P, 2 cores; commit abcdef0." in text
     assert "No cell has been measured" in evidence.tables([])

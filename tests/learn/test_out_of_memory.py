@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from groupwise.errors import ModelError
-from groupwise.learn.learner import Learner, is_out_of_memory
+from groupwise.learn.learner import Learner
+from groupwise.learn.memory import is_out_of_memory
+from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import Reference
+from groupwise.learn.reward_learner import RewardLearner, RewardLearnerSettings
+from groupwise.models.judging import Graded, Output, Row, Steps, Stepwise
 from groupwise.models.layout import Stream
 from tests.learn.tiny import Gradient, distance, gradients, make_learner, some_credit, some_groups, tiny_policy
+from tests.tiny_judges import pupil, save_judge
 
+Kind = Literal["outcome", "process"]
+GRADED = [Graded(Output("ab", letter * 3), float(letter < "e")) for letter in "abcdefgh"]
+STEPS = [Stepwise(Steps("ab", (letter, "c")), (float(letter < "e"), 1.0)) for letter in "abcdefgh"]
 REFUSALS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
@@ -43,7 +53,7 @@ def gradient(learner: Learner) -> Gradient:
 def test_the_budget_is_halved_and_the_gradient_is_the_same(error: RuntimeError) -> None:
     whole, halved = learner_with_room(1000), learner_with_room(20, error)
     assert distance(gradient(whole), gradient(halved)) < 1e-12
-    assert (whole.budget, whole.halved, halved.budget, halved.halved) == (40, 0, 20, 1)
+    assert (whole.room.budget, whole.room.halved, halved.room.budget, halved.room.halved) == (40, 0, 20, 1)
 
 
 def test_so_are_the_passes_of_the_old_policy_and_of_the_reference() -> None:
@@ -54,7 +64,7 @@ def test_so_are_the_passes_of_the_old_policy_and_of_the_reference() -> None:
         reference = Reference(learner.policy)
         groups = some_groups(learner.policy, 1.0)
         batches.append(learner.prepare(groups, some_credit(groups), reference))
-        assert (learner.budget, learner.halved) == ((40, 0) if room == 1000 else (20, 1))
+        assert (learner.room.budget, learner.room.halved) == ((40, 0) if room == 1000 else (20, 1))
     whole, halved = batches
     for name in ("old_logprobs_T", "ref_logprobs_T"):
         torch.testing.assert_close(getattr(whole, name), getattr(halved, name), rtol=0, atol=1e-12)
@@ -78,7 +88,7 @@ def test_a_run_that_is_taken_up_keeps_the_smaller_budget() -> None:
     tensors, counters = learner.state_dict()
     other = learner_with_room(20)
     other.load_state_dict(tensors, counters)
-    assert (other.budget, other.halved) == (20, 1)
+    assert (other.room.budget, other.room.halved) == (20, 1)
 
 
 def test_where_half_is_too_much_the_error_says_what_would_do() -> None:
@@ -90,3 +100,40 @@ def test_another_error_is_not_taken_for_one() -> None:
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
         gradient(learner_with_room(20, RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+
+
+@pytest.mark.parametrize("kind", ["outcome", "process"])
+def test_a_reward_model_in_training_makes_room_too(tmp_path: Path, kind: Kind) -> None:
+    """An update as with room enough, in float32; the smaller budget is in the checkpoint."""
+    folder = save_judge(tmp_path, kind)
+    found = []
+    for room in (1000, 20):
+        learner = pupil_with_room(folder, kind, room)
+        examples = list(GRADED if kind == "outcome" else STEPS)
+        metrics = learner.fit(examples)
+        assert metrics.pop("budget_halved") == (room == 20)
+        found.append(metrics)
+        assert learner.state_dict()[1]["budget"] == learner.room.budget == (40 if room == 1000 else 20)
+        assert len(learner.evaluate(examples)) > 2
+    assert found[1] == pytest.approx(found[0], rel=1e-5), "loss and gradient norm among them"
+
+
+def test_where_half_is_too_much_for_a_reward_model_the_error_says_what_would_do(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"micro-batches of 40 tokens, nor of 20.*Lower tokens_per_micro_batch"):
+        pupil_with_room(save_judge(tmp_path, "outcome"), "outcome", 1).fit(GRADED)
+
+
+def pupil_with_room(folder: Path, kind: Kind, tokens: int) -> RewardLearner:
+    """A reward model's learner on a device that refuses passes of more than so many tokens, after computing them."""
+    model = pupil(folder, kind)
+    compute = model.logits
+
+    def logits(rows: Sequence[Row]) -> torch.Tensor:
+        found = compute(rows)
+        if len(rows) * max(len(row.token_ids) for row in rows) > tokens:
+            raise REFUSALS[0]
+        return found
+
+    model.logits = logits  # type: ignore[method-assign]
+    optimizer = OptimizerSettings(1e-3, total_updates=1)
+    return RewardLearner(model, RewardLearnerSettings(optimizer, batch_size=8, tokens_per_micro_batch=40))

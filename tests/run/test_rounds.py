@@ -43,7 +43,7 @@ class Pupil:
     def __init__(self, log: Log, stop: Any = lambda update: None) -> None:
         self.log, self.done, self.stop = log, 0, stop
         self.model = SimpleNamespace(kind="outcome", version=0, encode=lambda judged: Row((1, 2)))
-        self.settings = None
+        self.settings, self.room = None, SimpleNamespace(halved=0)
 
     @property
     def version(self) -> int:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from groupwise.errors import ModelError
 from groupwise.learn.forward import lay_out, score_outputs
+from groupwise.learn.memory import Room, peak_memory
 from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
 from groupwise.learn.pack import Batch, Credit, micro_batches, pack, split_updates
 from groupwise.learn.reference import NoReference, Reference
@@ -24,7 +22,11 @@ from groupwise.seeds import stable_hash
 from groupwise.types import Scored
 
 Metrics = dict[str, float]
-Result = TypeVar("Result")
+ADVICE = (
+    "Lower train.tokens_per_micro_batch, set model.gradient_checkpointing to true, or shorten prompts or outputs; "
+    "`groupwise plan` tells what fits."
+)
+"""Where memory is not enough."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,7 @@ class Learner:
         self.policy, self.objective, self.settings = policy, objective, settings
         self.optimizer = MasterOptimizer(policy.model, settings.optimizer, settings.compute_dtype)
         self._tally = _Tally()
-        # What a forward pass may hold now: less than in the settings once memory ran out.
-        self.budget, self.halved = settings.tokens_per_micro_batch, 0
+        self.room = Room(settings.tokens_per_micro_batch, policy.device, ADVICE)
 
     @property
     def version(self) -> int:
@@ -71,14 +72,14 @@ class Learner:
         live = self._live(batch, range(len(batch.outputs)))
         old = ref = None
         if self.settings.num_iterations * self.settings.updates_per_batch > 1:
-            old = self._with_room(lambda: self.logprobs(batch, live))
+            old = self.room.run(lambda: self.logprobs(batch, live))
         if self.objective.kl_in_loss:
-            ref = self._with_room(lambda: reference.logprobs(batch, self.budget, live))
+            ref = self.room.run(lambda: reference.logprobs(batch, self.room.budget, live))
         return batch.with_logprobs(old=old, ref=ref)
 
     def logprobs(self, batch: Batch, members: Sequence[int] | None = None) -> Tensor:
         """Log-probs `[T]` of a batch's output tokens under the current policy, without gradient."""
-        return score_outputs(self.policy, batch, self.budget, members)
+        return score_outputs(self.policy, batch, self.room.budget, members)
 
     def update(self, batch: Batch, passes_done: int = 0) -> Metrics:
         """One pass over the batch in `updates_per_batch` optimizer updates; `passes_done` were made before.
@@ -91,7 +92,7 @@ class Learner:
             self._tally = _Tally()
         for chosen in split_updates(groups, self.settings.updates_per_batch, seed):
             self._update(batch, set(chosen), first_pass=passes_done == 0)
-        memory = {"memory/peak_bytes": peak_memory(self.policy.device), "memory/budget_halved": self.halved}
+        memory = {"memory/peak_bytes": peak_memory(self.policy.device), "memory/budget_halved": self.room.halved}
         return self._tally.metrics() | {name: float(value) for name, value in memory.items()}
 
     def _update(self, batch: Batch, groups: set[int], first_pass: bool) -> None:
@@ -101,7 +102,7 @@ class Learner:
         before = self._tally.copy()
 
         def accumulate() -> None:
-            for part in micro_batches(batch.outputs, live, self.budget, self.policy.layout == "shared"):
+            for part in micro_batches(batch.outputs, live, self.room.budget, self.policy.layout == "shared"):
                 self._accumulate(batch, part, weights_T, first_pass)
 
         def drop() -> None:
@@ -109,30 +110,10 @@ class Learner:
             self.optimizer.zero_grad()
             self._tally = before
 
-        self._with_room(accumulate, drop)
+        self.room.run(accumulate, drop)
         self._tally.updated(*self.optimizer.step())
         if first_pass:
             self._tally.tokens_skipped += sum(len(batch.outputs[m].token_ids) for m in set(members) - set(live))
-
-    def _with_room(self, work: Callable[[], Result], drop: Callable[[], None] = lambda: None) -> Result:
-        """What `work` gives; where memory runs out, once more with half the token budget, which stays so.
-
-        `drop` takes back what was done until then. Raises ModelError where half is not enough.
-        """
-        done = _tried(work)
-        if done is None:
-            asked, self.budget, self.halved = self.budget, max(1, self.budget // 2), self.halved + 1
-            drop()
-            if self.policy.device.type == "cuda":
-                torch.cuda.empty_cache()
-            done = _tried(work)
-        if done is None:
-            raise ModelError(
-                f"The device's memory is not enough for micro-batches of {asked:,} tokens, nor of {self.budget:,}. "
-                "Lower train.tokens_per_micro_batch, set model.gradient_checkpointing to true, or shorten prompts or "
-                "outputs; `groupwise plan` tells what fits."
-            )
-        return done[0]
 
     def _weights(self, batch: Batch, members: Sequence[int]) -> Tensor:
         """The normalisation of one update: 0 on outputs that take no part in it."""
@@ -196,15 +177,12 @@ class Learner:
     def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Tensors by file (`model`, `optimizer`) and the counters that go with them."""
         optimizer, counters = self.optimizer.state()
-        memory = {"budget": self.budget, "halved": self.halved}
-        return {"model": self.masters(), "optimizer": optimizer}, counters | memory
+        return {"model": self.masters(), "optimizer": optimizer}, counters | self.room.state()
 
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> None:
         """Take up where `state_dict` left off."""
         self.optimizer.load(tensors["model"], tensors.get("optimizer", {}), counters)
-        if counters["halved"]:
-            # Smaller passes add up in another order: the same bits need the same budget.
-            self.budget, self.halved = min(self.budget, counters["budget"]), counters["halved"]
+        self.room.load(counters)
         with torch.no_grad():
             for name, buffer in self.policy.model.named_buffers():
                 if name in tensors["model"]:
@@ -283,27 +261,3 @@ class _Tally:
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
-
-
-def _tried(work: Callable[[], Result]) -> tuple[Result] | None:
-    """What `work` gives; None where the device's memory ran out."""
-    try:
-        return (work(),)
-    except RuntimeError as error:
-        # Named boundary: the allocator's refusal, nothing else. What the error's frames hold is freed on return.
-        if not is_out_of_memory(error):
-            raise
-    return None
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is an allocator's refusal, of a GPU or of main memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes this process has held: on the CUDA device, or resident in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

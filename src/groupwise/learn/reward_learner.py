@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from groupwise.errors import DataError, ModelError, RunFolderError
+from groupwise.learn.memory import Room
 from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
 from groupwise.learn.reward_metrics import Metrics, label_metrics, preference_metrics, step_metrics
 from groupwise.models.judging import Example, Graded, Output, Preferred, Row, Steps, rows_of
@@ -22,6 +23,9 @@ from groupwise.models.reward_model import RewardModel
 from groupwise.models.scorer import count_of, logits_of, scores_of, sigmoid
 from groupwise.objective.preference import label_losses, preference_losses
 from groupwise.seeds import stable_hash
+
+ADVICE = "Lower tokens_per_micro_batch, or shorten prompts or outputs."
+"""Where memory is not enough."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,14 @@ class Encoded(NamedTuple):
     def terms(self) -> int:
         """How many losses it has."""
         return sum(label is not None for label in self.labels) or int(len(self.rows) == 2)
+
+
+class _Pass(NamedTuple):
+    """Some examples of an update, their part of its loss, and their logits."""
+
+    examples: list[Encoded]
+    loss: float
+    logits: list[list[float]]
 
 
 class EncodedSet(NamedTuple):
@@ -97,6 +109,7 @@ class RewardLearner:
         self.model, self.settings = model, settings
         model.model.requires_grad_(True)
         self.optimizer = MasterOptimizer(model.model, settings.optimizer, settings.compute_dtype)
+        self.room = Room(settings.tokens_per_micro_batch, model.device, ADVICE)
         self.done = 0
         self._round: str | None = None
 
@@ -145,7 +158,8 @@ class RewardLearner:
         """
         encoded = encode_examples(self.model, examples).examples
         rows = [row for one in encoded for row in one.rows]
-        logits = self._by_example(logits_of(self.model, rows, self.settings.tokens_per_micro_batch), encoded)
+        found = self.room.run(lambda: logits_of(self.model, rows, self.room.budget))
+        logits = self._by_example(found, encoded)
         if not all(math.isfinite(x) for of_example in logits for x in of_example):
             raise ModelError(f"The reward model {self.model.source} gives scores that are not finite.")
         with torch.no_grad():
@@ -154,12 +168,12 @@ class RewardLearner:
 
     def score_outputs(self, outputs: Sequence[Output]) -> list[float | None]:
         """The raw logit of each output; None where it cannot be read."""
-        found, _ = scores_of(self.model, outputs, self.settings.tokens_per_micro_batch)
+        found, _ = self.room.run(lambda: scores_of(self.model, outputs, self.room.budget))
         return [None if values is None else values[0] for values in found]
 
     def score_steps(self, steps: Sequence[Steps]) -> list[list[float] | None]:
         """The probability of being right of each step, per output; None where the output cannot be read."""
-        return scores_of(self.model, steps, self.settings.tokens_per_micro_batch)[0]
+        return self.room.run(lambda: scores_of(self.model, steps, self.room.budget))[0]
 
     def _batches(self, examples: Sequence[Encoded], epochs: int) -> Iterator[list[Encoded]]:
         """The examples of each update: every epoch in its own seeded order."""
@@ -172,16 +186,22 @@ class RewardLearner:
 
     def _update(self, batch: Sequence[Encoded]) -> Metrics:
         """One update. The mean is over all losses of the batch, however it is cut into passes."""
-        terms, loss = sum(one.terms for one in batch), 0.0
-        parts: list[Encoded] = []
-        logits: list[list[float]] = []
-        for part in micro_batches(batch, self.settings.tokens_per_micro_batch):
-            found = self.model.logits([row for one in part for row in one.rows])
-            part_loss = _losses(found, part).sum() / terms
-            part_loss.backward()
-            loss += part_loss.item()
-            parts += part
-            logits += self._by_example(found.tolist(), part)
+        terms = sum(one.terms for one in batch)
+        done: list[_Pass] = []
+
+        def accumulate() -> None:
+            for part in micro_batches(batch, self.room.budget):
+                found = self.model.logits([row for one in part for row in one.rows])
+                loss = _losses(found, part).sum() / terms
+                loss.backward()
+                done.append(_Pass(part, loss.item(), self._by_example(found.tolist(), part)))
+
+        def drop() -> None:
+            self.optimizer.zero_grad()
+            done.clear()
+
+        self.room.run(accumulate, drop)
+        loss = sum(one.loss for one in done)
         if not math.isfinite(loss):
             self.optimizer.zero_grad()
             raise ModelError(
@@ -189,9 +209,14 @@ class RewardLearner:
                 "the weights that it started from."
             )
         norm, rate = self.optimizer.step()
+        parts = [example for one in done for example in one.examples]
+        logits = [values for one in done for values in one.logits]
         accuracy = _quality(self.model.kind, parts, logits)["accuracy"]
         tokens = sum(len(row.token_ids) for one in batch for row in one.rows)
-        return {"loss": loss, "accuracy": accuracy, "grad_norm": norm, "learning_rate": rate, "tokens": float(tokens)}
+        return {
+            "loss": loss, "accuracy": accuracy, "grad_norm": norm, "learning_rate": rate, "tokens": float(tokens),
+            "budget_halved": float(self.room.halved),
+        }  # fmt: skip
 
     def _by_example(self, logits: Sequence[float], examples: Sequence[Encoded]) -> list[list[float]]:
         flat = iter(logits)
@@ -201,7 +226,8 @@ class RewardLearner:
         """Tensors by file (`reward_model`, `reward_optimizer`) and the counters that go with them."""
         optimizer, counters = self.optimizer.state()
         counted = {"version": self.version, "done": self.done, "round": self._round, "kind": self.model.kind}
-        return {"reward_model": self.masters(), "reward_optimizer": optimizer}, counters | counted
+        tensors = {"reward_model": self.masters(), "reward_optimizer": optimizer}
+        return tensors, counters | counted | self.room.state()
 
     def masters(self) -> dict[str, Tensor]:
         """The float32 weights, each tied one once, and persistent buffers."""
@@ -220,6 +246,7 @@ class RewardLearner:
                     f"one is of kind {self.model.kind}, and its {name} is {ours}."
                 )
         self.optimizer.load(found, tensors.get("reward_optimizer", {}), counters)
+        self.room.load(counters)
         with torch.no_grad():
             for name, buffer in self.model.model.named_buffers():
                 if name in found:

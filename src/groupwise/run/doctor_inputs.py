@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from groupwise.disk import in_words
-from groupwise.learn.learner import peak_memory
+from groupwise.learn.memory import peak_memory
 from groupwise.models.codec import Codec
 from groupwise.objective import token_advantages
 from groupwise.rewards.combine import unique_names

@@ -114,7 +114,7 @@ def kl_zero(patient: Patient) -> list[Finding]:
     """Log-probs of the reference, which is the policy before the first step, against the policy's."""
     if isinstance(patient.reference, NoReference):
         return [Finding("KL 0 at step 0", "not used", words="objective.beta is 0: there is no reference")]
-    budget = patient.learner.budget
+    budget = patient.learner.room.budget
     found_T = patient.batch.ref_logprobs_T
     if found_T is None:  # the penalty is in the reward
         found_T = patient.reference.logprobs(patient.batch, budget)
@@ -148,13 +148,13 @@ def update_gradient(learner: Learner, batch: Batch, budget: int) -> Gradient:
 
     Adam steps at a rate of 0, which moves nothing.
     """
-    own, found = learner.budget, list[Gradient]()
+    own, found = learner.room.budget, list[Gradient]()
     hook = learner.optimizer.adam.register_step_pre_hook(lambda *_: found.append(_gathered(learner)))
-    learner.budget = budget
+    learner.room.budget = budget
     try:
         learner.update(batch)
     finally:
-        learner.budget = own
+        learner.room.budget = own
         hook.remove()
     if not found:
         raise ModelError("The gradient is not finite: no update would be made. Try model.dtype = 'float32'.")

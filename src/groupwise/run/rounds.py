@@ -190,7 +190,7 @@ class RewardModelRounds:
         record.metrics |= _summary(self._under_way, after) | {
             ROUND: float(n), f"{PREFIX}version": float(learner.version), f"{PREFIX}new": float(len(new)),
             f"{PREFIX}replayed": float(len(old)), f"{PREFIX}held_out": float(len(held_out)),
-            f"{PREFIX}dropped": float(encoded.dropped),
+            f"{PREFIX}dropped": float(encoded.dropped), f"{PREFIX}budget_halved": float(learner.room.halved),
         }  # fmt: skip
         if after or not self.replay.compares:
             self._last = {"round": n, "accuracy": after.get("accuracy")}
@@ -282,9 +282,13 @@ def _examples(rows: Sequence[Mapping[str, Any]], learner: RewardLearner) -> list
     return load_examples(rows, learner.model.kind) if rows else []
 
 
+_OF_AN_UPDATE = ("epoch", "tokens", "budget_halved")
+"""What has no mean over a round's updates."""
+
+
 def _summary(round_: _UnderWay, after: Mapping[str, float]) -> dict[str, float]:
     """Means over the updates, and what held-out examples said before and after them."""
-    names = dict.fromkeys(name for metrics in round_.updates for name in metrics if name not in ("epoch", "tokens"))
+    names = dict.fromkeys(name for metrics in round_.updates for name in metrics if name not in _OF_AN_UPDATE)
     found = {name: fmean(metrics[name] for metrics in round_.updates if name in metrics) for name in names}
     found |= {"updates": float(len(round_.updates))}
     found |= {f"before/{name}": value for name, value in round_.before.items()}

@@ -126,6 +126,9 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
         Metric("reward_model/epoch", "passes", "Passes over the examples so far, as a fraction."),
         Metric("reward_model/predicted", "share", "Mean probability of being right that the trained model gives."),
         Metric("reward_model/verified", "share", "Share of the same outputs that the verifier calls right."),
+        Metric(
+            "reward_model/budget_halved", "times", "How often its training ran out of memory and halved its passes."
+        ),
         Metric("reward_model/unverified", "outputs", "Outputs of the step that the verifier did not score."),
         Metric(
             "reward_model/ranked_right", "share", "Pairs of a right and a wrong output of a group that it ranks so."
