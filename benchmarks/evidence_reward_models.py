@@ -28,11 +28,11 @@ SEEDS = (0, 1, 2)
 RECIPES = {"iterative": "arithmetic-iterative"}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "labels": {"reward_model.labels": "verifier"},
-    "no refresh": {"train.iterations": 1, "train.steps": 48},
+    "no refresh": {"train.iterations": 1, "train.steps": 8},
     "no replay": {"reward_model.replay": 0.0},
 }
 """What each changes in `arithmetic-iterative`."""
-WINDOW = 8
+WINDOW = 2
 """Steps that a mean over training outputs is taken over: those of one iteration of `arithmetic-iterative`."""
 
 
