@@ -25,7 +25,7 @@ BEGIN = "<!-- evidence: written by benchmarks/evidence_reward_models.py -->"
 
 MINUTES = 8.0
 SEEDS = (0, 1, 2)
-RECIPES = {"iterative": "arithmetic-iterative"}
+RECIPES = {"iterative": "arithmetic-iterative", "prm": "arithmetic-prm"}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "labels": {"reward_model.labels": "verifier"},
     "no refresh": {"train.iterations": 1, "train.steps": 8},
