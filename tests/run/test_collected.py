@@ -39,7 +39,7 @@ def test_all_are_kept_while_there_is_room() -> None:
     assert keys(filled(100, 1, 2)) == [(step, slot) for step in (1, 2) for slot in range(4)]
 
 
-def test_of_equal_outputs_the_first_is_kept() -> None:
+def test_of_equal_outputs_the_first_that_was_scored_is_kept() -> None:
     texts = ["ab", "b", "ab", "b", "a"]
     outputs = tuple(Completion(tuple(map(ord, text)), text, (-0.5,) * len(text), "stop") for text in texts)
     group = Group(GroupKey(1, 0, "0"), PROMPTS["0"], outputs)
@@ -47,6 +47,11 @@ def test_of_equal_outputs_the_first_is_kept() -> None:
     assert [c.text for c in found.group.completions] == ["ab", "b", "a"]
     assert found.rewards == [0.0, 1.0, 4.0]
     assert distinct(found) == found
+    unscored = distinct(ScoredGroup(group, tuple(map(Score, (None, 1.0, 0.5, 0.0, None)))))
+    assert [c.text for c in unscored.group.completions] == ["b", "ab", "a"], (
+        "a copy that was scored stands for the other"
+    )
+    assert unscored.rewards == [1.0, 0.5, None]
 
 
 def test_a_choice_is_bounded_seeded_and_the_same_in_any_order() -> None:

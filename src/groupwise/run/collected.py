@@ -62,13 +62,13 @@ def _to_json(one: ScoredGroup) -> list[Any]:
 
 
 def distinct(one: ScoredGroup) -> ScoredGroup:
-    """A verified group as a round is made of it: of equal outputs the first alone, without log-probs.
+    """A verified group as a round is made of it: of equal outputs the first that was scored, without log-probs.
 
     Many outputs of a group are the same text, as often as that text is likely: a reward model that is to tell outputs
     apart learns no more from the third copy than from the first, and labels and updates would be paid for it.
     """
-    first = {c.token_ids: i for i, c in reversed(list(enumerate(one.group.completions)))}
-    kept = sorted(first.values())
-    completions = [one.group.completions[i] for i in kept]
-    bare = tuple(replace(c, sampled_logprobs=(0.0,) * len(c.token_ids), policy_versions=()) for c in completions)
-    return ScoredGroup(replace(one.group, completions=bare), tuple(Score(one.rewards[i]) for i in kept))
+    outputs, rewards = one.group.completions, one.rewards
+    best_last = sorted(range(len(outputs)), key=lambda i: (rewards[i] is None, i), reverse=True)
+    kept = sorted({outputs[i].token_ids: i for i in best_last}.values())
+    bare = [replace(outputs[i], sampled_logprobs=(0.0,) * len(outputs[i].token_ids), policy_versions=()) for i in kept]
+    return ScoredGroup(replace(one.group, completions=tuple(bare)), tuple(Score(rewards[i]) for i in kept))
