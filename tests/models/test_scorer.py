@@ -33,6 +33,20 @@ def test_repeated_outputs_are_computed_once_and_get_the_same_bits(tmp_path: Path
     assert torch.tensor(found) == pytest.approx(torch.tensor(one_by_one).numpy(), abs=1e-5)
 
 
+def test_what_a_group_has_several_times_is_encoded_once(tmp_path: Path, monkeypatch) -> None:
+    model = judge(save_judge(tmp_path, "process"), "process")
+    asked: list[Steps] = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda one: (asked.append(one), encode(one))[1])
+    first, second = "ab", [{"role": "user", "content": "ab"}]
+    steps = [Steps(prompt, texts) for prompt in (first, first, "b") for texts in (("c", "d"), ("c",), ("c", "d"))]
+    found, _ = scores_of(model, steps)
+    assert asked == [steps[0], steps[1], steps[6], steps[7]]
+    assert [found[i] for i in (0, 2, 3, 5)] == [found[0]] * 4
+    assert found[6] == found[8] != found[0]
+    assert not scores_of(model, [Steps(second, ("?",)), Steps(second, ("?",))])[0][0], "a prompt may have no hash"
+
+
 def test_a_row_beyond_the_budget_is_a_pass_of_its_own(tmp_path: Path) -> None:
     model = judge(save_judge(tmp_path, "outcome"), "outcome")
     rows = [model.encode(output) for output in OUTPUTS]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import islice
 
 import torch
 
 from groupwise.errors import DataError
-from groupwise.models.judging import Judged, Row
+from groupwise.models.judging import Judged, Output, Row
 from groupwise.models.reward_model import RewardModel
 
 BUDGET = 16384
@@ -26,11 +26,17 @@ def scores_of(
     """
     rows: dict[int, Row] = {}
     unread: dict[int, str] = {}
+    # A tokenizer may take longer than a small model's pass: what a group has several times is encoded once.
+    encoded: dict[Hashable, Row | str] = {}
     for index, one in enumerate(judged):
-        try:
-            rows[index] = model.encode(one)
-        except DataError as error:  # what a policy writes may be anything; the reason is the caller's to show
-            unread[index] = str(error)
+        name = _name(one)
+        if name not in encoded:
+            encoded[name] = _encoded(model, one)
+        row = encoded[name]
+        if isinstance(row, str):
+            unread[index] = row
+        else:
+            rows[index] = row
     flat = iter(logits_of(model, list(rows.values()), budget))
     found: list[list[float] | None] = [None] * len(judged)
     for index, row in rows.items():
@@ -39,6 +45,19 @@ def scores_of(
         else:
             found[index] = [sigmoid(x) for x in islice(flat, len(row.places))]
     return found, unread
+
+
+def _name(one: Judged) -> Hashable:
+    """The same for equal texts to one prompt object; a prompt of messages has no hash of its own."""
+    return (id(one.prompt), one.text, one.finished) if isinstance(one, Output) else (id(one.prompt), one.texts)
+
+
+def _encoded(model: RewardModel, one: Judged) -> Row | str:
+    """The row, or why there is none: what a policy writes may be anything, and the reason is the caller's to show."""
+    try:
+        return model.encode(one)
+    except DataError as error:
+        return str(error)
 
 
 @torch.no_grad()
