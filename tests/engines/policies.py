@@ -26,9 +26,12 @@ UNCACHED = {"mamba", "qwen3_next"}
 HEADS = {"gemma2": HeadShape(softcap=30.0), "cohere": HeadShape(scale=0.0625)}
 
 
-def make_policy(kind: str = "llama", layout: LayoutName = "shared", dtype: torch.dtype = torch.float32) -> Policy:
-    """A policy with random weights, the same each time."""
-    return policy_of(clone_of(kind), layout, HEADS.get(kind, HeadShape()), kind not in UNCACHED).to(dtype)
+def make_policy(
+    kind: str = "llama", layout: LayoutName = "shared", dtype: torch.dtype = torch.float32, *, direct: bool = True
+) -> Policy:
+    """A policy with random weights, the same each time. It decodes past the modules of the family that allows it."""
+    head = HEADS.get(kind, HeadShape())
+    return policy_of(clone_of(kind), layout, head, kind not in UNCACHED, direct and layout == "shared").to(dtype)
 
 
 def requests(n: int = 3, prompts: Sequence[tuple[int, ...]] = PROMPTS, **sampling: Any) -> list[Request]:
@@ -63,3 +66,11 @@ def difference(policy: Policy, asked: Sequence[Request], found: Sequence[Sequenc
     temperature = asked[0].sampling.temperature
     computed = policy(policy.stream(groups), temperature or 1.0).logprobs_T
     return (computed.cpu() - recorded).abs().max().item()
+
+
+def counted_tokens(policy: Policy) -> list[int]:
+    """A list that grows by the number of tokens of each pass, whichever way they go through the model."""
+    counted: list[int] = []
+    embedding = policy.model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, args: counted.append(args[0].numel()))
+    return counted

@@ -59,6 +59,17 @@ def test_half_precision_is_sampled_from_as_well(layout: LayoutName) -> None:
     assert difference(policy, asked, sample(policy, asked)) < 0.1
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
+def test_steps_past_the_modules_draw_what_steps_through_them_draw(kind: str) -> None:
+    direct, stock = (make_policy(kind, direct=choice) for choice in (True, False))
+    assert direct.direct is not None
+    assert stock.direct is None
+    asked = requests(n=3, max_tokens=20)
+    found, expected = sample(direct, asked), sample(stock, asked)
+    assert tokens(found) == tokens(expected)
+    assert difference(direct, asked, found) < 1e-5
+
+
 @both_layouts
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_greedy_is_the_librarys_generate(kind: str, layout: LayoutName) -> None:

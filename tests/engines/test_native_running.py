@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from groupwise.engines import cache
 from groupwise.engines.base import generate
@@ -19,6 +18,7 @@ from tests.engines.policies import (
     CODEC,
     PROMPTS,
     both_layouts,
+    counted_tokens,
     difference,
     make_policy,
     requests,
@@ -34,14 +34,7 @@ from tests.tiny_models import clone_of
 def test_a_prompt_is_computed_once_and_finished_outputs_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, asked = make_policy(), requests(n=5, max_tokens=20)
     engine = NativeEngine(policy, CODEC, max_live=6)
-    forwarded: list[int] = []
-    hidden = policy.hidden
-
-    def counting(input_ids: Tensor, *rest: Any) -> Tensor:
-        forwarded.append(input_ids.numel())
-        return hidden(input_ids, *rest)
-
-    monkeypatch.setattr(policy, "hidden", counting)
+    forwarded = counted_tokens(policy)
     begun: list[str] = []
     begin = engine.decoder.begin
 
@@ -60,11 +53,9 @@ def test_many_prompts_are_computed_in_several_passes(monkeypatch: pytest.MonkeyP
     expected = tokens(sample(make_policy(), requests()))
     monkeypatch.setattr(cache, "_PREFILL_TOKENS", 12)
     policy = make_policy()
-    widths: list[int] = []
-    hidden = policy.hidden
-    monkeypatch.setattr(policy, "hidden", lambda ids, *rest: widths.append(ids.shape[1]) or hidden(ids, *rest))
+    forwarded = counted_tokens(policy)
     assert tokens(sample(policy, requests())) == expected
-    assert [width for width in widths if width > 1] == [7 + 1 + 4, 11]
+    assert forwarded[:2] == [7 + 1 + 4, 11], "prompts come first"
 
 
 def test_slots_refill_while_others_go_on() -> None:

@@ -17,7 +17,16 @@ from groupwise.engines.native import NativeEngine
 from groupwise.engines.scripted import ScriptedEngine
 from groupwise.models.policy import LayoutName
 from groupwise.types import Branch, Completion, Request, Sampling, Tree
-from tests.engines.policies import CODEC, both_layouts, make_policy, requests, sample, tokens, without_end
+from tests.engines.policies import (
+    CODEC,
+    both_layouts,
+    counted_tokens,
+    make_policy,
+    requests,
+    sample,
+    tokens,
+    without_end,
+)
 from tests.engines.test_graphs import again
 
 TREES = (
@@ -90,16 +99,9 @@ def test_captured_steps_draw_the_same(kind: str) -> None:
 
 
 @pytest.mark.parametrize("max_live", [1, 5, 64])
-def test_no_token_of_a_tree_is_computed_twice(monkeypatch: pytest.MonkeyPatch, max_live: int) -> None:
+def test_no_token_of_a_tree_is_computed_twice(max_live: int) -> None:
     policy, asked = make_policy(), branches(n=4)
-    forwarded: list[int] = []
-    hidden = policy.hidden
-
-    def counting(ids: Tensor, *rest: Any) -> Tensor:
-        forwarded.append(ids.numel())
-        return hidden(ids, *rest)
-
-    monkeypatch.setattr(policy, "hidden", counting)
+    forwarded = counted_tokens(policy)
     drawn = [len(c.token_ids) for group in sample(policy, asked, max_live=max_live) for c in group]
     # Outputs as far as the last branch: 9, 1 and 3 tokens of the first tree, 3 and 12 of the second, 1 of the third.
     assert sum(forwarded) == (7 + 9 + 1 + 3) + (1 + 3 + 12) + (4 + 1) + sum(n - 1 for n in drawn)

@@ -176,8 +176,7 @@ class SharedDecoder:
         logits_RV = self._replayed(levels, reach, Live(token_R, length_R, position_R))
         if logits_RV is None:
             layout = Step(levels, Outputs(self.outputs, length_R, reach, ragged))
-            hidden = self.policy.hidden(token_R[:, None], position_R[:, None], layout)
-            logits_RV = self.policy.logits(hidden[:, 0])
+            logits_RV = self.policy.step(token_R, position_R, layout)
         return logits_RV
 
     def _looked_at(self, device: torch.device) -> tuple[Level, ...]:

@@ -99,8 +99,7 @@ class Graphs:
 
         def run() -> Tensor:
             layout = Step(fixed, Outputs(outputs, length_R, bucket.reach, ragged=True))
-            hidden = self.policy.hidden(token_R[:, None], position_R[:, None], layout)
-            return self.policy.logits(hidden[:, 0])
+            return self.policy.step(token_R, position_R, layout)
 
         try:
             replay, logits_RV = self.capture(run)

@@ -44,15 +44,13 @@ class _Row:
     index: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    versions: list[list[int]] = field(default_factory=list)
+    versions: list[tuple[int, int]] = field(default_factory=list)
 
-    def add(self, token: int, logprob: float, version: int) -> None:
-        self.token_ids.append(token)
-        self.logprobs.append(logprob)
-        if self.versions and self.versions[-1][0] == version:
-            self.versions[-1][1] += 1
-        else:
-            self.versions.append([version, 1])
+    def drawn_by(self, version: int) -> None:
+        """Note that the tokens since the last note were drawn by weights of this version."""
+        count = len(self.token_ids) - sum(count for _, count in self.versions)
+        if count:
+            self.versions.append((version, count))
 
 
 @dataclass(slots=True)
@@ -124,6 +122,9 @@ class NativeEngine:
             for name, tensor in weights:
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
+        if version != self.version:
+            for row in self._rows:
+                row.drawn_by(self.version)
         self.version = version
 
     def close(self) -> None:
@@ -200,23 +201,24 @@ class NativeEngine:
         index = torch.tensor([len(row.token_ids) for row in self._rows], device=logits_RV.device)
         settings.forbid_early_end(logits_RV, index)
         tokens, logprobs = draw(logits_RV, uniforms(settings.seed_R, index), settings.filters)
+        drawn = logprobs.tolist()
+        if not all(map(math.isfinite, drawn)):
+            raise ModelError(
+                f"The policy's logits are not finite any more (weights of version {self.version}): it has "
+                "diverged. Lower train.learning_rate, and go on from an earlier checkpoint."
+            )
         ended: list[int] = []
-        for i, (row, token, logprob) in enumerate(zip(self._rows, tokens.tolist(), logprobs.tolist(), strict=True)):
-            if not math.isfinite(logprob):
-                raise ModelError(
-                    f"The policy's logits are not finite any more (weights of version {self.version}): it has "
-                    "diverged. Lower train.learning_rate, and go on from an earlier checkpoint."
-                )
-            row.add(token, logprob, self.version)
+        for i, (row, token, logprob) in enumerate(zip(self._rows, tokens.tolist(), drawn, strict=True)):
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
             finish = self._finish(row)
             if finish is not None:
                 ended.append(i)
                 self._ready.append(self._complete(row, finish))
-        drawn = len(self._rows)
         if ended:
             self._retire(ended)
         if self.on_tokens is not None:
-            self.on_tokens(drawn)
+            self.on_tokens(len(drawn))
 
     def _retire(self, ended: Sequence[int]) -> None:
         """Free the places of rows that have ended, and their prompts where no output is left to be drawn."""
@@ -242,11 +244,12 @@ class NativeEngine:
         return self._checkers[stop]
 
     def _complete(self, row: _Row, finish: Finish) -> Sampled:
+        row.drawn_by(self.version)
         return Sampled(
             row.request.uid, row.index,
             Completion(
                 tuple(row.token_ids), self.codec.decode(row.token_ids), tuple(row.logprobs), finish,
-                tuple((version, count) for version, count in row.versions),
+                tuple(row.versions),
             ),
         )  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from groupwise.models.precision import wide
+from groupwise.models.precision import wide, wide_dtype
 from groupwise.models.tiles import Options
 
 
@@ -157,6 +157,13 @@ class Fold:
         rows: Tensor = folded.unflatten(2, (self.row_QM.shape[1], -1)).transpose(1, 2).flatten(0, 1)
         return rows if self.even else rows[self.place_R]
 
+    def spread_into(self, place: Tensor, folded: Tensor) -> None:
+        """The way back into a place of that shape, which may be wider in type: where even, in one copy."""
+        if self.even:
+            place.unflatten(0, self.row_QM.shape).copy_(folded.unflatten(2, (self.row_QM.shape[1], -1)).transpose(1, 2))
+        else:
+            place.copy_(self.spread(folded))
+
 
 class Level(NamedTuple):
     """What rows share of one kind: the store, how rows fold over its entries, how many tokens of its entry each row
@@ -198,10 +205,14 @@ class Step:
         own_k, own_v = self._write(layer, key, value)
         shared = [(level.fold, *level.stored(layer)) for level in self.levels]
         scaled = (query[:, :, 0] * options.scale).view(rows, key.shape[1], -1, width)
-        parts = [fold.spread(fold.gather(scaled) @ k.transpose(-1, -2)) for fold, k, _ in shared]
-        parts.append(scaled @ own_k.transpose(-1, -2))
-        weights = self._weights(wide(torch.cat(parts, -1)), options).to(value.dtype)
-        *of_shared, of_own = weights.split([part.shape[-1] for part in parts], -1)
+        columns = [k.shape[2] for _, k, _ in shared] + [own_k.shape[2]]
+        scores = scaled.new_empty(*scaled.shape[:3], sum(columns), dtype=wide_dtype(scaled.dtype))
+        *of_shared, of_own = scores.split(columns, -1)
+        for (fold, k, _), place in zip(shared, of_shared, strict=True):
+            fold.spread_into(place, fold.gather(scaled) @ k.transpose(-1, -2))
+        of_own.copy_(scaled @ own_k.transpose(-1, -2))
+        weights = self._weights(scores, options).to(value.dtype)
+        *of_shared, of_own = weights.split(columns, -1)
         out = wide(of_own @ own_v)
         for (fold, _, v), part in zip(shared, of_shared, strict=True):
             out += fold.spread(fold.gather(part) @ v)

@@ -77,6 +77,7 @@ class Hollow:
     dtype: torch.dtype
     device: torch.device | str = "cpu"
     trust_remote_code: bool = False
+    direct: bool = False
     _seen: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def training(self, shape: Shape, part: Sequence[int], checkpointing: bool) -> Cost:
@@ -188,7 +189,7 @@ class Hollow:
             )
         if checkpointing:
             checkpoint_gradients(model, self.config.model_type)
-        return Policy(model, self.layout, self.head)
+        return Policy(model, self.layout, self.head, direct=self.direct)
 
     def _opaque(self, error: Exception) -> ModelError:
         return ModelError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from groupwise.models.attention import KEYWORD, AttentionLayout, ForestAttention
+from groupwise.models.direct import DirectStep
 from groupwise.models.head import HeadShape, chunked_logprobs, dense_logprobs
 from groupwise.models.layout import Stream, Tokens, plain_stream, shared_stream
 from groupwise.models.precision import wide
@@ -30,18 +31,21 @@ class Policy(nn.Module):
 
     `layout` says how prompts and outputs are laid out, `head` what lies between the head's matrix and the logits; None
     means that the head is more than a matrix and the model's own forward is used (whole logits are held then). `cached`
-    says that the model's own cache may be used for decoding in the plain layout. Every dropout is off, and the module
-    stays in train mode: in eval mode gradient checkpointing would do nothing.
+    says that the model's own cache may be used for decoding in the plain layout, `direct` that a decoding step may go
+    past the model's modules. Every dropout is off, and the module stays in train mode: in eval mode gradient
+    checkpointing would do nothing.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layout: LayoutName, head: HeadShape | None, cached: bool = False
-    ) -> None:
+        self, model: PreTrainedModel, layout: LayoutName, head: HeadShape | None, cached: bool = False,
+        direct: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.layout: LayoutName = layout
         self.head = head
         self.cached = cached
+        self.direct = DirectStep(model) if direct and DirectStep.fits(model) else None
         silence_dropout(self.model)
         self.train()
 
@@ -85,6 +89,12 @@ class Policy(nn.Module):
         return self.model.base_model(  # type: ignore[no-any-return]
             input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **{KEYWORD: layout}
         )[0]
+
+    def step(self, token_R: Tensor, position_R: Tensor, layout: AttentionLayout) -> Tensor:
+        """Logits `[R, V]` after one token per row, at positions `[R]`, `layout` answering every attention call."""
+        if self.direct is not None:
+            return self.logits(self.direct(token_R, position_R, layout))
+        return self.logits(self.hidden(token_R[:, None], position_R[:, None], layout)[:, 0])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[.., V]` in float32 or wider from hidden states `[.., D]`; needs a head that is a matrix."""

@@ -164,9 +164,10 @@ def _planned(job: Job, given: Given) -> _Planned:
     findings = probe(config, given.trust_remote_code)
     if findings.unfit:
         raise ModelError(f"The model {job.model.path} ({config.model_type}) cannot be trained: {findings.unfit}.")
+    layout = choose_layout(job.model.layout, findings, job.model.path)
     hollow = Hollow(
-        config, choose_layout(job.model.layout, findings, job.model.path), findings.head,
-        choose_dtype(job.model.dtype, device), device, given.trust_remote_code,
+        config, layout, findings.head, choose_dtype(job.model.dtype, device), device, given.trust_remote_code,
+        direct=findings.direct and layout == "shared",
     )  # fmt: skip
     count = parameter_count(config, given.trust_remote_code)
     return _Planned(

@@ -82,7 +82,7 @@ def _overheads(hollow: Hollow, device: torch.device, cached: bool) -> tuple[floa
     clone = tiny_clone(hollow.config, hollow.trust_remote_code)
     if hollow.layout == "shared":
         clone.set_attn_implementation(NAME)
-    policy = Policy(clone, hollow.layout, hollow.head).to(device)
+    policy = Policy(clone, hollow.layout, hollow.head, direct=hollow.direct).to(device)
     stream = policy.stream([((0,) * _TINY.prompt, [(0,) * _TINY.length] * _TINY.outputs)])
     with torch.no_grad():
         decode = decoding(policy, _TINY, _TINY.outputs, _TINY.length, cached)
