@@ -89,32 +89,32 @@ def reward_of(token_ids: list[int]) -> float:
     return total * 2654435761 % 1009 / 1009
 
 
-def training_flops(case: Case) -> float:
+def training_flops(case: Case, step: int = 0) -> float:
     """Floor of the training phase with shared prompts: forward and backward over every token once, head on outputs."""
     shape = SHAPES[case.shape]
-    outputs = case.prompts * case.outputs * case.completion
+    outputs = sum(case.lengths(step))
     forward = 2 * shape.trunk * (case.prompts * case.prompt + outputs) + 2 * shape.head * outputs
-    return 3 * (forward + _attention(case))
+    # A reference is one more forward.
+    return (3 if case.beta == 0 else 4) * (forward + _attention(case, step))
 
 
-def sampling_flops(case: Case) -> float:
+def sampling_flops(case: Case, step: int = 0) -> float:
     """Floor of sampling: each prompt once, each output token once with the head."""
     shape = SHAPES[case.shape]
-    outputs = case.prompts * case.outputs * case.completion
     prefill = 2 * shape.trunk * case.prompts * case.prompt
-    return prefill + outputs * 2 * (shape.trunk + shape.head) + _attention(case)
+    return prefill + sum(case.lengths(step)) * 2 * (shape.trunk + shape.head) + _attention(case, step)
 
 
-def step_flops(case: Case) -> float:
+def step_flops(case: Case, step: int = 0) -> float:
     """Floor of a whole step."""
-    return training_flops(case) + sampling_flops(case)
+    return training_flops(case, step) + sampling_flops(case, step)
 
 
-def _attention(case: Case) -> float:
+def _attention(case: Case, step: int) -> float:
     """Two products per pair of a token and what it sees, in every layer, forward only."""
-    shape, p, c = SHAPES[case.shape], case.prompt, case.completion
-    pairs = case.outputs * (c * p + c * (c + 1) / 2) + p * (p + 1) / 2
-    return 4.0 * shape.hidden * shape.layers * case.prompts * pairs
+    shape, p = SHAPES[case.shape], case.prompt
+    pairs = case.prompts * p * (p + 1) / 2 + sum(c * p + c * (c + 1) / 2 for c in case.lengths(step))
+    return 4.0 * shape.hidden * shape.layers * pairs
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def python_of(name: str) -> Path:
     """The interpreter of an environment (`trl` or `vllm`). Exits with a sentence where it was not made."""
     home = folder() / name
     if not (home / DONE).exists():
-        sys.exit(f"There is no environment {home}: make it with `python benchmarks/environments.py {name}`.")
+        sys.exit(f"There is no environment {home}: make it with `python benchmarks/environments.py --only {name}`.")
     return home / "bin" / "python"
 
 
@@ -67,10 +67,11 @@ def _install(home: Path, *what: str) -> None:
 
 
 def main() -> None:
-    """Make the environments that are named, or both."""
+    """Make one environment, or both."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=["trl", "vllm"], default=[])
-    for name in parser.parse_args().names or ("trl", "vllm"):
+    parser.add_argument("--only", choices=["trl", "vllm"])
+    only = parser.parse_args().only
+    for name in (only,) if only else ("trl", "vllm"):
         make(name)
         print(f"{name}: {folder() / name}", flush=True)
 

@@ -12,7 +12,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks import environments
-from benchmarks.cases import Case, Row, step_flops, training_flops
+from benchmarks.cases import Case, Row, sampling_flops, step_flops, training_flops
 from benchmarks.protocol import TooSlowError, Worker
 
 Settings = dict[str, Any]
@@ -92,10 +92,14 @@ def trial(worker: Worker, verb: str, fastest: float | None) -> float | None:
 
 
 class Steps:
-    """Timed steps of one system. Where workers cannot live together, each step has a worker of its own."""
+    """Timed steps of one system. Where workers cannot live together, each step has a worker of its own.
+
+    Beside each of ours stands its floor in seconds: its FLOPs at the rate of large products, measured right after it.
+    """
 
     def __init__(self, bench: Bench, system: str, row: Row, settings: Settings, closing: ExitStack) -> None:
         self.start = lambda: bench.start(system, row.case, settings)
+        self.case, self.floored = row.case, system == "ours"
         self.alone, self.closing = row.alone, closing
         self.worker: Worker | None = None
         self.about: Mapping[str, Any] = {}
@@ -106,7 +110,10 @@ class Steps:
         """One timed step, warmed up before."""
         worker = self.worker or self._warm()
         try:
-            self.answers.append(worker.ask(step=self.next))
+            answer = worker.ask(step=self.next)
+            if self.floored:
+                answer["floor"] = step_flops(self.case, self.next) / worker.ask(product=True)["rate"]
+            self.answers.append(answer)
         finally:
             if self.alone:
                 worker.close()
@@ -147,6 +154,7 @@ def measure_steps(row: Row, bench: Bench) -> dict[str, Any]:
     defaults = beside.seconds() or ([] if default is None else [default])
     return {
         **_pairs(ours.seconds(), best.seconds()),
+        "floor": median(answer["floor"] for answer in ours.answers),
         "default": median(defaults) if defaults else None,
         "default_at_least": None if defaults else bench.patience,
         "phases": {name: _phases(steps.answers) for name, steps in (("ours", ours), ("best", best))},
@@ -199,12 +207,13 @@ def measure_sampling(row: Row, bench: Bench) -> dict[str, Any]:
         for index in range(bench.pairs):
             for side in (0, 1) if index % 2 == 0 else (1, 0):
                 answers[side].append(workers[side].ask(sample=index + 1))
+            answers[0][-1]["floor"] = sampling_flops(row.case, index + 1) / workers[0].ask(product=True)["rate"]
         about = {"ours": workers[0].about, "best": workers[1].about}
     rates = [[answer["tokens"] / answer["seconds"] for answer in side] for side in answers]
     ratios = [our / their for our, their in zip(*rates, strict=True)]
     return {
         "ours": median(rates[0]), "best": median(rates[1]), "ratio": median(ratios), "ratios": ratios,
-        "unit": "tok/s",
+        "floor": median(answer["tokens"] / answer["floor"] for answer in answers[0]), "unit": "tok/s",
         "raw": {
             "ours": answers[0], "best": answers[1], "our_trials": trials, "best_trials": their_trials, "about": about,
         },

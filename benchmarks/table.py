@@ -9,7 +9,7 @@ from rich.table import Table
 
 from benchmarks.cases import Row
 
-HEADINGS: Final = ("row", "ours", "TRL default", "the other's best", "ratio", "bar", "")
+HEADINGS: Final = ("row", "ours", "TRL default", "the other's best", "ratio", "bar", "", "ours at the floor")
 
 
 def met(row: Row, result: Mapping[str, Any]) -> bool | None:
@@ -24,7 +24,7 @@ def cells(row: Row, result: Mapping[str, Any] | None) -> tuple[str, ...]:
     """A row as text. Ratios are ours over the other's, so that more is better."""
     bar = {"slope": f"within {row.bar:.0%}", "share": f"{row.bar:.0%}"}.get(row.kind, f"{row.bar:g}x")
     if result is None:
-        return (row.title, "", "", "", "", bar, "not measured")
+        return (row.title, "", "", "", "", bar, "not measured", "")
     verdict = {True: "met", False: "missed", None: result.get("note") or "not measured"}[met(row, result)]
     ours, best = (_amount(result.get(name), result["unit"]) for name in ("ours", "best"))
     default = _amount(result.get("default"), result["unit"])
@@ -32,7 +32,14 @@ def cells(row: Row, result: Mapping[str, Any] | None) -> tuple[str, ...]:
         default = f"over {_amount(result['default_at_least'], 's')}"
     ratio = result["ratio"]
     shown = "" if ratio is None else f"{ratio:.0%}" if row.kind == "share" else f"{ratio:.2f}x"
-    return (row.title, ours, default, best, shown, bar, verdict)
+    floor = f"{_amount(result.get('floor'), result['unit'])}, {limit(result):.1f}x" if result.get("floor") else ""
+    return (row.title, ours, default, best, shown, bar, verdict, floor)
+
+
+def limit(result: Mapping[str, Any]) -> float:
+    """The ratio that ours would have if it did nothing but its products, at the rate of large ones."""
+    floor, best = result["floor"], result["best"]
+    return float(floor / best if result["unit"] == "tok/s" else best / floor)
 
 
 def _amount(value: float | None, unit: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from benchmarks import measure, shapes, speed, table
-from benchmarks.cases import ROWS, SHAPES, Case, reward_of, step_flops, training_flops
+from benchmarks.cases import ROWS, SHAPES, Case, reward_of, sampling_flops, step_flops, training_flops
 from benchmarks.protocol import TooSlowError, Worker, WorkerError
 
 MICRO = Case("micro", 2, 3, 5, 4)
@@ -89,6 +89,18 @@ def test_flops_by_hand():
     training = 3 * (2 * 15_360 * 34 + 2 * 1_696 * 24 + attention)
     assert training_flops(MICRO) == training
     assert step_flops(MICRO) == training + 2 * 15_360 * 10 + 24 * 2 * (15_360 + 1_696) + attention
+    assert training_flops(replace(MICRO, beta=0.04)) == training * 4 / 3
+
+
+def test_flops_of_natural_lengths_are_those_of_the_step():
+    case = replace(MICRO, completion=40, natural=True)
+    tokens = [sum(case.lengths(step)) for step in range(2)]
+    attention = [
+        4 * 32 * 2 * (2 * 15 + sum(5 * c + c * (c + 1) / 2 for c in case.lengths(step))) for step in range(2)
+    ]
+    expected = [2 * 15_360 * 10 + t * 2 * (15_360 + 1_696) + a for t, a in zip(tokens, attention, strict=True)]
+    assert [sampling_flops(case, step) for step in range(2)] == expected
+    assert expected[0] != expected[1]
 
 
 def test_the_slope_is_that_of_least_squares():
@@ -115,12 +127,16 @@ def test_the_table_shows_what_was_measured_and_what_was_not():
     step = {"ours": 0.5, "default": 1.0, "best": 0.8, "ratio": 1.6, "unit": "s"}
     slow = {**step, "default": None, "default_at_least": 61.2, "ratio": 1.2}
     share = {"ours": 90.0, "best": 120.0, "ratio": 0.75, "unit": "GFLOP/s"}
-    assert table.cells(ROWS["tiny-p16"], step)[1:] == ("0.5 s", "1 s", "0.8 s", "1.60x", "1.5x", "met")
-    assert table.cells(ROWS["tiny-p16"], slow)[2::2] == ("over 61.2 s", "1.20x", "missed")
-    assert table.cells(ROWS["share-small-fp32"], share)[3:] == ("120 GFLOP/s", "75%", "60%", "met")
-    assert table.cells(ROWS["slope-p"], None)[4:] == ("", "within 25%", "not measured")
+    floored = {**step, "floor": 0.32}
+    sampled = {"ours": 900.0, "best": 600.0, "ratio": 1.5, "floor": 1200.0, "unit": "tok/s"}
+    assert table.cells(ROWS["tiny-p16"], step)[1:] == ("0.5 s", "1 s", "0.8 s", "1.60x", "1.5x", "met", "")
+    assert table.cells(ROWS["tiny-p16"], floored)[-1] == "0.32 s, 2.5x"
+    assert table.cells(ROWS["generate-tiny-p16"], sampled)[4:] == ("1.50x", "1.3x", "met", "1,200 tok/s, 2.0x")
+    assert table.cells(ROWS["tiny-p16"], slow)[2:7:2] == ("over 61.2 s", "1.20x", "missed")
+    assert table.cells(ROWS["share-small-fp32"], share)[3:7] == ("120 GFLOP/s", "75%", "60%", "met")
+    assert table.cells(ROWS["slope-p"], None)[4:7] == ("", "within 25%", "not measured")
     no_units = {"ratio": None, "unit": "", "note": "no units"}
-    assert table.cells(ROWS["share-small-bf16"], no_units)[4:] == ("", "45%", "no units")
+    assert table.cells(ROWS["share-small-bf16"], no_units)[4:7] == ("", "45%", "no units")
 
 
 def test_results_are_stored_whole_and_printed_as_markdown(tmp_path, monkeypatch):
@@ -133,8 +149,8 @@ def test_results_are_stored_whole_and_printed_as_markdown(tmp_path, monkeypatch)
     assert list(stored) == ["tiny-p16"]
     assert stored["tiny-p16"] | {"met": True, "minutes": 1.23, "pairs": 2, "raw": raw} == stored["tiny-p16"]
     lines = table.markdown([row, ROWS["small-p16"]], stored).splitlines()
-    assert lines[2] == "| step, tiny P16 | 0.5 s | 1 s | 0.8 s | 1.60x | 1.5x | met |"
-    assert lines[3].endswith("| not measured |")
+    assert lines[2] == "| step, tiny P16 | 0.5 s | 1 s | 0.8 s | 1.60x | 1.5x | met |  |"
+    assert lines[3].endswith("| not measured |  |")
     assert "commit aaaaaaaaaa, seed 0, 2 pairs" in lines[-1]
     assert "trl 1.16.0" in lines[-1]
 
