@@ -62,6 +62,7 @@ limit = 4
 [checkpoint]
 every = 1
 """
+PAIRS_JOB = JOB.replace('labels = "verifier"', 'labels = "pairs"')
 STEPS_JOB = (
     JOB.replace('functions = ["reward_model"]', 'functions = []\nstep_functions = ["reward_model"]')
     .replace('labels = "verifier"', 'labels = "monte_carlo"\ncontinuations = 2\nsoft_labels = true')
@@ -78,12 +79,12 @@ def right(completions, **kwargs):
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what jobs need, and the runs `outcome` and `process` that nobody interrupts."""
+    """A folder with what jobs need, and the runs `outcome`, `pairs` and `process` that nobody interrupts."""
     at = tmp_path_factory.mktemp("iterative")
     save_model(at / "model")
     save_rows(at / "rows.jsonl")
     (at / "verify.py").write_text(VERIFY)
-    for name, job in (("outcome", JOB), ("process", STEPS_JOB)):
+    for name, job in (("outcome", JOB), ("pairs", PAIRS_JOB), ("process", STEPS_JOB)):
         (at / f"{name}.toml").write_text(job)
         Command(at, "train", f"{name}.toml", "--run", name).end()
     return at
@@ -177,16 +178,20 @@ PHASES = {
     "after the round is saved": ("groupwise.run.saving", "Saver", "round_over", 2, True),
     "in the last round": ("groupwise.learn.replay", "ReplayStore", "add", 3),
 }
-LABELS = {"outcome": ("VerifierLabels", "__call__"), "process": ("MonteCarloLabels", "__call__")}
+LABELS = {
+    "outcome": ("VerifierLabels", "__call__"), "pairs": ("VerifierPairs", "__call__"),
+    "process": ("MonteCarloLabels", "__call__"),
+}  # fmt: skip
 
 
 STEPWISE = [phase for phase in PHASES if "labelled" in phase or phase.startswith("after the round")]
 """Where labels by continuations could go another way than those of a verifier."""
+PAIRWISE = [phase for phase in PHASES if "updates" in phase or "replay" in phase or "labelled" in phase]
+"""Where pairs could."""
+PHASES_OF = {"outcome": list(PHASES), "pairs": PAIRWISE, "process": STEPWISE}
 
 
-@pytest.mark.parametrize(
-    "kind, phase", [*(("outcome", phase) for phase in PHASES), *(("process", phase) for phase in STEPWISE)]
-)
+@pytest.mark.parametrize("kind, phase", [(kind, phase) for kind, phases in PHASES_OF.items() for phase in phases])
 def test_killed_inside_a_phase_it_is_the_same_run(bench: Path, kind: str, phase: str) -> None:
     module, owner, name, moment, *after = PHASES[phase]
     if name == "LABELS":
@@ -339,6 +344,21 @@ def test_a_fork_with_another_reward_model_is_refused(
         groupwise.resume(bench / "outcome", fork=tmp_path / "other", overrides=[change, "train.iterations=3"])
     with pytest.raises(ConfigError, match="would not be the same run"):
         groupwise.resume(bench / "outcome", overrides=[change])
+
+
+@pytest.mark.parametrize(
+    "kind, labels, holds, makes",
+    [("outcome", "pairs", "single outputs", "pairs"), ("pairs", "verifier", "pairs", "single outputs")],
+)
+def test_a_fork_with_labels_of_another_form_is_refused(
+    bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, labels: str, holds: str, makes: str
+) -> None:
+    """At once, not when the first round meets what it replays."""
+    monkeypatch.chdir(bench)
+    with pytest.raises(RunFolderError, match=rf'earlier examples that are {holds}, .* "{labels}" makes {makes}: one'):
+        groupwise.resume(
+            bench / kind, fork=tmp_path / "other", overrides=[f"reward_model.labels={labels}", "train.iterations=3"]
+        )
 
 
 def test_a_reward_model_that_returns_nan_ends_the_run(bench: Path, tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ Row = dict[str, Any]
 
 
 class LabelSource(Protocol):
-    """Labels the outputs of a round. `reads_outputs`: it needs them, and has no examples of its own."""
+    """Labels the outputs of a round. `reads_outputs`: it needs them, and has no examples of its own. `compares`:
+    whether its examples are pairs; None where that shows only when it is asked."""
 
     name: str
     reads_outputs: bool
+    compares: bool | None
 
     def __call__(self, verified: Scored) -> list[Row]:
         """The examples of these groups, whose scores are the verifier's; those without any label are left out.
@@ -33,6 +35,7 @@ class VerifierLabels:
     """Outputs: right where the verifier gives at least `threshold`."""
 
     name, reads_outputs = "verifier", True
+    compares: bool | None = False
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -58,6 +61,7 @@ class VerifierPairs:
     """
 
     name, reads_outputs = "pairs", True
+    compares: bool | None = True
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -86,6 +90,7 @@ class MonteCarloLabels:
     """Steps: right where continuations of them are, drawn by a completer that is in memory only while it draws."""
 
     name, reads_outputs = "monte_carlo", True
+    compares: bool | None = False
 
     def __init__(self, opener: Opener) -> None:
         self._open = opener
@@ -103,6 +108,7 @@ class FileLabels:
     """Examples of a file, folder or hub data set, read anew each round: it may grow during a run."""
 
     reads_outputs = False
+    compares: bool | None = None
 
     def __init__(self, path: str) -> None:
         self.name = self.path = path

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from groupwise.config import TRAINED, RewardModelSection
 from groupwise.data.labelled import load_examples
-from groupwise.errors import DataError, RewardError
+from groupwise.errors import DataError, RewardError, RunFolderError
 from groupwise.learn.replay import ReplayStore
 from groupwise.learn.reward_learner import EncodedSet, RewardLearner, encode_examples
 from groupwise.learn.reward_metrics import PREFIX, against_verifier
@@ -268,13 +268,22 @@ class RewardModelRounds:
         return {"replay.jsonl": _text(self.replay.lines()), "collected.jsonl": _text(self.collected.lines())}
 
     def load(self, tensors: Callable[[str], dict[str, Tensor]], state: Any, text: Callable[[str], str]) -> None:
-        """See `Rounds`. Raises RunFolderError where the checkpoint is of another reward model, DataError of other
-        prompts."""
+        """See `Rounds`. Raises RunFolderError where the checkpoint is of another reward model, or what it replays does
+        not go with the job's labels, DataError where it is of other prompts."""
         found = {name: tensors(name) for name in ("reward_model", "reward_optimizer")}
         self.task.learner.load_state_dict(found, state["learner"])
         self.done, self._last = state["done"], state["last"]
         self._under_way = None if state["under_way"] is None else _UnderWay(**state["under_way"])
         self.replay.load(text("replay.jsonl").splitlines())
+        labels, replayed = self.task.labels, self.replay.compares
+        if len(self.replay) and labels.compares is (not replayed):
+            holds, makes = ("pairs", "single outputs") if replayed else ("single outputs", "pairs")
+            raise RunFolderError(
+                f"The checkpoint replays {len(self.replay)} earlier examples that are {holds}, and "
+                f'`reward_model.labels` = "{labels.name}" makes {makes}: one round cannot learn from both. Keep the '
+                "labels that the run had, or start a run with the folder's reward_model as `reward_model.path` and "
+                "`first_prompts` = 0."
+            )
         self.collected.load(text("collected.jsonl").splitlines())
 
 
