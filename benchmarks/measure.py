@@ -19,6 +19,8 @@ Settings = dict[str, Any]
 Answer = dict[str, Any]
 SHORT = 4
 """Output tokens of a warm-up: enough for every lazy allocation and the optimizer's state."""
+QUICK = 5.0
+"""Seconds. Runs shorter than this differ by a third from one to the next: one says little."""
 SLOW = 15.0
 """Seconds. A default slower than this is timed once: it is not what the bar is about."""
 
@@ -66,7 +68,7 @@ def measure(row: Row, bench: Bench) -> dict[str, Any]:
 
 
 def best_of(bench: Bench, system: str, case: Case, settings: Sequence[Settings], verb: str) -> tuple[Settings, Answer]:
-    """The fastest settings of a system by one trial each, and what the trials were.
+    """The fastest settings of a system by a trial of each, and what the trials were.
 
     A trial ends where it cannot win any more; its seconds are None then.
     """
@@ -80,11 +82,15 @@ def best_of(bench: Bench, system: str, case: Case, settings: Sequence[Settings],
 
 
 def trial(worker: Worker, verb: str, fastest: float | None) -> float | None:
-    """Seconds of one run after a warm-up; None where either takes clearly longer than the fastest so far."""
+    """Seconds of a run after a warm-up, of short runs the least of three; None where one takes clearly longer than the
+    fastest so far."""
+    patience = None if fastest is None else 1 + 1.5 * fastest
     try:
         worker.ask(patience=None if fastest is None else 10 + 2 * fastest, **{verb: 0, "short": SHORT})
-        answer = worker.ask(patience=None if fastest is None else 1 + 1.5 * fastest, **{verb: 1})
-        return float(answer["seconds"])
+        least = float(worker.ask(patience=patience, **{verb: 1})["seconds"])
+        for number in range(2, 4) if least < QUICK else ():
+            least = min(least, float(worker.ask(patience=patience, **{verb: number})["seconds"]))
+        return least
     except TooSlowError:
         return None
     finally:

@@ -209,12 +209,25 @@ def test_a_trial_ends_where_it_cannot_win(monkeypatch, tmp_path):
             asked.append("closed")
 
     monkeypatch.setattr(measure.Bench, "start", lambda self, system, case, one: Scripted(*one["times"]))
-    settings = [{"times": (99, 8)}, {"times": (2, 4)}, {"times": (19, 1)}, {"times": (1, 6)}, {"times": (1, 8)}]
+    settings = [{"times": (99, 80)}, {"times": (2, 40)}, {"times": (91, 1)}, {"times": (1, 60)}, {"times": (1, 80)}]
     best, found = measure.best_of(measure.Bench(tmp_path, tmp_path), "trl", MICRO, settings, "step")
     assert best == settings[1]
-    assert [trial["seconds"] for trial in found["trials"]] == [8, 4, None, 6, None]
-    assert asked[:7] == [(0, None, 4), (1, None, None), "closed", (0, 26, 4), (1, 13, None), "closed", (0, 18, 4)]
+    assert [trial["seconds"] for trial in found["trials"]] == [80, 40, None, 60, None]
+    assert asked[:7] == [(0, None, 4), (1, None, None), "closed", (0, 170, 4), (1, 121, None), "closed", (0, 90, 4)]
     assert asked.count("closed") == 5
+
+
+def test_short_runs_are_tried_three_times(tmp_path):
+    class Scripted:
+        times = iter((9, 4, 2, 3))
+
+        def ask(self, **command):
+            return {"seconds": next(self.times)}
+
+        def close(self):
+            assert next(self.times, None) is None
+
+    assert measure.trial(Scripted(), "step", None) == 2
 
 
 def test_a_worker_that_is_too_slow_is_ended(folder):
