@@ -100,7 +100,7 @@ class Session:
         start = time.perf_counter()
         scored = self.rollouts.collect(number, record)
         sampled = time.perf_counter()
-        credit = token_advantages(scored, self.objective)
+        credit = token_advantages(scored, self.objective) if self.case.outputs > 1 else _alone(scored)
         batch = self.learner.prepare(scored, credit, self.reference)
         metrics = self.learner.update(batch)
         self.rollouts.load_weights(self.learner)
@@ -154,6 +154,11 @@ def _check(scored: Scored, lengths: list[int]) -> None:
     seen = [len(c.token_ids) for group in scored for c in group.group.completions]
     assert seen == lengths, f"lengths are {seen}"
     assert all(len(set(group.rewards)) > 1 for group in scored if len(group.rewards) > 1), "a group is constant"
+
+
+def _alone(scored: Scored) -> list[list[float]]:
+    """Advantages of outputs without siblings: within the group they would be 0, and there would be nothing to train."""
+    return [[score.reward + 0.5 for score in group.scores] for group in scored]
 
 
 def _reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:

@@ -40,6 +40,14 @@ def test_our_worker_does_a_step_of_natural_lengths(folder):
     assert whole["seconds"] >= whole["sample"] > 0
 
 
+def test_our_worker_trains_an_output_without_siblings(folder):
+    ours = worker(folder, replace(MICRO, outputs=1), tokens_per_micro_batch=16384)
+    try:
+        assert ours.ask(step=0)["grad_norm"] > 0
+    finally:
+        ours.close()
+
+
 def test_our_worker_samples_alone_and_multiplies(folder):
     ours = worker(folder, MICRO, sampling_only=True)
     try:
