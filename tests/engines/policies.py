@@ -31,7 +31,7 @@ def make_policy(
 ) -> Policy:
     """A policy with random weights, the same each time. It decodes past the modules of the family that allows it."""
     head = HEADS.get(kind, HeadShape())
-    return policy_of(clone_of(kind), layout, head, kind not in UNCACHED, direct and layout == "shared").to(dtype)
+    return policy_of(clone_of(kind), layout, head, kind not in UNCACHED, direct).to(dtype)
 
 
 def requests(n: int = 3, prompts: Sequence[tuple[int, ...]] = PROMPTS, **sampling: Any) -> list[Request]:

@@ -75,7 +75,7 @@ def load_policy(
         model, unused = _load_weights(path, chosen, revision, trust_remote_code)
     if gradient_checkpointing:
         checkpoint_gradients(model, path)
-    policy = Policy(model, chosen, findings.head, findings.cached, findings.direct and chosen == "shared").to(where)
+    policy = Policy(model, chosen, findings.head, findings.cached, findings.direct).to(where)
     line = _describe(policy, findings, layout, compute)
     if unused:
         line += f"; {len(unused)} weights of the folder are not used ({', '.join(unused[:3])})"

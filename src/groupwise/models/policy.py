@@ -45,7 +45,7 @@ class Policy(nn.Module):
         self.layout: LayoutName = layout
         self.head = head
         self.cached = cached
-        self.direct = DirectStep(model) if direct and DirectStep.fits(model) else None
+        self.direct = DirectStep(model) if direct and layout == "shared" and DirectStep.fits(model) else None
         silence_dropout(self.model)
         self.train()
 

@@ -167,7 +167,7 @@ def _planned(job: Job, given: Given) -> _Planned:
     layout = choose_layout(job.model.layout, findings, job.model.path)
     hollow = Hollow(
         config, layout, findings.head, choose_dtype(job.model.dtype, device), device, given.trust_remote_code,
-        direct=findings.direct and layout == "shared",
+        direct=findings.direct,
     )  # fmt: skip
     count = parameter_count(config, given.trust_remote_code)
     return _Planned(
