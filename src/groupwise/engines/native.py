@@ -133,16 +133,19 @@ class NativeEngine:
 
     def completed(self) -> Iterator[Sampled]:
         """See `Engine`. Raises ModelError where the policy's logits are not finite."""
-        while self._ready or self._waiting or self._rows:
-            if not self._ready:
-                self._decode()
-                continue
-            sampled = self._ready.popleft()
-            flight = self._flights[sampled.uid]
-            flight.undelivered -= 1
-            if flight.undelivered == 0:
-                del self._flights[sampled.uid]
-            yield sampled
+        try:
+            while self._ready or self._waiting or self._rows:
+                if not self._ready:
+                    self._decode()
+                    continue
+                sampled = self._ready.popleft()
+                flight = self._flights[sampled.uid]
+                flight.undelivered -= 1
+                if flight.undelivered == 0:
+                    del self._flights[sampled.uid]
+                yield sampled
+        finally:
+            self.policy.packed.release()
 
     def _decode(self) -> None:
         """Decode until an output ends. Between calls the policy is in the mode that the caller left it in."""

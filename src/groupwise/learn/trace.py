@@ -162,15 +162,21 @@ class Hollow:
         return self._known[0]
 
     @property
+    def copies(self) -> int:
+        """Bytes of matrices that sampling lays out anew."""
+        return self._known[2]
+
+    @property
     def _layers(self) -> int:
         """How many decoder layers there are, where every one is as the first; else 0."""
         return self._known[1]
 
     @cached_property
-    def _known(self) -> tuple[bool, int]:
+    def _known(self) -> tuple[bool, int, int]:
         with _without_data():
-            model = self._policy(self.config, False).model
-        return bool(model.supports_gradient_checkpointing), _layers_alike(model)
+            policy = self._policy(self.config, False)
+        checkpoints = bool(policy.model.supports_gradient_checkpointing)
+        return checkpoints, _layers_alike(policy.model), policy.bytes_of_copies(self.dtype)
 
     def _cut(self, depth: int) -> PreTrainedConfig:
         config = copy.deepcopy(self.config)

@@ -6,6 +6,7 @@ modules' own weights. It is used where the probe has found it equal to the modul
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from groupwise.models.attention import AttentionLayout
+from groupwise.models.packed import PackedProducts
 from groupwise.models.precision import wide
 from groupwise.models.tiles import Options
 
@@ -25,9 +27,9 @@ _PRODUCTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 class DirectStep:
     """The decoder of `model` as a function of one token per row."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, products: PackedProducts) -> None:
         body: Any = model.base_model
-        self.body = body
+        self.body, self.products = body, products
         self.windows = _windows(model.config, len(body.layers))
 
     @staticmethod
@@ -50,15 +52,15 @@ class DirectStep:
             found = self._attend(index, _norm(x, layer.input_layernorm), (cos, signed), layout)
             x = found.add_(x)
             h, mlp = _norm(x, layer.post_attention_layernorm), layer.mlp
-            gated = mlp.act_fn(_linear(h, mlp.gate_proj)).mul_(_linear(h, mlp.up_proj))
-            x = _linear(gated, mlp.down_proj).add_(x)
+            gated = mlp.act_fn(self._linear(h, mlp.gate_proj)).mul_(self._linear(h, mlp.up_proj))
+            x = self._linear(gated, mlp.down_proj).add_(x)
         return _norm(x, self.body.norm)
 
     def _attend(self, index: int, h: Tensor, rotation: tuple[Tensor, Tensor], layout: AttentionLayout) -> Tensor:
         own = self.body.layers[index].self_attn
         rows, width = len(h), own.head_dim
         query, key, value = (
-            _linear(h, part).view(rows, -1, width) for part in (own.q_proj, own.k_proj, own.v_proj)
+            self._linear(h, part).view(rows, -1, width) for part in (own.q_proj, own.k_proj, own.v_proj)
         )  # fmt: skip
         if hasattr(own, "q_norm"):
             query, key = _norm(query, own.q_norm), _norm(key, own.k_norm)
@@ -68,11 +70,15 @@ class DirectStep:
         both = torch.addcmul(both * cos, both.roll(width // 2, -1), signed)
         options = Options(own.scaling, self.windows[index])
         found = layout.attend(index, both[:, :heads, None], both[:, heads:, None], value[:, :, None], options)
-        return _linear(found.reshape(rows, -1), own.o_proj)
+        return self._linear(found.reshape(rows, -1), own.o_proj)
 
+    def _linear(self, x: Tensor, module: nn.Linear) -> Tensor:
+        return self.products(x, module.weight, module.bias)
 
-def _linear(x: Tensor, module: nn.Linear) -> Tensor:
-    return nn.functional.linear(x, module.weight, module.bias)
+    def weights(self) -> Iterator[Tensor]:
+        """The matrices of its products."""
+        for layer in self.body.layers:
+            yield from (layer.get_submodule(name).weight for name in _PRODUCTS)
 
 
 def _norm(x: Tensor, module: Any) -> Tensor:

@@ -14,6 +14,7 @@ from groupwise.models.attention import KEYWORD, AttentionLayout, ForestAttention
 from groupwise.models.direct import DirectStep
 from groupwise.models.head import HeadShape, chunked_logprobs, dense_logprobs
 from groupwise.models.layout import Stream, Tokens, plain_stream, shared_stream
+from groupwise.models.packed import PackedProducts, bytes_of_copies
 from groupwise.models.precision import wide
 
 LayoutName = Literal["shared", "plain"]
@@ -45,7 +46,9 @@ class Policy(nn.Module):
         self.layout: LayoutName = layout
         self.head = head
         self.cached = cached
-        self.direct = DirectStep(model) if direct and layout == "shared" and DirectStep.fits(model) else None
+        self.packed = PackedProducts()
+        fits = direct and layout == "shared" and DirectStep.fits(model)
+        self.direct = DirectStep(model, self.packed) if fits else None
         silence_dropout(self.model)
         self.train()
 
@@ -100,12 +103,17 @@ class Policy(nn.Module):
         """Logits `[.., V]` in float32 or wider from hidden states `[.., D]`; needs a head that is a matrix."""
         assert self.head is not None
         weight, bias = self.head_parameters()
-        return self.head.apply(wide(nn.functional.linear(hidden, weight, bias)))
+        return self.head.apply(wide(self.packed(hidden, weight, bias)))
 
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         """The head's matrix `[V, D]` and its bias `[V]`, if it has one."""
         head = self.model.get_output_embeddings()
         return head.weight, getattr(head, "bias", None)
+
+    def bytes_of_copies(self, dtype: torch.dtype) -> int:
+        """What sampling lays out anew, and gives back at its end; weights computed in `dtype`."""
+        matrices = [] if self.head is None else [self.head_parameters()[0]]
+        return bytes_of_copies([*matrices, *(self.direct.weights() if self.direct else ())], dtype)
 
     @staticmethod
     def _body_call(module: nn.Module, stream: Stream) -> Any:

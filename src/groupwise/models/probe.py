@@ -16,6 +16,7 @@ from groupwise.models.clone import WINDOW, tiny_clone
 from groupwise.models.direct import DirectStep
 from groupwise.models.head import HeadShape, chunked_logprobs, dense_logprobs
 from groupwise.models.layout import Stream, plain_stream, shared_stream
+from groupwise.models.packed import PackedProducts
 from groupwise.models.policy import silence_dropout
 from groupwise.models.rows import CachedRows, whole_rows
 from groupwise.models.tiles import Options
@@ -156,7 +157,7 @@ def _try_direct(clone: PreTrainedModel) -> bool:
         input_ids=stream.input_ids, position_ids=stream.position_ids, attention_mask=None, use_cache=False,
         **{KEYWORD: layout},
     )[0][0]  # fmt: skip
-    found = DirectStep(clone)(stream.input_ids[0], stream.forest.position_N, _AsRows(layout))
+    found = DirectStep(clone, PackedProducts())(stream.input_ids[0], stream.forest.position_N, _AsRows(layout))
     return torch.allclose(found, expected, atol=_TOLERANCE)
 
 

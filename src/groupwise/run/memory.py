@@ -21,9 +21,13 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class SamplingCosts:
-    """What sampling takes: all prompts once, and one decoding step of `rows` outputs, halfway and at its longest."""
+    """What sampling takes: all prompts once, and one decoding step of `rows` outputs, halfway and at its longest.
+
+    `copies` are the bytes of the matrices that decoding lays out anew.
+    """
 
     rows: int
+    copies: int
     prefill: Cost
     halfway: Cost
     longest: Cost
@@ -41,7 +45,7 @@ class SamplingCosts:
         """Bytes that each pass needs for a while, beside the stores."""
         return {
             "prefill": round(self.prefill.peak - self.prefill.kept),
-            "a decoding step": round(self.longest.peak - self.longest.kept),
+            "a decoding step": self.copies + round(self.longest.peak - self.longest.kept),
         }
 
 
@@ -61,7 +65,7 @@ def sampling_costs(hollow: Hollow, shape: Shape, max_live: int, cached: bool) ->
         return lambda policy: decoding(policy, shape, rows, reach, cached)
 
     return SamplingCosts(
-        rows, hollow.inference(prefill), hollow.inference(decode(max(1, shape.length // 2))),
+        rows, hollow.copies, hollow.inference(prefill), hollow.inference(decode(max(1, shape.length // 2))),
         hollow.inference(decode(shape.length)),
     )  # fmt: skip
 
