@@ -28,7 +28,7 @@ SEEDS = (0, 1, 2)
 RECIPES = {"iterative": "arithmetic-iterative", "prm": "arithmetic-prm"}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "labels": {"reward_model.labels": "verifier"},
-    "no refresh": {"train.iterations": 1, "train.steps": 8},
+    "no refresh": {"train.iterations": 1, "train.steps": 6},
     "no replay": {"reward_model.replay": 0.0},
 }
 """What each changes in `arithmetic-iterative`."""
