@@ -103,9 +103,7 @@ def test_flops_by_hand():
 def test_flops_of_natural_lengths_are_those_of_the_step():
     case = replace(MICRO, completion=40, natural=True)
     tokens = [sum(case.lengths(step)) for step in range(2)]
-    attention = [
-        4 * 32 * 2 * (2 * 15 + sum(5 * c + c * (c + 1) / 2 for c in case.lengths(step))) for step in range(2)
-    ]
+    attention = [4 * 32 * 2 * (2 * 15 + sum(5 * c + c * (c + 1) / 2 for c in case.lengths(step))) for step in range(2)]
     expected = [2 * 15_360 * 10 + t * 2 * (15_360 + 1_696) + a for t, a in zip(tokens, attention, strict=True)]
     assert [sampling_flops(case, step) for step in range(2)] == expected
     assert expected[0] != expected[1]

@@ -42,6 +42,7 @@ def exact_model(kind: str, *, tied: bool = False) -> PreTrainedModel:
             if hasattr(child, "variance_epsilon"):
                 norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
                 norm.weight = child.weight
+                norm.variance_epsilon = child.variance_epsilon
                 setattr(module, name, norm)
     return model
 

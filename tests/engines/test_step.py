@@ -90,8 +90,8 @@ def check(
     for store in (prompts.store, trunks.store, own):
         for tensor in store.at(0, like, like):
             tensor.normal_()
-    query = torch.randn(rows, HEADS, 1, WIDTH, dtype=double)
-    key, value = (torch.randn(rows, KV_HEADS, 1, WIDTH, dtype=double) for _ in range(2))
+    query = torch.randn(rows, HEADS, WIDTH, dtype=double)
+    key, value = (torch.randn(rows, KV_HEADS, WIDTH, dtype=double) for _ in range(2))
     levels = [prompts.level(slots, [prompt_lengths[slot] for slot in slots], cpu)]
     if any(cuts):
         levels.append(trunks.level([cut and cut[0] for cut in cuts], [cut[1] if cut else 0 for cut in cuts], cpu))
@@ -100,7 +100,7 @@ def check(
     found = Step(levels, outputs).attend(0, query, key, value, options)
 
     for row, (slot, cut, length) in enumerate(zip(slots, cuts, lengths, strict=True)):
-        assert torch.equal(own.layers[0][0][row, :, length], key[row, :, 0])
+        assert torch.equal(own.layers[0][0][row, :, length], key[row])
         trunk, seen = (trunks.names.index(cut[0]), cut[1]) if cut else (0, 0)
         keys, values = (
             torch.cat([a[slot, :, : prompt_lengths[slot]], b[trunk, :, :seen], c[row, :, : length + 1]], 1).transpose(
@@ -108,7 +108,7 @@ def check(
             )
             for a, b, c in zip(prompts.store.layers[0], trunks.store.layers[0], own.layers[0], strict=True)
         )
-        torch.testing.assert_close(found[row, 0], by_hand(query[row, :, 0], keys, values, options))
+        torch.testing.assert_close(found[row], by_hand(query[row], keys, values, options))
 
 
 @pytest.mark.parametrize("case", CASES)

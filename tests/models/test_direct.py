@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, LlamaConfig, Qwen2Config
 from transformers.models.llama import modeling_llama
 
-from groupwise.models.direct import FAMILY, DirectStep
+from groupwise.models.direct import FAMILY, DirectBody
 from groupwise.models.probe import probe
 from groupwise.models.tiles import Options
 from tests.tiny_models import clone_of, policy_of
@@ -39,13 +39,15 @@ class Recalling:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         self.windows.append(options.window)
         generator = torch.Generator().manual_seed(layer)
-        past = torch.randn(MEMORY, *key.shape[1:2], key.shape[3], generator=generator).to(key.dtype)
-        keys, values = (torch.cat([past.transpose(0, 1).expand(len(x), -1, -1, -1), x], 2) for x in (key, value))
+        past = torch.randn(MEMORY, *key.shape[1:], generator=generator).to(key.dtype)
+        keys, values = (
+            torch.cat([past.transpose(0, 1).expand(len(x), -1, -1, -1), x[:, :, None]], 2) for x in (key, value)
+        )
         keys = keys[:, :, -(options.window or MEMORY + 1) :]
         values = values[:, :, -(options.window or MEMORY + 1) :]
         return nn.functional.scaled_dot_product_attention(
-            query, keys, values, scale=options.scale, enable_gqa=True
-        ).transpose(1, 2)
+            query[:, :, None], keys, values, scale=options.scale, enable_gqa=True
+        )[:, :, 0]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
@@ -58,7 +60,7 @@ def test_it_equals_the_modules(name: str, dtype: torch.dtype, tolerance: float) 
     ours, theirs = Recalling(), Recalling()
     with torch.no_grad():
         found = policy.direct(token_R, position_R, ours)
-        expected = policy.hidden(token_R[:, None], position_R[:, None], theirs)[:, 0]
+        expected = policy._through_modules(token_R[:, None], position_R[:, None], theirs)[:, 0]
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=tolerance)
     assert ours.windows == theirs.windows
@@ -94,10 +96,10 @@ def test_an_adapter_around_a_product_is_not_left_out() -> None:
         """Stands for what fine-tuning libraries put in a layer's place."""
 
     model = clone_of("llama")
-    assert DirectStep.fits(model)
+    assert DirectBody.fits(model)
     layer = model.model.layers[1].mlp
     layer.up_proj = Adapter(layer.up_proj.in_features, layer.up_proj.out_features, bias=False)
-    assert not DirectStep.fits(model)
+    assert not DirectBody.fits(model)
     assert policy_of(model, "shared", direct=True).direct is None
 
 
@@ -109,6 +111,6 @@ def test_weights_are_read_when_a_step_is_made() -> None:
         before = policy.direct(*rows, Recalling())
         policy.model.model.layers[0].self_attn.q_proj.weight.mul_(2)
         after = policy.direct(*rows, Recalling())
-        expected = policy.hidden(rows[0][:, None], rows[1][:, None], Recalling())[:, 0]
+        expected = policy._through_modules(rows[0][:, None], rows[1][:, None], Recalling())[:, 0]
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from groupwise.models.attention import ForestAttention
 from groupwise.models.head import HeadShape
+from groupwise.models.layout import build_forest
 from groupwise.models.load import checkpoint_gradients
 from groupwise.models.policy import LayoutName, Policy, silence_dropout
 from tests.tiny_models import (
@@ -58,6 +61,61 @@ def test_log_probs_and_gradients_are_the_stock_models(kind: str, layout: LayoutN
 def test_in_float32_they_agree_to_five_digits(kind: str, layout: LayoutName) -> None:
     model = clone_of(kind)
     assert_agreement(policy_of(model, layout), model, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("kind", KEYS)
+def test_so_they_are_past_the_modules(kind: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = exact_model(kind, tied=kind == "qwen3")
+    policy = policy_of(model, "shared", direct=True)
+    if checkpointing:
+        checkpoint_gradients(policy.model, "a model")
+    monkeypatch.setattr(policy.model.base_model, "forward", None)
+    calls = count_layers(policy, monkeypatch)
+    assert_agreement(policy, model, 1e-10, 1e-10)
+    assert calls == [0, 1] + [1, 0] * checkpointing, "layers are computed again where that was asked for"
+
+
+def count_layers(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers that a policy computes past the modules, in order."""
+    assert policy.direct is not None
+    layer, calls = policy.direct._layer, list[int]()
+
+    def counted(index: int, *rest: Any) -> Tensor:
+        calls.append(index)
+        return layer(index, *rest)
+
+    monkeypatch.setattr(policy.direct, "_layer", counted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_past_the_modules_they_agree_to_five_digits_in_float32(kind: str) -> None:
+    model = clone_of(kind)
+    policy = policy_of(model, "shared", direct=True)
+    assert policy.direct is not None
+    assert_agreement(policy, model, 1e-5, 1e-4)
+
+
+def test_half_precision_past_the_modules_is_as_near_as_through_them() -> None:
+    model = clone_of("qwen3")
+    expected, _ = stock_logprobs(model, GROUPS)
+    errors = []
+    for direct in (True, False):
+        policy = policy_of(model, "shared", direct=direct).to(torch.bfloat16)
+        errors.append((policy(policy.stream(GROUPS)).logprobs_T - expected).abs().max().item())
+    assert errors[0] < max(0.02, 1.5 * errors[1])
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "modules"])
+def test_hidden_states_may_be_asked_for_of_some_tokens(direct: bool) -> None:
+    policy = policy_of(exact_model("qwen2"), "shared", direct=direct)
+    ids, lengths = torch.arange(20), (6, 5, 4, 5)
+    asked = [0, 3, 5, 7, 8, 9, 14, 19]
+    forest = build_forest(lengths, (-1, 0, 1, 0), asked=asked)
+    whole = policy.hidden(ids, forest.position_N, ForestAttention(build_forest(lengths, (-1, 0, 1, 0))))
+    found = policy.hidden(ids, forest.position_N, ForestAttention(forest), forest.asked_K)
+    torch.testing.assert_close(found, whole[asked], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -76,6 +76,44 @@ def test_heads_may_share_keys_and_sinks_have_gradients(kv_heads: int) -> None:
     compare(LENGTHS, PARENTS, 4, kv_heads, Options(0.4, window=5, sinks=SINKS), values=3)
 
 
+def test_a_token_meets_one_ancestor_of_a_tile() -> None:
+    """Keys of prompt and output are of like length and would fit one tile, in which a continuation stood twice."""
+    forest = ([10, 9, 60], [-1, 0, 1])
+    compare(*forest, 4, 2, Options(0.6))
+    for tile in build_tiles(*forest, 2, 1):
+        assert len(set(tile.target.tolist())) == len(tile.target)
+
+
+ASKED = {
+    "the ends of prompts, and outputs": [39, *range(40, 107), 170, *range(171, 200)],
+    "scattered": [0, 2, 3, 41, 42, 60, 90, 91, 92, 105, 106, 150, 240],
+    "one": [200],
+}
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["tiles", "stock kernels"])
+@pytest.mark.parametrize("case", ["plain", "window"])
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+def test_queries_of_some_tokens_get_what_they_get_among_all(asked: list[int], case: str, stock: bool) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(sum(RAGGED[0]), h, 6, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
+    query, key, value = inputs
+    options = Options(0.6, **CASES[case])  # type: ignore[arg-type]
+    expected = _tiled(build_forest(*RAGGED), query, key, value, options)[asked]
+    attend = _stock if stock else _tiled
+    found = attend(build_forest(*RAGGED, asked=asked), query[asked], key, value, options)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    weight = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(out, inputs, weight) for out in (found, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+def test_a_prompt_of_which_only_the_end_is_asked_costs_one_query() -> None:
+    found = build_tiles([50] + [20] * 8, [-1] + [0] * 8, 2, 2, asked=range(49, 210))
+    assert {tile.shape for tile in found} == {(8, 2, 1, 20, 20), (1, 2, 1, 1, 50), (1, 2, 1, 160, 50)}
+
+
 def test_every_token_is_a_query_of_its_own_keys_once_and_these_come_first() -> None:
     found = build_tiles(*RAGGED, 2, 1)
     kinds = [tile.own for tile in found]

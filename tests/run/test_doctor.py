@@ -148,8 +148,8 @@ def leak(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
     attend = ForestAttention.attend
 
     def leaking(self: Any, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        seen = value.mean(2).repeat_interleave(query.shape[1] // value.shape[1], 1)
-        return attend(self, layer, query, key, value, options) + 0.2 * seen[:, None]
+        seen = value.mean(0).repeat_interleave(query.shape[1] // value.shape[1], 0)
+        return attend(self, layer, query, key, value, options) + 0.2 * seen
 
     monkeypatch.setattr(ForestAttention, "attend", leaking)
     return patient

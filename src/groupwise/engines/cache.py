@@ -82,7 +82,7 @@ class _Prefill:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         for store, rows, index_QL in self.targets:
             for stored, new in zip(store.at(layer, key, value), (key, value), strict=True):
-                stored[rows, :, : index_QL.shape[1]] = new[0].transpose(0, 1)[index_QL].transpose(1, 2)
+                stored[rows, :, : index_QL.shape[1]] = new[index_QL].transpose(1, 2)
         return self.attention.attend(layer, query, key, value, options)
 
 
@@ -131,7 +131,13 @@ class SharedDecoder:
         parents = [
             -1 if i == 0 else head for unit, head in zip(units, heads, strict=False) for i in range(len(unit.segments))
         ]
-        forest = build_forest(lengths, parents, device)
+        ahead = list(accumulate(lengths, initial=0))
+        starts = [
+            (uid, head, head + i, cut) for unit, head in zip(units, heads, strict=False) for uid, i, cut in unit.starts
+        ]
+        last = [ahead[i] + cut - 1 for _, _, i, cut in starts]
+        place = {token: k for k, token in enumerate(sorted(set(last)))}
+        forest = build_forest(lengths, parents, device, list(place))
         entries = []
         for shared, hanging in ((self.prompts, False), (self.trunks, True)):
             which = [i for i, parent in enumerate(parents) if (parent >= 0) == hanging]
@@ -139,13 +145,9 @@ class SharedDecoder:
                 first = shared.add([segments[i][0] for i in which], [lengths[i] for i in which])
                 entries.append((shared.store, first, which))
         ids = torch.tensor([t for _, tokens in segments for t in tokens], device=device)
-        hidden = self.policy.hidden(ids[None], forest.position_N[None], _Prefill(forest, entries))[0]
-        ahead = list(accumulate(lengths, initial=0))
-        starts = [
-            (uid, head, head + i, cut) for unit, head in zip(units, heads, strict=False) for uid, i, cut in unit.starts
-        ]
-        last = hidden[torch.tensor([ahead[i] + cut - 1 for _, _, i, cut in starts], device=device)]
-        for (uid, head, i, cut), hidden_D in zip(starts, last, strict=True):
+        hidden = self.policy.hidden(ids, forest.position_N, _Prefill(forest, entries), forest.asked_K)
+        found = hidden[torch.tensor([place[token] for token in last], device=device)]
+        for (uid, head, i, cut), hidden_D in zip(starts, found, strict=True):
             trunk = (segments[i][0], cut) if i > head else (None, 0)
             self.starts[uid] = _Start(segments[head][0], lengths[head], *trunk, hidden_D)
             self._users.update(self.starts[uid].entries)

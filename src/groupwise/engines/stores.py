@@ -51,8 +51,8 @@ class Store:
         if layer not in self.layers:
             # Zeros, not garbage: masked entries are multiplied by a weight of 0, and 0 * nan is nan.
             self.layers[layer] = (
-                key.new_zeros(self.rows, key.shape[1], self.length, key.shape[3]),
-                value.new_zeros(self.rows, value.shape[1], self.length, value.shape[3]),
+                key.new_zeros(self.rows, key.shape[1], self.length, key.shape[-1]),
+                value.new_zeros(self.rows, value.shape[1], self.length, value.shape[-1]),
             )
         return self.layers[layer]
 
@@ -201,10 +201,11 @@ class Step:
         self._places: dict[tuple[int, int], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        rows, heads, _, width = query.shape
+        """See `AttentionLayout`: a token per row."""
+        rows, heads, width = query.shape
         own_k, own_v = self._write(layer, key, value)
         shared = [(level.fold, *level.stored(layer)) for level in self.levels]
-        scaled = (query[:, :, 0] * options.scale).view(rows, key.shape[1], -1, width)
+        scaled = (query * options.scale).view(rows, key.shape[1], -1, width)
         columns = [k.shape[2] for _, k, _ in shared] + [own_k.shape[2]]
         scores = scaled.new_empty(*scaled.shape[:3], sum(columns), dtype=wide_dtype(scaled.dtype))
         *of_shared, of_own = scores.split(columns, -1)
@@ -216,7 +217,7 @@ class Step:
         out = wide(of_own @ own_v)
         for (fold, _, v), part in zip(shared, of_shared, strict=True):
             out += fold.spread(fold.gather(part) @ v)
-        return out.view(rows, 1, heads, -1).to(query.dtype)
+        return out.view(rows, heads, -1).to(query.dtype)
 
     def _weights(self, scores: Tensor, options: Options) -> Tensor:
         """The softmax of `[R, H_kv, r, columns]`; sinks take part in its denominator only."""
@@ -237,9 +238,9 @@ class Step:
             if self.outputs.ragged:
                 kv_heads, room, width = stored.shape[1:]
                 place = self._place(kv_heads, room)
-                stored.view(-1, width).index_copy_(0, place, new[:, :, 0].reshape(-1, width))
+                stored.view(-1, width).index_copy_(0, place, new.reshape(-1, width))
             else:
-                stored[:rows, :, self.outputs.reach - 1] = new[:, :, 0]
+                stored[:rows, :, self.outputs.reach - 1] = new
             found.append(stored[:rows, :, : self.outputs.reach])
         return found
 

@@ -74,11 +74,11 @@ class Counting:
         return Rounds.of(items, kind, self.meter)
 
     def attention(
-        self, forest: Forest, heads: tuple[int, int], inputs: Sequence[Tensor | None], options: Options
+        self, forest: Forest, kind: tuple[int, int, bool], inputs: Sequence[Tensor | None], options: Options
     ) -> Tensor:
         """See `Counter`. Where each tile makes the mask of a window, which it keeps, all of them are run first."""
         with unset_fake_temporarily():  # with data: they are small, and thousands of operations would take seconds
-            tiles = forest.tiles(*heads)
+            tiles = forest.tiles(*kind)
         for tile in tiles:
             for tensor in _tensors(tile).values():
                 self.meter.hold(tensor)
@@ -91,7 +91,7 @@ class Counting:
                 TiledAttention.apply(*inputs, (tiles, options))  # type: ignore[no-untyped-call]
         needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         key = (
-            forest.lengths, forest.parents, heads, window, options.softcap is None, needed,
+            forest.lengths, forest.parents, kind, window, options.softcap is None, needed,
             tuple(None if x is None else (x.shape, x.dtype, x.requires_grad) for x in inputs),
         )  # fmt: skip
         if key not in self.known:

@@ -22,8 +22,11 @@ KEYWORD = "groupwise_layout"
 class AttentionLayout(Protocol):
     """What can answer an attention call: a training forest, a prefill, a decoding step."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        """`[B, H, L, d]` queries and `[B, H_kv, L, d]` keys and values in, `[B, L, H, d_v]` out."""
+    def attend(self, layer: int, query_N: Tensor, key_N: Tensor, value_N: Tensor, options: Options) -> Tensor:
+        """`[N, H, d]` queries and `[N, H_kv, d]` keys and values of `N` tokens in, `[N, H, d_v]` out.
+
+        Queries may be fewer than keys: those of the tokens that the layout was told of.
+        """
 
 
 def attend(
@@ -38,43 +41,50 @@ def attend(
         query.shape[-1] ** -0.5 if scale is None else float(scale),
         keywords.get("sliding_window"), keywords.get("softcap"), keywords.get("s_aux"),
     )  # fmt: skip
-    return layout.attend(int(module.layer_idx), query, key, value, options), None  # type: ignore[arg-type]
+    query_N, key_N, value_N = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    found = layout.attend(int(module.layer_idx), query_N, key_N, value_N, options)  # type: ignore[arg-type]
+    return found.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
 AttentionInterface.register(NAME, attend)
 
 
 class ForestAttention:
-    """Attention over a forest. Counts the layers that called, so that a probe can tell whether all of them did."""
+    """Attention over a forest, of all its tokens' queries or of those that it was built to ask for.
+
+    Counts the layers that called, so that a probe can tell whether all of them did.
+    """
 
     def __init__(self, forest: Forest) -> None:
         self.forest = forest
         self.calls: list[int] = []
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        """See `AttentionLayout`. The stream is one row: `B` is 1 and `L` is `N`."""
+    def attend(self, layer: int, query_N: Tensor, key_N: Tensor, value_N: Tensor, options: Options) -> Tensor:
+        """See `AttentionLayout`."""
         self.calls.append(layer)
-        query_N, key_N, value_N = (x[0].transpose(0, 1) for x in (query, key, value))
         # On a GPU the stock kernels win over products of our own, for all the copies of keys that they need.
-        stock = query.is_cuda and options.softcap is None and options.sinks is None
-        return (_stock if stock else _tiled)(self.forest, query_N, key_N, value_N, options)[None]
+        stock = query_N.is_cuda and options.softcap is None and options.sinks is None
+        return (_stock if stock else _tiled)(self.forest, query_N, key_N, value_N, options)
 
 
 def _tiled(forest: Forest, query_N: Tensor, key_N: Tensor, value_N: Tensor, options: Options) -> Tensor:
-    """`[N, H, d]` queries and `[N, H_kv, d]` keys and values in, `[N, H, d_v]` out."""
-    heads, kv_heads = query_N.shape[1], key_N.shape[1]
+    """See `AttentionLayout`."""
+    kind = (query_N.shape[1], key_N.shape[1], len(query_N) < len(key_N))
     flat = [x.reshape(-1, x.shape[-1]) for x in (query_N * options.scale, key_N, value_N)]
     counting = counter.get()
     if counting is None:
-        tiles = forest.tiles(heads, kv_heads)
+        tiles = forest.tiles(*kind)
         out: Tensor = TiledAttention.apply(*flat, options.sinks, (tiles, options))  # type: ignore[no-untyped-call]
     else:
-        out = counting.attention(forest, (heads, kv_heads), (*flat, options.sinks), options)
-    return out.view(-1, heads, out.shape[-1])
+        out = counting.attention(forest, kind, (*flat, options.sinks), options)
+    return out.view(-1, kind[0], out.shape[-1])
 
 
 def _stock(forest: Forest, query_N: Tensor, key_N: Tensor, value_N: Tensor, options: Options) -> Tensor:
     """The same by padded rows per depth, in which each output has its ancestors' keys beside its own."""
+    asked_K = forest.asked_K if len(query_N) < len(key_N) else None
+    if asked_K is not None:
+        query_N = query_N.new_zeros(len(key_N), *query_N.shape[1:]).index_copy(0, asked_K, query_N)
     parts = []
     for level in forest.levels:
         q, k, v = (
@@ -86,4 +96,5 @@ def _stock(forest: Forest, query_N: Tensor, key_N: Tensor, value_N: Tensor, opti
             q, k, v, mask, is_causal=mask is None, scale=options.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         parts.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts).index_select(0, forest.gather_N)
+    gather = forest.gather_N if asked_K is None else forest.gather_N[asked_K]
+    return torch.cat(parts).index_select(0, gather)

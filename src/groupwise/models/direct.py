@@ -1,20 +1,23 @@
-"""A decoding step of the Llama family without its modules: the same numbers, with far less between the products.
+"""The decoder of the Llama family without its modules: the same numbers, with far less around the products.
 
 One token per row is so little work that handing it out, through some forty modules a layer and their arguments, takes
-longer than computing it. So the forward of this family is written out here once more, for decoding only, over the
-modules' own weights. It is used where the probe has found it equal to the modules on a tiny clone."""
+longer than computing it; and of a stream the last layer is needed only where something is predicted. So the forward of
+this family is written out here once more, over the modules' own weights. It is used where the probe has found it equal
+to the modules, in values and in gradients, on a tiny clone.
+
+Index arrays: `N` tokens, `K` of them that predict something, `D` numbers of a hidden state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from groupwise.models.attention import AttentionLayout
-from groupwise.models.packed import PackedProducts
 from groupwise.models.precision import wide
 from groupwise.models.tiles import Options
 
@@ -23,13 +26,26 @@ FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _PRODUCTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
              "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""`x, weight, bias -> x @ weight.T + bias`."""
 
-class DirectStep:
-    """The decoder of `model` as a function of one token per row."""
 
-    def __init__(self, model: PreTrainedModel, products: PackedProducts) -> None:
+class _Pass(NamedTuple):
+    """What all layers of a forward pass share: how keys are turned, `[N, 1, d]`, who answers attention, who
+    multiplies."""
+
+    cos: Tensor
+    signed_sin: Tensor
+    layout: AttentionLayout
+    product: Product
+
+
+class DirectBody:
+    """The decoder of `model` as a function of tokens and their positions; only attention knows more of them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
         body: Any = model.base_model
-        self.body, self.products = body, products
+        self.body = body
         self.windows = _windows(model.config, len(body.layers))
 
     @staticmethod
@@ -40,40 +56,54 @@ class DirectStep:
         body: Any = model.base_model
         return all(type(layer.get_submodule(name)) is nn.Linear for layer in body.layers for name in _PRODUCTS)
 
-    def __call__(self, token_R: Tensor, position_R: Tensor, layout: AttentionLayout) -> Tensor:
-        """Last hidden states `[R, D]` of tokens at positions `[R]`. `layout` is asked once per layer, with queries
-        `[R, H, 1, d]` and keys and values `[R, H_kv, 1, d]`, and answers `[R, 1, H, d]`."""
-        x = self.body.embed_tokens(token_R)
-        cos, sin = self.body.rotary_emb(x, position_R[:, None])
+    def __call__(
+        self, token_N: Tensor, position_N: Tensor, layout: AttentionLayout, wanted_K: Tensor | None = None,
+        product: Product = nn.functional.linear,
+    ) -> Tensor:  # fmt: skip
+        """Last hidden states `[N, D]`, or `[K, D]` of the tokens `wanted_K` alone. `layout` is asked once per layer."""
+        x = self.body.embed_tokens(token_N)
+        cos, sin = (part[0][:, None] for part in self.body.rotary_emb(x[None], position_N[None]))
         half = cos.shape[-1] // 2
         # (a, b) turns into (a cos - b sin, b cos + a sin): with this sign, halves need only change places.
-        signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        shared = _Pass(cos, torch.cat([-sin[..., :half], sin[..., half:]], -1), layout, product)
+        last = len(self.body.layers) - 1
         for index, layer in enumerate(self.body.layers):
-            found = self._attend(index, _norm(x, layer.input_layernorm), (cos, signed), layout)
-            x = found.add_(x)
-            h, mlp = _norm(x, layer.post_attention_layernorm), layer.mlp
-            gated = mlp.act_fn(self._linear(h, mlp.gate_proj)).mul_(self._linear(h, mlp.up_proj))
-            x = self._linear(gated, mlp.down_proj).add_(x)
+            run = partial(self._layer, index, shared, wanted_K if index == last else None)
+            if torch.is_grad_enabled() and layer.training and layer.gradient_checkpointing:
+                x = layer._gradient_checkpointing_func(run, x)
+            else:
+                x = run(x)
         return _norm(x, self.body.norm)
 
-    def _attend(self, index: int, h: Tensor, rotation: tuple[Tensor, Tensor], layout: AttentionLayout) -> Tensor:
+    def _layer(self, index: int, shared: _Pass, wanted_K: Tensor | None, x: Tensor) -> Tensor:
+        layer = self.body.layers[index]
+        own, mlp = layer.self_attn, layer.mlp
+        query, key, value = self._turned(index, shared, wanted_K, _norm(x, layer.input_layernorm))
+        found = shared.layout.attend(index, query, key, value, Options(own.scaling, self.windows[index]))
+        # Other tokens have given their keys and values, and nobody will ask what becomes of them.
+        x = x if wanted_K is None else x.index_select(0, wanted_K)
+        x = _plus(_linear(shared, found.flatten(1), own.o_proj), x)
+        h = _norm(x, layer.post_attention_layernorm)
+        gate, up = _linear(shared, h, mlp.gate_proj), _linear(shared, h, mlp.up_proj)
+        return _plus(_linear(shared, _times(mlp.act_fn(gate), up), mlp.down_proj), x)
+
+    def _turned(self, index: int, shared: _Pass, wanted_K: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[N, H, d]`, of the wanted tokens if only some are, keys and values `[N, H_kv, d]`."""
         own = self.body.layers[index].self_attn
-        rows, width = len(h), own.head_dim
+        asking = h if wanted_K is None else h.index_select(0, wanted_K)
         query, key, value = (
-            self._linear(h, part).view(rows, -1, width) for part in (own.q_proj, own.k_proj, own.v_proj)
-        )  # fmt: skip
+            _linear(shared, x, part).view(len(x), -1, own.head_dim)
+            for x, part in ((asking, own.q_proj), (h, own.k_proj), (h, own.v_proj))
+        )
         if hasattr(own, "q_norm"):
             query, key = _norm(query, own.q_norm), _norm(key, own.k_norm)
-        heads = query.shape[1]
-        both = torch.cat([query, key], 1)
-        cos, signed = rotation
-        both = torch.addcmul(both * cos, both.roll(width // 2, -1), signed)
-        options = Options(own.scaling, self.windows[index])
-        found = layout.attend(index, both[:, :heads, None], both[:, heads:, None], value[:, :, None], options)
-        return self._linear(found.reshape(rows, -1), own.o_proj)
-
-    def _linear(self, x: Tensor, module: nn.Linear) -> Tensor:
-        return self.products(x, module.weight, module.bias)
+        cos, sin = shared.cos, shared.signed_sin
+        if wanted_K is not None:
+            return _turn(query, cos[wanted_K], sin[wanted_K]), _turn(key, cos, sin), value
+        if torch.is_grad_enabled():
+            return _turn(query, cos, sin), _turn(key, cos, sin), value
+        both = _turn(torch.cat([query, key], 1), cos, sin)
+        return both[:, : query.shape[1]], both[:, query.shape[1] :], value
 
     def weights(self) -> Iterator[Tensor]:
         """The matrices of its products."""
@@ -81,12 +111,59 @@ class DirectStep:
             yield from (layer.get_submodule(name).weight for name in _PRODUCTS)
 
 
+def _turn(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+
+def _linear(shared: _Pass, x: Tensor, module: nn.Linear) -> Tensor:
+    return shared.product(x, module.weight, module.bias)
+
+
+def _plus(new: Tensor, x: Tensor) -> Tensor:
+    return new + x if torch.is_grad_enabled() else new.add_(x)
+
+
+def _times(new: Tensor, x: Tensor) -> Tensor:
+    return new * x if torch.is_grad_enabled() else new.mul_(x)
+
+
 def _norm(x: Tensor, module: Any) -> Tensor:
     """`x` over the root of its mean square, in float32 or wider, then rounded and times the module's weight."""
+    if torch.is_grad_enabled():
+        found: Tensor = _RMSNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
+        return found
+    return _normed(x, module.variance_epsilon)[0].mul_(module.weight)
+
+
+def _normed(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The quotient in the type of `x`, and one over the root, `[.., 1]`."""
     broad = wide(x)
-    square = torch.linalg.vecdot(broad, broad)[..., None].div_(x.shape[-1])
-    normed: Tensor = (broad * square.add_(module.variance_epsilon).rsqrt_()).to(x.dtype)
-    return normed.mul_(module.weight)
+    factor = torch.linalg.vecdot(broad, broad)[..., None].div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return (broad * factor).to(x.dtype), factor
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its input and one number per token; each pass over the tokens counts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        normed, factor = _normed(x, epsilon)
+        ctx.save_for_backward(x, weight, factor)
+        return normed.mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, factor = ctx.saved_tensors
+        broad, grad = wide(x), wide(grad)
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            rows = (grad * broad).flatten(0, -2)
+            of_weight = torch.mv(rows.T, factor.flatten()).to(weight.dtype)
+        # y = w x f, f = (mean x^2 + eps)^-1/2: dx = f (w g) - x f^3 mean(x w g)
+        scaled = grad * weight
+        mean = torch.linalg.vecdot(scaled, broad)[..., None].div_(x.shape[-1])
+        of_x = scaled.mul_(factor).addcmul_(broad, mean.mul_(factor**3), value=-1)
+        return of_x.to(x.dtype), of_weight, None
 
 
 def _windows(config: Any, layers: int) -> list[int | None]:

@@ -21,9 +21,9 @@ class Counter(Protocol):
         """What a loop over `items` goes through: those of one `kind` allocate and compute alike."""
 
     def attention(
-        self, forest: Forest, heads: tuple[int, int], inputs: Sequence[Tensor | None], options: Options
+        self, forest: Forest, kind: tuple[int, int, bool], inputs: Sequence[Tensor | None], options: Options
     ) -> Tensor:
-        """What `TiledAttention` returns for queries, keys, values and sinks. `heads`: of queries, of keys."""
+        """What `TiledAttention` returns for queries, keys, values and sinks. `kind`: see `Forest.tiles`."""
 
 
 counter: ContextVar[Counter | None] = ContextVar("counter", default=None)

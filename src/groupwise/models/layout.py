@@ -60,12 +60,16 @@ class Level:
 
 @dataclass(frozen=True)
 class Forest:
-    """Segments of `lengths` that lie end to end in a stream, their `parents`, and each token's position `[N]`."""
+    """Segments of `lengths` that lie end to end in a stream, their `parents`, and each token's position `[N]`.
+
+    `asked_K` are the tokens whose last hidden states will be used, in rising order; None where that may be all.
+    """
 
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
     position_N: Tensor
-    _tiles: dict[tuple[int, int], tuple[Tile, ...]] = field(default_factory=dict, repr=False)
+    asked_K: Tensor | None = None
+    _tiles: dict[tuple[int, int, bool], tuple[Tile, ...]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def levels(self) -> tuple[Level, ...]:
@@ -81,12 +85,16 @@ class Forest:
     def _laid(self) -> tuple[tuple[Level, ...], Tensor]:
         return _build_levels(self.lengths, self.parents, self.position_N)
 
-    def tiles(self, heads: int, kv_heads: int) -> tuple[Tile, ...]:
-        """The same as rectangles for `heads` heads over `kv_heads` of keys, see `groupwise.models.tiles`."""
-        shape = (heads, kv_heads)
-        if shape not in self._tiles:
-            self._tiles[shape] = build_tiles(self.lengths, self.parents, heads, kv_heads, self.position_N.device)
-        return self._tiles[shape]
+    def tiles(self, heads: int, kv_heads: int, narrow: bool = False) -> tuple[Tile, ...]:
+        """The same as rectangles for `heads` heads over `kv_heads` of keys, see `groupwise.models.tiles`; for queries
+        of all tokens or, where `narrow`, of `asked_K`."""
+        kind = (heads, kv_heads, narrow)
+        if kind not in self._tiles:
+            asked = None if self.asked_K is None or not narrow else self.asked_K.tolist()
+            self._tiles[kind] = build_tiles(
+                self.lengths, self.parents, heads, kv_heads, self.position_N.device, asked
+            )  # fmt: skip
+        return self._tiles[kind]
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,8 @@ class Stream:
 
     `input_ids` and `position_ids` are `[B, L]` (`[1, N]` for the shared layout), `attention_mask` is `[B, L]` or None.
     Output token `t` is `target_T[t]`; the hidden state at flat position `predictor_T[t]` predicts it: this is the one
-    place where the shift by one happens. An output's last token predicts nothing, so it is not in the input.
+    place where the shift by one happens. An output's last token predicts nothing, so it is not in the input. Of a
+    forest, `place_T` is where that hidden state stands among those of `forest.asked_K`.
     """
 
     input_ids: Tensor
@@ -104,6 +113,7 @@ class Stream:
     forest: Forest | None
     predictor_T: Tensor
     target_T: Tensor
+    place_T: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -111,10 +121,13 @@ class Stream:
         return self.input_ids.numel()
 
 
-def build_forest(lengths: Sequence[int], parents: Sequence[int], device: torch.device | str = "cpu") -> Forest:
+def build_forest(
+    lengths: Sequence[int], parents: Sequence[int], device: torch.device | str = "cpu",
+    asked: Sequence[int] | None = None,
+) -> Forest:  # fmt: skip
     """The forest of segments of `lengths` (all > 0) whose `parents` come before them (-1: a root).
 
-    The stream holds the segments one after the other, in this order.
+    The stream holds the segments one after the other, in this order. `asked`: see `Forest.asked_K`.
     """
     ends: list[int] = []
     position: list[int] = []
@@ -123,7 +136,8 @@ def build_forest(lengths: Sequence[int], parents: Sequence[int], device: torch.d
         first = 0 if parent < 0 else ends[parent]
         ends.append(first + length)
         position += range(first, first + length)
-    return Forest(tuple(lengths), tuple(parents), torch.tensor(position, dtype=torch.long, device=device))
+    asked_K = None if asked is None else torch.tensor(asked, dtype=torch.long, device=device)
+    return Forest(tuple(lengths), tuple(parents), torch.tensor(position, dtype=torch.long, device=device), asked_K)
 
 
 def _build_levels(
@@ -170,26 +184,30 @@ def shared_stream(groups: Sequence[tuple[Tokens, Sequence[Tokens]]], device: tor
     ids: list[int] = []
     lengths: list[int] = []
     parents: list[int] = []
-    predictor: list[int] = []
+    asked: list[int] = []
+    place: list[int] = []
     target: list[int] = []
     for prompt, outputs in groups:
         root = len(lengths)
         lengths.append(len(prompt))
         parents.append(-1)
         ids += prompt
-        last = len(ids) - 1
+        last = len(asked)
+        asked.append(len(ids) - 1)
         for output in outputs:
             assert len(output) > 0
-            predictor += [last, *range(len(ids), len(ids) + len(output) - 1)]
+            place += [last, *range(len(asked), len(asked) + len(output) - 1)]
+            asked += range(len(ids), len(ids) + len(output) - 1)
             target += output
             if len(output) > 1:
                 lengths.append(len(output) - 1)
                 parents.append(root)
                 ids += output[:-1]
-    forest = build_forest(lengths, parents, device)
+    forest = build_forest(lengths, parents, device, asked)
     return Stream(
         torch.tensor([ids], device=device), forest.position_N[None], None, forest,
-        torch.tensor(predictor, device=device), torch.tensor(target, device=device),
+        torch.tensor([asked[k] for k in place], device=device), torch.tensor(target, device=device),
+        torch.tensor(place, device=device),
     )  # fmt: skip
 
 

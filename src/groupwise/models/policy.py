@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from groupwise.models.attention import KEYWORD, AttentionLayout, ForestAttention
-from groupwise.models.direct import DirectStep
+from groupwise.models.direct import DirectBody
 from groupwise.models.head import HeadShape, chunked_logprobs, dense_logprobs
 from groupwise.models.layout import Stream, Tokens, plain_stream, shared_stream
 from groupwise.models.packed import PackedProducts, bytes_of_copies
@@ -32,7 +32,7 @@ class Policy(nn.Module):
 
     `layout` says how prompts and outputs are laid out, `head` what lies between the head's matrix and the logits; None
     means that the head is more than a matrix and the model's own forward is used (whole logits are held then). `cached`
-    says that the model's own cache may be used for decoding in the plain layout, `direct` that a decoding step may go
+    says that the model's own cache may be used for decoding in the plain layout, `direct` that the shared layout may go
     past the model's modules. Every dropout is off, and the module stays in train mode: in eval mode gradient
     checkpointing would do nothing.
     """
@@ -47,8 +47,7 @@ class Policy(nn.Module):
         self.head = head
         self.cached = cached
         self.packed = PackedProducts()
-        fits = direct and layout == "shared" and DirectStep.fits(model)
-        self.direct = DirectStep(model, self.packed) if fits else None
+        self.direct = DirectBody(model) if direct and layout == "shared" and DirectBody.fits(model) else None
         silence_dropout(self.model)
         self.train()
 
@@ -78,26 +77,44 @@ class Policy(nn.Module):
             logits = self._body_call(self.model, stream).logits.flatten(0, 1)[stream.predictor_T]
             logprobs_T, entropy_T = dense_logprobs(logits, stream.target_T, temperature)
             return LogProbs(logprobs_T, entropy_T if entropy else None)
-        hidden = self._body_call(self.model.base_model, stream)[0].flatten(0, 1)
         weight, bias = self.head_parameters()
         return LogProbs(
             *chunked_logprobs(
-                hidden.index_select(0, stream.predictor_T), weight, bias, stream.target_T,
+                self._predicting(stream), weight, bias, stream.target_T,
                 shape=self.head, temperature=temperature, entropy=entropy, slope_T=slope_T,
             )
         )  # fmt: skip
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
-        """Last hidden states `[B, L, D]` of the shared layout, `layout` answering every attention call."""
-        return self.model.base_model(  # type: ignore[no-any-return]
-            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **{KEYWORD: layout}
-        )[0]
+    def _predicting(self, stream: Stream) -> Tensor:
+        """The hidden state that predicts each output token, `[T, D]`."""
+        forest = stream.forest
+        if forest is None or self.direct is None:
+            hidden: Tensor = self._body_call(self.model.base_model, stream)[0]
+            return hidden.flatten(0, 1).index_select(0, stream.predictor_T)
+        assert stream.place_T is not None
+        ids, attention = stream.input_ids[0], ForestAttention(forest)
+        return self.hidden(ids, forest.position_N, attention, forest.asked_K).index_select(0, stream.place_T)
+
+    def hidden(
+        self, token_N: Tensor, position_N: Tensor, layout: AttentionLayout, asked_K: Tensor | None = None
+    ) -> Tensor:
+        """Last hidden states `[N, D]` of the shared layout, or `[K, D]` of the tokens `asked_K`, `layout` answering
+        every attention call."""
+        if self.direct is not None:
+            return self.direct(token_N, position_N, layout, asked_K)
+        hidden = self._through_modules(token_N[None], position_N[None], layout)[0]
+        return hidden if asked_K is None else hidden.index_select(0, asked_K)
 
     def step(self, token_R: Tensor, position_R: Tensor, layout: AttentionLayout) -> Tensor:
         """Logits `[R, V]` after one token per row, at positions `[R]`, `layout` answering every attention call."""
         if self.direct is not None:
-            return self.logits(self.direct(token_R, position_R, layout))
-        return self.logits(self.hidden(token_R[:, None], position_R[:, None], layout)[:, 0])
+            return self.logits(self.direct(token_R, position_R, layout, product=self.packed))
+        return self.logits(self._through_modules(token_R[:, None], position_R[:, None], layout)[:, 0])
+
+    def _through_modules(self, input_ids: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
+        return self.model.base_model(  # type: ignore[no-any-return]
+            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **{KEYWORD: layout}
+        )[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[.., V]` in float32 or wider from hidden states `[.., D]`; needs a head that is a matrix."""

@@ -13,13 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from groupwise.models.attention import KEYWORD, NAME, ForestAttention
 from groupwise.models.clone import WINDOW, tiny_clone
-from groupwise.models.direct import DirectStep
+from groupwise.models.direct import DirectBody
 from groupwise.models.head import HeadShape, chunked_logprobs, dense_logprobs
 from groupwise.models.layout import Stream, plain_stream, shared_stream
-from groupwise.models.packed import PackedProducts
 from groupwise.models.policy import silence_dropout
 from groupwise.models.rows import CachedRows, whole_rows
-from groupwise.models.tiles import Options
 
 _TOLERANCE = 2e-4
 # Two groups of unlike lengths, longer than a clone's windows, so that windows matter.
@@ -31,9 +29,9 @@ assert len(_GROUPS[0][0]) > WINDOW
 class Findings:
     """What the probe found: whether the shared layout is right, why not, and the head's shape (None: not a matrix).
 
-    `cached` tells whether the model's own cache decodes rightly in the plain layout, `direct` whether a step past the
-    model's modules does in the shared one. `unfit` says why no policy can be made of the class at all; empty where one
-    can.
+    `cached` tells whether the model's own cache decodes rightly in the plain layout, `direct` whether a forward past
+    the model's modules computes what they do in the shared one. `unfit` says why no policy can be made of the class at
+    all; empty where one can.
     """
 
     shared: bool
@@ -70,7 +68,7 @@ def _probe(config: PreTrainedConfig, trust_remote_code: bool) -> Findings:
         shared, reason, difference = _try_shared(clone, expected)
     if shared and head is None:
         shared, reason = False, "its head is more than a matrix"
-    direct = shared and DirectStep.fits(clone) and _try_direct(clone)
+    direct = shared and DirectBody.fits(clone) and _try_direct(clone)
     return Findings(shared, reason, head, difference, cached, unfit, direct)
 
 
@@ -147,30 +145,31 @@ def _try_shared(clone: PreTrainedModel, expected: Tensor) -> tuple[bool, str, fl
     return True, f"shared equals plain within {difference:.0e}", difference
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def _try_direct(clone: PreTrainedModel) -> bool:
-    """All tokens of a forest as if each were a row: only attention knows more of a row than its token and position."""
+    """Hidden states of a forest where something is predicted, with gradient and without, and what gets a gradient."""
     stream = shared_stream(_GROUPS)
-    assert stream.forest is not None
-    layout = ForestAttention(stream.forest)
+    forest = stream.forest
+    assert forest is not None
+    body, asked_K = DirectBody(clone), forest.asked_K
+
+    def direct() -> Tensor:
+        return body(stream.input_ids[0], forest.position_N, ForestAttention(forest), asked_K)
+
     expected = clone.base_model(
         input_ids=stream.input_ids, position_ids=stream.position_ids, attention_mask=None, use_cache=False,
-        **{KEYWORD: layout},
-    )[0][0]  # fmt: skip
-    found = DirectStep(clone, PackedProducts())(stream.input_ids[0], stream.forest.position_N, _AsRows(layout))
-    return torch.allclose(found, expected, atol=_TOLERANCE)
-
-
-class _AsRows:
-    """Attention over a stream, asked by rows of one token."""
-
-    def __init__(self, stream: ForestAttention) -> None:
-        self.stream = stream
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        """`[N, H, 1, d]` in, `[N, 1, H, d]` out."""
-        query, key, value = (x.transpose(0, 2) for x in (query, key, value))
-        return self.stream.attend(layer, query, key, value, options).transpose(0, 1)
+        **{KEYWORD: ForestAttention(forest)},
+    )[0][0][asked_K]  # fmt: skip
+    found = direct()
+    with torch.no_grad():
+        quick = direct()
+    parameters = [p for p in clone.base_model.parameters() if p.requires_grad]
+    slope = torch.linspace(-1, 1, found.numel()).view_as(found)
+    ours, theirs = (
+        torch.autograd.grad((hidden * slope).sum(), parameters, materialize_grads=True) for hidden in (found, expected)
+    )
+    pairs = [(found, expected), (quick, expected), *zip(ours, theirs, strict=True)]
+    return all(torch.allclose(a, b, atol=_TOLERANCE, rtol=_TOLERANCE) for a, b in pairs)
 
 
 def _find_head(clone: PreTrainedModel, stream: Stream, expected: Tensor) -> HeadShape | None:

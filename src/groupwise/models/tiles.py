@@ -9,8 +9,10 @@ Index arrays: `R` rows of a tile, `M` query tokens and `K` keys of a row, `H` he
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +46,8 @@ class Options:
 
 class _Row(NamedTuple):
     """Query tokens that meet one range of keys. `first` is the place of the first query among its own segment's
-    tokens, or -1 where the keys are an ancestor's, which all the queries see."""
+    tokens; where the keys are an ancestor's, which all the queries see, it is less than 0 and tells the ancestor's
+    depth: rows of one depth have no query in common."""
 
     first: int
     queries: tuple[int, ...]
@@ -100,9 +103,11 @@ class Tile:
 
 
 def build_tiles(
-    lengths: Sequence[int], parents: Sequence[int], heads: int, kv_heads: int, device: torch.device | str = "cpu"
-) -> tuple[Tile, ...]:
-    """The tiles of a forest (see `build_forest`), first those of own keys, in which every token is a query once."""
+    lengths: Sequence[int], parents: Sequence[int], heads: int, kv_heads: int, device: torch.device | str = "cpu",
+    asked: Sequence[int] | None = None,
+) -> tuple[Tile, ...]:  # fmt: skip
+    """The tiles of a forest (see `build_forest`), first those of own keys, in which every token is a query once; with
+    `asked` the queries are of these tokens only, in rising order."""
     starts, ends, positions = [0], list[int](), list[Indices]()
     for length, parent in zip(lengths, parents, strict=True):
         first = 0 if parent < 0 else ends[parent]
@@ -110,34 +115,44 @@ def build_tiles(
         positions.append(np.arange(first, first + length))
         starts.append(starts[-1] + length)
     position = np.concatenate(positions)
-    own = [row for start, length in zip(starts, lengths, strict=False) for row in _own_rows(start, length)]
+    tokens = range(len(position)) if asked is None else asked
+    row_of = np.zeros(len(position), np.int64)  # 0 also for token 0, which stands for padding and need not be asked for
+    row_of[tokens] = np.arange(len(tokens))
+    queries_of = [tokens[bisect_left(tokens, start) : bisect_left(tokens, end)] for start, end in pairwise(starts)]
+    own = [row for start, queries in zip(starts, queries_of, strict=False) for row in _own_rows(start, queries)]
+    depth: list[int] = []
+    for parent in parents:
+        depth.append(0 if parent < 0 else depth[parent] + 1)
     below: list[list[int]] = [[] for _ in lengths]
     for segment in reversed(range(len(lengths))):
         if parents[segment] >= 0:
-            below[parents[segment]] += [*range(starts[segment], starts[segment + 1]), *below[segment]]
+            below[parents[segment]] += [*queries_of[segment], *below[segment]]
     inherited = [
         row
-        for start, length, queries in zip(starts, lengths, below, strict=False)
-        for row in _inherited_rows(tuple(queries), range(start, start + length), heads)
+        for start, length, queries, level in zip(starts, lengths, below, depth, strict=False)
+        for row in _inherited_rows(tuple(queries), range(start, start + length), heads, -1 - level)
     ]
     return tuple(
-        _tile(rows, position, heads, kv_heads, torch.device(device))
+        _tile(rows, (position, row_of), heads, kv_heads, torch.device(device))
         for kind in (own, inherited)
         for rows in _together(sorted(kind, key=lambda row: (row.first, -len(row.keys), -len(row.queries))), heads)
     )
 
 
-def _own_rows(start: int, length: int) -> Iterator[_Row]:
-    for first in range(0, length, _QUERIES):
-        last = min(first + _QUERIES, length)
-        yield _Row(first, tuple(range(start + first, start + last)), range(start, start + last))
+def _own_rows(start: int, queries: Sequence[int]) -> Iterator[_Row]:
+    """Runs of queries that follow each other, with the segment's keys up to the last of them."""
+    cuts = [i for i in range(1, len(queries)) if queries[i] != queries[i - 1] + 1]
+    for begin, end in pairwise([0, *cuts, len(queries)] if queries else []):
+        for first in range(begin, end, _QUERIES):
+            run = queries[first : min(first + _QUERIES, end)]
+            yield _Row(run[0] - start, tuple(run), range(start, run[-1] + 1))
 
 
-def _inherited_rows(queries: tuple[int, ...], keys: range, heads: int) -> Iterator[_Row]:
+def _inherited_rows(queries: tuple[int, ...], keys: range, heads: int, first: int) -> Iterator[_Row]:
     most = max(16, _SCORES // (heads * len(keys)))
     parts = -(-len(queries) // most)
     for part in range(parts):
-        yield _Row(-1, queries[len(queries) * part // parts : len(queries) * (part + 1) // parts], keys)
+        yield _Row(first, queries[len(queries) * part // parts : len(queries) * (part + 1) // parts], keys)
 
 
 def _together(rows: Sequence[_Row], heads: int) -> Iterator[list[_Row]]:
@@ -156,8 +171,12 @@ def _together(rows: Sequence[_Row], heads: int) -> Iterator[list[_Row]]:
         yield tile
 
 
-def _tile(rows: Sequence[_Row], position: Indices, heads: int, kv_heads: int, device: torch.device) -> Tile:
-    """Arrays until here, so that a pass on tensors without data finds the same tiles."""
+def _tile(
+    rows: Sequence[_Row], tokens: tuple[Indices, Indices], heads: int, kv_heads: int, device: torch.device
+) -> Tile:
+    """`tokens`: positions, and which rows of the queries they are. Arrays until here, so that a pass on tensors without
+    data finds the same tiles."""
+    position, row_of = tokens
     shared, own = heads // kv_heads, rows[0].first >= 0
     count, keys = len(rows[0].queries), len(rows[0].keys)
     query_RM, key_RK = np.zeros((len(rows), count), np.int64), np.zeros((len(rows), keys), np.int64)
@@ -165,7 +184,7 @@ def _tile(rows: Sequence[_Row], position: Indices, heads: int, kv_heads: int, de
         query_RM[r, : len(row.queries)], key_RK[r, : len(row.keys)] = row.queries, row.keys
     shape = (len(rows), kv_heads, shared, count, keys)
     head = np.arange(heads).reshape(1, kv_heads, shared, 1)
-    query_index = (query_RM[:, None, None, :] * heads + head).ravel()
+    query_index = (row_of[query_RM][:, None, None, :] * heads + head).ravel()
     key_index = (key_RK[:, None, :] * kv_heads + np.arange(kv_heads)[:, None]).ravel()
     lengths = np.array([len(row.queries) for row in rows])
     real = np.arange(count) < lengths[:, None]
