@@ -37,7 +37,23 @@ def test_a_product_is_the_plain_one(rows: int) -> None:
     with torch.inference_mode():
         for b in (None, bias):
             expected = nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
-            torch.testing.assert_close(products(x, weight, b).double(), expected, atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(products(x, (weight, b)).double(), expected, atol=1e-4, rtol=1e-5)
+    assert len(products) == 1
+
+
+@needs_the_kernel
+@pytest.mark.parametrize("biases", [(True, True), (False, True), (False, False)])
+def test_parts_are_laid_out_as_one(biases: tuple[bool, bool]) -> None:
+    parts = [(matrix(512, 513, n), torch.full((512,), float(n + 1)) if biases[n] else None) for n in range(2)]
+    products = PackedProducts()
+    with torch.no_grad():
+        x = inputs(5, parts[0][0])
+        for _ in range(2):
+            expected = torch.cat([nn.functional.linear(x, weight, bias) for weight, bias in parts], -1)
+            torch.testing.assert_close(products(x, *parts), expected, atol=1e-4, rtol=1e-5)
+            changed = parts[1][1] if biases[1] else parts[1][0]
+            assert changed is not None
+            changed.add_(1)  # whatever of them changes
     assert len(products) == 1
 
 
@@ -46,11 +62,11 @@ def test_a_matrix_that_changes_is_laid_out_again() -> None:
     weight, products = matrix(), PackedProducts()
     x = inputs(5, weight)
     with torch.no_grad():
-        before = products(x, weight, None)
+        before = products(x, (weight, None))
         weight.mul_(-2)
-        torch.testing.assert_close(products(x, weight, None), -2 * before)
+        torch.testing.assert_close(products(x, (weight, None)), -2 * before)
         weight.copy_(matrix(seed=1))
-        torch.testing.assert_close(products(x, weight, None), nn.functional.linear(x, weight), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(products(x, (weight, None)), nn.functional.linear(x, weight), atol=1e-4, rtol=1e-5)
     assert len(products) == 1
 
 
@@ -59,22 +75,22 @@ def test_a_copied_policy_uses_its_own_weights() -> None:
     ours = PackedProducts(), matrix()
     x = inputs(5, ours[1])
     with torch.no_grad():
-        before = ours[0](x, ours[1], None)
+        before = ours[0](x, (ours[1], None))
         theirs = copy.deepcopy(ours)
         theirs[1].zero_()
-        assert not theirs[0](x, theirs[1], None).any()
-        torch.testing.assert_close(ours[0](x, ours[1], None), before, atol=0, rtol=0)
+        assert not theirs[0](x, (theirs[1], None)).any()
+        torch.testing.assert_close(ours[0](x, (ours[1], None)), before, atol=0, rtol=0)
 
 
 def test_small_matrices_and_gradients_are_left_to_torch() -> None:
     products, small = PackedProducts(), matrix(8, 16)
     with torch.no_grad():
-        products(inputs(2, small), small, None)
+        products(inputs(2, small), (small, None))
     large = matrix()
-    products(inputs(2, large), large, None).sum().backward()
+    products(inputs(2, large), (large, None)).sum().backward()
     assert large.grad is not None
     assert len(products) == 0
-    assert bytes_of_copies([small], torch.float32) == 0
+    assert bytes_of_copies([[(small, None)]], torch.float32) == 0
 
 
 def test_a_build_without_the_kernel_computes_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +103,9 @@ def test_a_build_without_the_kernel_computes_plainly(monkeypatch: pytest.MonkeyP
         weight, products = matrix(), PackedProducts()
         with torch.no_grad():
             x = inputs(3, weight)
-            torch.testing.assert_close(products(x, weight, None), nn.functional.linear(x, weight), atol=0, rtol=0)
+            torch.testing.assert_close(products(x, (weight, None)), nn.functional.linear(x, weight), atol=0, rtol=0)
         assert len(products) == 0
-        assert bytes_of_copies([weight], torch.float32) == 0
+        assert bytes_of_copies([[(weight, None)]], torch.float32) == 0
     finally:
         packed._right.cache_clear()
 
@@ -107,7 +123,8 @@ def test_a_kernel_that_says_something_else_is_not_used(monkeypatch: pytest.Monke
 def test_what_copies_take_is_told(every_matrix: None) -> None:
     policy = make_policy("llama", direct=True)
     assert policy.direct is not None
-    large = {id(p): p.numel() for p in [*policy.direct.weights(), policy.head_parameters()[0]]}
+    matrices = [weight for parts in policy.direct.products() for weight, _ in parts]
+    large = {id(p): p.numel() for p in [*matrices, policy.head_parameters()[0]]}
     expected = 4 * sum(large.values()) if packed._right(torch.float32) else 0
     assert policy.bytes_of_copies(torch.float32) == expected
     assert policy.bytes_of_copies(torch.float64) == 0
@@ -120,9 +137,14 @@ def test_sampling_over_copies_draws_what_it_draws_without(
 ) -> None:
     policy, asked, made = make_policy(kind, direct=True), requests(n=3, max_tokens=20), list[int]()
     release = PackedProducts.release
-    monkeypatch.setattr(PackedProducts, "release", lambda self: (made.append(len(self)), release(self))[1])
+
+    def counted(self: PackedProducts) -> None:
+        made.append(len(self))
+        release(self)
+
+    monkeypatch.setattr(PackedProducts, "release", counted)
     found = sample(policy, asked)
-    assert made[-1] > (7 if policy.direct is not None else 0)
+    assert made[-1] == (1 + 5 * 2 if policy.direct is not None else 1)
     assert len(policy.packed) == 0, "the copies are given back"
     assert difference(policy, asked, found) < 1e-5
     monkeypatch.setattr(packed, "_SMALLEST", 1 << 40)

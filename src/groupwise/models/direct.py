@@ -9,7 +9,7 @@ Index arrays: `N` tokens, `K` of them that predict something, `D` numbers of a h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from groupwise.models.attention import AttentionLayout
+from groupwise.models.packed import Part, plain_product
 from groupwise.models.precision import wide
 from groupwise.models.tiles import Options
 
@@ -26,8 +27,8 @@ FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _PRODUCTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
              "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""`x, weight, bias -> x @ weight.T + bias`."""
+Product = Callable[..., Tensor]
+"""See `plain_product`."""
 
 
 class _Pass(NamedTuple):
@@ -58,7 +59,7 @@ class DirectBody:
 
     def __call__(
         self, token_N: Tensor, position_N: Tensor, layout: AttentionLayout, wanted_K: Tensor | None = None,
-        product: Product = nn.functional.linear,
+        product: Product = plain_product,
     ) -> Tensor:  # fmt: skip
         """Last hidden states `[N, D]`, or `[K, D]` of the tokens `wanted_K` alone. `layout` is asked once per layer."""
         x = self.body.embed_tokens(token_N)
@@ -82,41 +83,45 @@ class DirectBody:
         found = shared.layout.attend(index, query, key, value, Options(own.scaling, self.windows[index]))
         # Other tokens have given their keys and values, and nobody will ask what becomes of them.
         x = x if wanted_K is None else x.index_select(0, wanted_K)
-        x = _plus(_linear(shared, found.flatten(1), own.o_proj), x)
+        x = _plus(shared.product(found.flatten(1), _part(own.o_proj)), x)
         h = _norm(x, layer.post_attention_layernorm)
-        gate, up = _linear(shared, h, mlp.gate_proj), _linear(shared, h, mlp.up_proj)
-        return _plus(_linear(shared, _times(mlp.act_fn(gate), up), mlp.down_proj), x)
+        gate, up = shared.product(h, _part(mlp.gate_proj)), shared.product(h, _part(mlp.up_proj))
+        return _plus(shared.product(_times(mlp.act_fn(gate), up), _part(mlp.down_proj)), x)
 
     def _turned(self, index: int, shared: _Pass, wanted_K: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[N, H, d]`, of the wanted tokens if only some are, keys and values `[N, H_kv, d]`."""
         own = self.body.layers[index].self_attn
-        asking = h if wanted_K is None else h.index_select(0, wanted_K)
-        query, key, value = (
-            _linear(shared, x, part).view(len(x), -1, own.head_dim)
-            for x, part in ((asking, own.q_proj), (h, own.k_proj), (h, own.v_proj))
-        )
+        cos, sin = shared.cos, shared.signed_sin
+        parts = [_part(part) for part in (own.q_proj, own.k_proj, own.v_proj)]
+        asking, cos_of, sin_of = (x if wanted_K is None else x.index_select(0, wanted_K) for x in (h, cos, sin))
+        if wanted_K is None and not torch.is_grad_enabled():
+            whole = shared.product(h, *parts).view(len(h), -1, own.head_dim)
+            query, key, value = whole.split([len(weight) // own.head_dim for weight, _ in parts], 1)
+            if not hasattr(own, "q_norm"):
+                both = _turn(whole[:, : -value.shape[1]], cos, sin)
+                return both[:, : query.shape[1]], both[:, query.shape[1] :], value
+        else:
+            query, key, value = (
+                shared.product(x, part).view(len(x), -1, own.head_dim)
+                for x, part in zip((asking, h, h), parts, strict=True)
+            )
         if hasattr(own, "q_norm"):
             query, key = _norm(query, own.q_norm), _norm(key, own.k_norm)
-        cos, sin = shared.cos, shared.signed_sin
-        if wanted_K is not None:
-            return _turn(query, cos[wanted_K], sin[wanted_K]), _turn(key, cos, sin), value
-        if torch.is_grad_enabled():
-            return _turn(query, cos, sin), _turn(key, cos, sin), value
-        both = _turn(torch.cat([query, key], 1), cos, sin)
-        return both[:, : query.shape[1]], both[:, query.shape[1] :], value
+        return _turn(query, cos_of, sin_of), _turn(key, cos, sin), value
 
-    def weights(self) -> Iterator[Tensor]:
-        """The matrices of its products."""
+    def products(self) -> Iterator[Sequence[Part]]:
+        """What a decoding step multiplies by."""
         for layer in self.body.layers:
-            yield from (layer.get_submodule(name).weight for name in _PRODUCTS)
+            parts = [_part(layer.get_submodule(name)) for name in _PRODUCTS]
+            yield from (parts[:3], *([part] for part in parts[3:]))
 
 
 def _turn(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
 
-def _linear(shared: _Pass, x: Tensor, module: nn.Linear) -> Tensor:
-    return shared.product(x, module.weight, module.bias)
+def _part(module: nn.Linear) -> Part:
+    return module.weight, module.bias
 
 
 def _plus(new: Tensor, x: Tensor) -> Tensor:

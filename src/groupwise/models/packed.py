@@ -5,7 +5,7 @@ matrix as on the product, at each step anew; a copy that is laid out once takes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -20,32 +20,46 @@ _ROWS = 64
 """What copies are laid out for; other numbers of rows may use them."""
 
 
-class _Copy(NamedTuple):
-    """A laid-out copy, of which matrix it is, and of which of its versions."""
+Part = tuple[Tensor, Tensor | None]
+"""A linear layer's matrix `[V, K]` and bias `[V]`."""
 
-    weight: Tensor
-    version: int
+
+def plain_product(x: Tensor, *parts: Part) -> Tensor:
+    """`x @ weight.T + bias` for `[.., K]` rows, the parts' results side by side."""
+    found = [nn.functional.linear(x, weight, bias) for weight, bias in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+class _Copy(NamedTuple):
+    """A laid-out copy of parts and their bias; which tensors it is of, and of which of their versions."""
+
+    tensors: list[Tensor]
+    versions: list[int]
     laid_out: Tensor
+    bias: Tensor | None
 
 
 class PackedProducts:
-    """Linear layers' products without gradient. It makes copies of large matrices, each when it is first used and
-    again where the matrix has changed in place, and keeps them until `release`."""
+    """`plain_product` without gradient. It makes copies of large matrices, each when it is first used and again where
+    the matrix has changed in place, and keeps them until `release`."""
 
     def __init__(self) -> None:
         self._copies: dict[int, _Copy] = {}
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x @ weight.T + bias` for `[R, K]` rows."""
-        if torch.is_grad_enabled() or counter.get() is not None or not packs(weight) or not _right(weight.dtype):
-            return nn.functional.linear(x, weight, bias)
-        return _product(x, self._laid_out(weight), bias)
+    def __call__(self, x: Tensor, *parts: Part) -> Tensor:
+        """`x @ weight.T + bias` for `[R, K]` rows, the parts' results side by side: parts are laid out as one."""
+        if torch.is_grad_enabled() or counter.get() is not None or not packs(*parts) or not _right(x.dtype):
+            return plain_product(x, *parts)
+        copy = self._copy_of(parts)
+        return _product(x, copy.laid_out, copy.bias)
 
-    def _laid_out(self, weight: Tensor) -> Tensor:
-        found = self._copies.get(id(weight))
-        if found is None or found.version != weight._version:
-            found = self._copies[id(weight)] = _Copy(weight, weight._version, _lay_out(weight))
-        return found.laid_out
+    def _copy_of(self, parts: Sequence[Part]) -> _Copy:
+        tensors = [tensor for part in parts for tensor in part if tensor is not None]
+        versions = [tensor._version for tensor in tensors]
+        found = self._copies.get(id(tensors[0]))
+        if found is None or found.versions != versions:
+            found = self._copies[id(tensors[0])] = _Copy(tensors, versions, *_side_by_side(parts))
+        return found
 
     def release(self) -> None:
         """Give the copies' memory back."""
@@ -59,15 +73,18 @@ class PackedProducts:
         return PackedProducts()
 
 
-def packs(weight: Tensor) -> bool:
-    """Whether a matrix is one of those that are copied."""
-    return weight.device.type == "cpu" and weight.numel() >= _SMALLEST and not weight.is_inference()
+def packs(*parts: Part) -> bool:
+    """Whether these are among what is copied."""
+    weights = [weight for weight, _ in parts]
+    size = sum(weight.numel() for weight in weights)
+    return size >= _SMALLEST and weights[0].device.type == "cpu" and not weights[0].is_inference()
 
 
-def bytes_of_copies(weights: Iterable[Tensor], dtype: torch.dtype) -> int:
-    """What the copies of these matrices take, computed in `dtype`."""
-    each = {id(weight): weight.numel() for weight in weights if packs(weight)}
-    return sum(each.values()) * dtype.itemsize if _right(dtype) else 0
+def bytes_of_copies(products: Iterable[Sequence[Part]], dtype: torch.dtype) -> int:
+    """What the copies for these products take, computed in `dtype`."""
+    if not _right(dtype):
+        return 0
+    return dtype.itemsize * sum(weight.numel() for parts in products if packs(*parts) for weight, _ in parts)
 
 
 @cache
@@ -90,6 +107,14 @@ def _right(dtype: torch.dtype) -> bool:
         # A boundary: the kernel is torch's own, and not all of its builds have it.
         return False
     return True
+
+
+def _side_by_side(parts: Sequence[Part]) -> tuple[Tensor, Tensor | None]:
+    weights = [weight for weight, _ in parts]
+    laid_out = _lay_out(weights[0] if len(weights) == 1 else torch.cat(weights))
+    if all(bias is None for _, bias in parts):
+        return laid_out, None
+    return laid_out, torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts])
 
 
 def _lay_out(weight: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class Policy(nn.Module):
         """Logits `[.., V]` in float32 or wider from hidden states `[.., D]`; needs a head that is a matrix."""
         assert self.head is not None
         weight, bias = self.head_parameters()
-        return self.head.apply(wide(self.packed(hidden, weight, bias)))
+        return self.head.apply(wide(self.packed(hidden, (weight, bias))))
 
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         """The head's matrix `[V, D]` and its bias `[V]`, if it has one."""
@@ -129,8 +129,8 @@ class Policy(nn.Module):
 
     def bytes_of_copies(self, dtype: torch.dtype) -> int:
         """What sampling lays out anew, and gives back at its end; weights computed in `dtype`."""
-        matrices = [] if self.head is None else [self.head_parameters()[0]]
-        return bytes_of_copies([*matrices, *(self.direct.weights() if self.direct else ())], dtype)
+        of_head = [] if self.head is None else [[self.head_parameters()]]
+        return bytes_of_copies([*of_head, *(self.direct.products() if self.direct else ())], dtype)
 
     @staticmethod
     def _body_call(module: nn.Module, stream: Stream) -> Any:
