@@ -136,7 +136,8 @@ class Hollow:
     def _by_depth(
         self, run: Callable[[Policy, Meter, torch.dtype], None], checkpointing: bool, dtype: torch.dtype
     ) -> Cost:
-        """The cost of the whole model; where its layers are alike, by what a second one adds to the first."""
+        """The cost of the whole model; where its layers are alike, by what one more adds to the first one or two: past
+        the modules the last one is of another kind."""
 
         def cost_of(policy: Policy) -> Cost:
             meter = Meter()
@@ -147,14 +148,15 @@ class Hollow:
                 counter.reset(token)
             return meter.cost
 
+        least = 2 if self.direct else 1
         with _without_data():
-            if not self._layers:
+            if self._layers <= least:
                 return cost_of(self._policy(self.config, checkpointing))
-            first, second = (cost_of(self._policy(self._cut(depth), checkpointing)) for depth in (1, 2))
-        whole = first.plus(second.plus(first, -1), self._layers - 1)
+            few, more = (cost_of(self._policy(self._cut(depth), checkpointing)) for depth in (least, least + 1))
+        whole = few.plus(more.plus(few, -1), self._layers - least)
         # In a shallow model the most may come late, at the embedding's gradient; in a deep one it comes at the head,
         # where all that is kept still is.
-        return replace(whole, peak=max(whole.peak, whole.kept + second.top - second.kept))
+        return replace(whole, peak=max(whole.peak, whole.kept + more.top - more.kept))
 
     @property
     def can_checkpoint(self) -> bool:

@@ -62,14 +62,19 @@ class Level:
 class Forest:
     """Segments of `lengths` that lie end to end in a stream, their `parents`, and each token's position `[N]`.
 
-    `asked_K` are the tokens whose last hidden states will be used, in rising order; None where that may be all.
+    `asked` are the tokens whose last hidden states will be used, in rising order; None where that may be all.
     """
 
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
     position_N: Tensor
-    asked_K: Tensor | None = None
+    asked: tuple[int, ...] | None = None
     _tiles: dict[tuple[int, int, bool], tuple[Tile, ...]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def asked_K(self) -> Tensor | None:
+        """`asked` as a tensor."""
+        return None if self.asked is None else torch.tensor(self.asked, device=self.position_N.device)
 
     @cached_property
     def levels(self) -> tuple[Level, ...]:
@@ -87,13 +92,11 @@ class Forest:
 
     def tiles(self, heads: int, kv_heads: int, narrow: bool = False) -> tuple[Tile, ...]:
         """The same as rectangles for `heads` heads over `kv_heads` of keys, see `groupwise.models.tiles`; for queries
-        of all tokens or, where `narrow`, of `asked_K`."""
+        of all tokens or, where `narrow`, of those that are asked for."""
         kind = (heads, kv_heads, narrow)
         if kind not in self._tiles:
-            asked = None if self.asked_K is None or not narrow else self.asked_K.tolist()
-            self._tiles[kind] = build_tiles(
-                self.lengths, self.parents, heads, kv_heads, self.position_N.device, asked
-            )  # fmt: skip
+            asked = self.asked if narrow else None
+            self._tiles[kind] = build_tiles(self.lengths, self.parents, heads, kv_heads, self.position_N.device, asked)
         return self._tiles[kind]
 
 
@@ -127,7 +130,7 @@ def build_forest(
 ) -> Forest:  # fmt: skip
     """The forest of segments of `lengths` (all > 0) whose `parents` come before them (-1: a root).
 
-    The stream holds the segments one after the other, in this order. `asked`: see `Forest.asked_K`.
+    The stream holds the segments one after the other, in this order. `asked`: see `Forest`.
     """
     ends: list[int] = []
     position: list[int] = []
@@ -136,8 +139,8 @@ def build_forest(
         first = 0 if parent < 0 else ends[parent]
         ends.append(first + length)
         position += range(first, first + length)
-    asked_K = None if asked is None else torch.tensor(asked, dtype=torch.long, device=device)
-    return Forest(tuple(lengths), tuple(parents), torch.tensor(position, dtype=torch.long, device=device), asked_K)
+    position_N = torch.tensor(position, dtype=torch.long, device=device)
+    return Forest(tuple(lengths), tuple(parents), position_N, None if asked is None else tuple(asked))
 
 
 def _build_levels(

@@ -117,7 +117,7 @@ def build_tiles(
     position = np.concatenate(positions)
     tokens = range(len(position)) if asked is None else asked
     row_of = np.zeros(len(position), np.int64)  # 0 also for token 0, which stands for padding and need not be asked for
-    row_of[tokens] = np.arange(len(tokens))
+    row_of[list(tokens)] = np.arange(len(tokens))
     queries_of = [tokens[bisect_left(tokens, start) : bisect_left(tokens, end)] for start, end in pairwise(starts)]
     own = [row for start, queries in zip(starts, queries_of, strict=False) for row in _own_rows(start, queries)]
     depth: list[int] = []
