@@ -80,7 +80,7 @@ def test_what_is_told_is_what_a_real_pass_takes(kind: str, checkpointing: bool, 
         logprobs_T.sum().backward()
     real = meter.cost
     assert (found.flops, found.attention_flops) == (real.flops, real.attention_flops)
-    # Where layers keep their input alone, the layout's indices, made of arrays and so not seen here, are a tenth of these
+    # Where layers keep their input alone, indices of tiles, made of arrays and so not seen here, are a tenth of these
     # 0.3 MB; past the modules there are two sets of them.
     close = 0.1 * (1 + direct) if checkpointing else 0.02
     assert found.kept == pytest.approx(real.kept, rel=close)
