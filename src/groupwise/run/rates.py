@@ -12,6 +12,8 @@ from groupwise.learn.meter import Cost, Meter
 from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.attention import NAME
 from groupwise.models.clone import tiny_clone
+from groupwise.models.direct import Product
+from groupwise.models.packed import PackedProducts, plain_product
 from groupwise.models.policy import Policy
 from groupwise.run.memory import decoding
 
@@ -61,9 +63,10 @@ def measure(hollow: Hollow, few: int, many: int, cached: bool) -> Rates:
     weight = torch.randn(inner, width, device=device).to(hollow.dtype)
     many = min(many, _MOST_ROWS)
 
-    def product(rows: int) -> float:
+    def product(rows: int, multiply: Product) -> float:
         x = torch.randn(rows, width, device=device).to(hollow.dtype)
-        return 2.0 * rows * width * inner / _seconds(lambda: torch.nn.functional.linear(x, weight), device)
+        with torch.no_grad():
+            return 2.0 * rows * width * inner / _seconds(lambda: multiply(x, (weight, None)), device)
 
     def activation(rows: int) -> float:
         x = torch.randn(rows, inner, device=device).to(hollow.dtype)
@@ -72,9 +75,8 @@ def measure(hollow: Hollow, few: int, many: int, cached: bool) -> Rates:
     long = torch.zeros(_COPIED, device=device)
     target = torch.empty_like(long)
     memory = 2 * long.nbytes / _seconds(lambda: target.copy_(long), device)
-    return Rates(
-        product(many), product(few), activation(many), activation(few), memory, *_overheads(hollow, device, cached)
-    )
+    products = product(many, plain_product), product(few, PackedProducts() if hollow.direct else plain_product)
+    return Rates(*products, activation(many), activation(few), memory, *_overheads(hollow, device, cached))
 
 
 def _overheads(hollow: Hollow, device: torch.device, cached: bool) -> tuple[float, float, float]:
