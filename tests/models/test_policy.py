@@ -213,14 +213,18 @@ def test_on_cuda_the_layouts_agree(kind: str, dtype: torch.dtype, tolerance: flo
     model = clone_of(kind)
     expected, _ = stock_logprobs(model, GROUPS)
     head = OTHERS.get(kind, HeadShape())
-    policies: list[Policy] = [policy_of(model, layout, head).to("cuda", dtype) for layout in LAYOUTS]
-    shared, plain = (policy(policy.stream(GROUPS)).logprobs_T for policy in policies)
-    assert shared.dtype == torch.float32
-    torch.testing.assert_close(shared.cpu(), expected, atol=tolerance, rtol=0)
-    torch.testing.assert_close(shared, plain, atol=tolerance, rtol=0)
+    shared, plain = (policy_of(model, layout, head) for layout in LAYOUTS)
+    policies: list[Policy] = [
+        q.to("cuda", dtype) for q in (policy_of(model, "shared", head, direct=True), shared, plain)
+    ]
+    logprobs = [policy(policy.stream(GROUPS)).logprobs_T for policy in policies]
+    assert {found.dtype for found in logprobs} == {torch.float32}
+    for found in logprobs[:2]:
+        torch.testing.assert_close(found.cpu(), expected, atol=tolerance, rtol=0)
+        torch.testing.assert_close(found, logprobs[2], atol=tolerance, rtol=0)
     if dtype == torch.float32:
-        uneven = torch.linspace(-1, 2, len(shared), device="cuda")
-        for logprobs in (shared, plain):
-            (logprobs * uneven).sum().backward()
-        left, right = ({n: p.grad for n, p in q.named_parameters() if p.grad is not None} for q in policies)
-        assert largest_difference(left, right) < 1e-3
+        for found in logprobs:
+            (found * torch.linspace(-1, 2, len(found), device="cuda")).sum().backward()
+        *ours, right = ({n: p.grad for n, p in q.named_parameters() if p.grad is not None} for q in policies)
+        for left in ours:
+            assert largest_difference(left, right) < 1e-3
