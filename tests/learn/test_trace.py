@@ -140,8 +140,15 @@ def test_what_sampling_lays_out_anew_is_part_of_a_decoding_step(monkeypatch: pyt
     laid_out = sampling_costs(a_hollow(config, True), SHAPE, 8, cached=True)
     matrices = 96 * 64 + 3 * (64 * (64 + 64 + 2 * 32) + 3 * 64 * 160)
     assert plain.copies == 0
-    assert laid_out.copies == (4 * matrices if packed._right(torch.float32) else 0)
+    assert laid_out.copies == (4 * matrices if packed._kernel_agrees(torch.float32) else 0)
     assert laid_out.passes["a decoding step"] - plain.passes["a decoding step"] == laid_out.copies
+
+
+def test_the_plain_layout_goes_through_the_modules_and_lays_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_SMALLEST", 1)
+    plain = Hollow(Qwen2Config(**SIZES), "plain", HeadShape(), torch.float32, direct=True)
+    assert (plain.past_modules, plain.copies) == (False, 0)
+    assert a_hollow(Qwen2Config(**SIZES), True).past_modules
 
 
 def test_parts_are_those_that_the_learner_cuts() -> None:

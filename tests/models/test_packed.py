@@ -12,7 +12,9 @@ from groupwise.models import packed
 from groupwise.models.packed import PackedProducts, bytes_of_copies
 from tests.engines.policies import difference, make_policy, requests, sample, tokens
 
-needs_the_kernel = pytest.mark.skipif(not packed._right(torch.float32), reason="this build of torch has no such kernel")
+needs_the_kernel = pytest.mark.skipif(
+    not packed._kernel_agrees(torch.float32), reason="this build of torch has no such kernel"
+)
 
 
 def matrix(rows: int = 512, columns: int = 513, seed: int = 0) -> nn.Parameter:
@@ -98,7 +100,7 @@ def test_a_build_without_the_kernel_computes_plainly(monkeypatch: pytest.MonkeyP
         raise NotImplementedError("no such kernel")
 
     monkeypatch.setattr(packed, "_product", missing)
-    packed._right.cache_clear()
+    packed._kernel_agrees.cache_clear()
     try:
         weight, products = matrix(), PackedProducts()
         with torch.no_grad():
@@ -107,17 +109,17 @@ def test_a_build_without_the_kernel_computes_plainly(monkeypatch: pytest.MonkeyP
         assert len(products) == 0
         assert bytes_of_copies([[(weight, None)]], torch.float32) == 0
     finally:
-        packed._right.cache_clear()
+        packed._kernel_agrees.cache_clear()
 
 
 def test_a_kernel_that_says_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "_product", lambda x, laid_out, bias: 1.001 * nn.functional.linear(x, laid_out, bias))
     monkeypatch.setattr(packed, "_lay_out", lambda weight: weight)
-    packed._right.cache_clear()
+    packed._kernel_agrees.cache_clear()
     try:
-        assert not packed._right(torch.float32)
+        assert not packed._kernel_agrees(torch.float32)
     finally:
-        packed._right.cache_clear()
+        packed._kernel_agrees.cache_clear()
 
 
 def test_what_copies_take_is_told(every_matrix: None) -> None:
@@ -125,7 +127,7 @@ def test_what_copies_take_is_told(every_matrix: None) -> None:
     assert policy.direct is not None
     matrices = [weight for parts in policy.direct.products() for weight, _ in parts]
     large = {id(p): p.numel() for p in [*matrices, policy.head_parameters()[0]]}
-    expected = 4 * sum(large.values()) if packed._right(torch.float32) else 0
+    expected = 4 * sum(large.values()) if packed._kernel_agrees(torch.float32) else 0
     assert policy.bytes_of_copies(torch.float32) == expected
     assert policy.bytes_of_copies(torch.float64) == 0
 

@@ -91,7 +91,8 @@ class Counting:
                 TiledAttention.apply(*inputs, (tiles, options))  # type: ignore[no-untyped-call]
         needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         key = (
-            forest.lengths, forest.parents, kind, window, options.softcap is None, needed,
+            forest.lengths, forest.parents, forest.asked if kind[2] else None, kind,
+            window, options.softcap is None, needed,
             tuple(None if x is None else (x.shape, x.dtype, x.requires_grad) for x in inputs),
         )  # fmt: skip
         if key not in self.known:

@@ -148,7 +148,7 @@ class Hollow:
                 counter.reset(token)
             return meter.cost
 
-        least = 2 if self.direct else 1
+        least = 2 if self.past_modules else 1
         with _without_data():
             if self._layers <= least:
                 return cost_of(self._policy(self.config, checkpointing))
@@ -164,6 +164,11 @@ class Hollow:
         return self._known[0]
 
     @property
+    def past_modules(self) -> bool:
+        """Whether the policy goes past the model's modules: `direct` says that it may."""
+        return self._known[3]
+
+    @property
     def copies(self) -> int:
         """Bytes of matrices that sampling lays out anew."""
         return self._known[2]
@@ -174,11 +179,12 @@ class Hollow:
         return self._known[1]
 
     @cached_property
-    def _known(self) -> tuple[bool, int, int]:
+    def _known(self) -> tuple[bool, int, int, bool]:
         with _without_data():
             policy = self._policy(self.config, False)
         checkpoints = bool(policy.model.supports_gradient_checkpointing)
-        return checkpoints, _layers_alike(policy.model), policy.bytes_of_copies(self.dtype)
+        copies = policy.bytes_of_copies(self.dtype)
+        return checkpoints, _layers_alike(policy.model), copies, policy.direct is not None
 
     def _cut(self, depth: int) -> PreTrainedConfig:
         config = copy.deepcopy(self.config)

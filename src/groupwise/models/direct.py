@@ -58,10 +58,10 @@ class DirectBody:
         return all(type(layer.get_submodule(name)) is nn.Linear for layer in body.layers for name in _PRODUCTS)
 
     def __call__(
-        self, token_N: Tensor, position_N: Tensor, layout: AttentionLayout, wanted_K: Tensor | None = None,
+        self, token_N: Tensor, position_N: Tensor, layout: AttentionLayout, asked_K: Tensor | None = None,
         product: Product = plain_product,
     ) -> Tensor:  # fmt: skip
-        """Last hidden states `[N, D]`, or `[K, D]` of the tokens `wanted_K` alone. `layout` is asked once per layer."""
+        """Last hidden states `[N, D]`, or `[K, D]` of the tokens `asked_K` alone. `layout` is asked once per layer."""
         x = self.body.embed_tokens(token_N)
         cos, sin = (part[0][:, None] for part in self.body.rotary_emb(x[None], position_N[None]))
         half = cos.shape[-1] // 2
@@ -69,32 +69,32 @@ class DirectBody:
         shared = _Pass(cos, torch.cat([-sin[..., :half], sin[..., half:]], -1), layout, product)
         last = len(self.body.layers) - 1
         for index, layer in enumerate(self.body.layers):
-            run = partial(self._layer, index, shared, wanted_K if index == last else None)
+            run = partial(self._layer, index, shared, asked_K if index == last else None)
             if torch.is_grad_enabled() and layer.training and layer.gradient_checkpointing:
                 x = layer._gradient_checkpointing_func(run, x)
             else:
                 x = run(x)
         return _norm(x, self.body.norm)
 
-    def _layer(self, index: int, shared: _Pass, wanted_K: Tensor | None, x: Tensor) -> Tensor:
+    def _layer(self, index: int, shared: _Pass, asked_K: Tensor | None, x: Tensor) -> Tensor:
         layer = self.body.layers[index]
         own, mlp = layer.self_attn, layer.mlp
-        query, key, value = self._turned(index, shared, wanted_K, _norm(x, layer.input_layernorm))
+        query, key, value = self._turned(index, shared, asked_K, _norm(x, layer.input_layernorm))
         found = shared.layout.attend(index, query, key, value, Options(own.scaling, self.windows[index]))
         # Other tokens have given their keys and values, and nobody will ask what becomes of them.
-        x = x if wanted_K is None else x.index_select(0, wanted_K)
+        x = x if asked_K is None else x.index_select(0, asked_K)
         x = _plus(shared.product(found.flatten(1), _part(own.o_proj)), x)
         h = _norm(x, layer.post_attention_layernorm)
         gate, up = shared.product(h, _part(mlp.gate_proj)), shared.product(h, _part(mlp.up_proj))
         return _plus(shared.product(_times(mlp.act_fn(gate), up), _part(mlp.down_proj)), x)
 
-    def _turned(self, index: int, shared: _Pass, wanted_K: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _turned(self, index: int, shared: _Pass, asked_K: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[N, H, d]`, of the wanted tokens if only some are, keys and values `[N, H_kv, d]`."""
         own = self.body.layers[index].self_attn
         cos, sin = shared.cos, shared.signed_sin
         parts = [_part(part) for part in (own.q_proj, own.k_proj, own.v_proj)]
-        asking, cos_of, sin_of = (x if wanted_K is None else x.index_select(0, wanted_K) for x in (h, cos, sin))
-        if wanted_K is None and not torch.is_grad_enabled():
+        asking, cos_of, sin_of = (x if asked_K is None else x.index_select(0, asked_K) for x in (h, cos, sin))
+        if asked_K is None and not torch.is_grad_enabled():
             whole = shared.product(h, *parts).view(len(h), -1, own.head_dim)
             query, key, value = whole.split([len(weight) // own.head_dim for weight, _ in parts], 1)
             if not hasattr(own, "q_norm"):
@@ -148,7 +148,7 @@ def _normed(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its input and one number per token; each pass over the tokens counts."""
+    """`[.., D]` in and out, with weights `[D]`. Keeps its input and a number per token; each pass over them counts."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -48,7 +48,7 @@ class PackedProducts:
 
     def __call__(self, x: Tensor, *parts: Part) -> Tensor:
         """`x @ weight.T + bias` for `[R, K]` rows, the parts' results side by side: parts are laid out as one."""
-        if torch.is_grad_enabled() or counter.get() is not None or not packs(*parts) or not _right(x.dtype):
+        if torch.is_grad_enabled() or counter.get() is not None or not packs(*parts) or not _kernel_agrees(x.dtype):
             return plain_product(x, *parts)
         copy = self._copy_of(parts)
         return _product(x, copy.laid_out, copy.bias)
@@ -82,13 +82,13 @@ def packs(*parts: Part) -> bool:
 
 def bytes_of_copies(products: Iterable[Sequence[Part]], dtype: torch.dtype) -> int:
     """What the copies for these products take, computed in `dtype`."""
-    if not _right(dtype):
+    if not _kernel_agrees(dtype):
         return 0
     return dtype.itemsize * sum(weight.numel() for parts in products if packs(*parts) for weight, _ in parts)
 
 
 @cache
-def _right(dtype: torch.dtype) -> bool:
+def _kernel_agrees(dtype: torch.dtype) -> bool:
     """Whether this build has the kernel for `dtype`, and it says what a plain product says."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False

@@ -129,6 +129,8 @@ class Policy(nn.Module):
 
     def bytes_of_copies(self, dtype: torch.dtype) -> int:
         """What sampling lays out anew, and gives back at its end; weights computed in `dtype`."""
+        if self.layout == "plain":
+            return 0
         of_head = [] if self.head is None else [[self.head_parameters()]]
         return bytes_of_copies([*of_head, *(self.direct.products() if self.direct else ())], dtype)
 

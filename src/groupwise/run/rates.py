@@ -75,7 +75,7 @@ def measure(hollow: Hollow, few: int, many: int, cached: bool) -> Rates:
     long = torch.zeros(_COPIED, device=device)
     target = torch.empty_like(long)
     memory = 2 * long.nbytes / _seconds(lambda: target.copy_(long), device)
-    products = product(many, plain_product), product(few, PackedProducts() if hollow.direct else plain_product)
+    products = product(many, plain_product), product(few, PackedProducts() if hollow.past_modules else plain_product)
     return Rates(*products, activation(many), activation(few), memory, *_overheads(hollow, device, cached))
 
 
