@@ -39,6 +39,13 @@ def test_without_a_connection_an_unknown_id_is_refused_without_another_try(
         load("nobody/nothing")
 
 
+@pytest.mark.parametrize("name", ["builtin:arithmetic", "no such model!"])
+@pytest.mark.parametrize("load", [load_config, Codec.load], ids=["model", "tokenizer"])
+def test_a_name_that_is_no_id_is_refused_as_one(load: Any, name: str) -> None:
+    with pytest.raises(ModelError, match=r"cannot be loaded"):
+        load(name)
+
+
 def test_what_is_in_the_cache_and_what_is_a_folder_need_no_hub(tmp_path: Path) -> None:
     snapshot = cached_snapshot(tmp_path / "hub", "org/tiny")
     with pytest.raises(ModelError, match="The model org/tiny cannot be loaded"):

@@ -23,7 +23,11 @@ def check_within_reach(path: str | Path, revision: str | None, what: str) -> Non
     from huggingface_hub import try_to_load_from_cache
 
     # What is in the cache is loaded without a connection, and without a wait.
-    if isinstance(try_to_load_from_cache(str(path), "config.json", revision=revision), str):
+    try:
+        cached = try_to_load_from_cache(str(path), "config.json", revision=revision)
+    except ValueError:
+        return  # a name that is none: whoever loads it says that best
+    if isinstance(cached, str):
         return
     if silent := silence(str(path), "model"):
         raise ModelError(f"{what} cannot be loaded: the hub does not answer ({silent}). {NOT_HERE}")
