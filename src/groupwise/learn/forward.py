@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from groupwise.learn.lanes import at_once, deal, most_lanes
 from groupwise.learn.pack import Batch, Output, micro_batches
 from groupwise.models.layout import Stream
 from groupwise.models.policy import Policy
@@ -34,7 +36,12 @@ def score_outputs(policy: Policy, batch: Batch, budget: int, members: Sequence[i
     """
     chosen = range(len(batch.outputs)) if members is None else members
     logprobs_T = torch.zeros_like(batch.sampled_logprobs_T)
-    for part in micro_batches(batch.outputs, chosen, budget, policy.layout == "shared"):
-        stream, place = lay_out(policy, batch.outputs, part)
-        logprobs_T[place] = policy(stream, batch.temperature).logprobs_T.to(logprobs_T)
+    lanes = deal(batch.outputs, chosen, most_lanes(sum(p.numel() for p in policy.parameters()), policy.device))
+
+    def score(lane: Sequence[int]) -> None:
+        for part in micro_batches(batch.outputs, lane, budget // len(lanes), policy.layout == "shared"):
+            stream, place = lay_out(policy, batch.outputs, part)
+            logprobs_T[place] = policy(stream, batch.temperature).logprobs_T.to(logprobs_T)
+
+    at_once([partial(score, lane) for lane in lanes])
     return logprobs_T

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from groupwise.learn.forward import lay_out, score_outputs
+from groupwise.learn.lanes import Twins, at_once, deal
 from groupwise.learn.memory import Room, peak_memory
 from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
 from groupwise.learn.pack import Batch, Credit, micro_batches, pack, split_updates
@@ -50,6 +52,7 @@ class Learner:
     def __init__(self, policy: Policy, objective: Objective, settings: LearnerSettings) -> None:
         self.policy, self.objective, self.settings = policy, objective, settings
         self.optimizer = MasterOptimizer(policy.model, settings.optimizer, settings.compute_dtype)
+        self.twins = Twins(policy, self.optimizer)
         self._tally = _Tally()
         self.room = Room(settings.tokens_per_micro_batch, policy.device, ADVICE)
 
@@ -99,18 +102,22 @@ class Learner:
         members = [i for i, output in enumerate(batch.outputs) if output.group in groups]
         live = self._live(batch, members)
         weights_T = self._weights(batch, members)
-        before = self._tally.copy()
+        # Before the first update the policy is the old policy: taken from this very pass, the ratio is exactly 1.
+        pass_ = _Pass(batch, weights_T, first_pass, on_policy=first_pass and not self._tally.norms)
+        lanes = deal(batch.outputs, live, self.twins.most)
 
-        def accumulate() -> None:
-            for part in micro_batches(batch.outputs, live, self.room.budget, self.policy.layout == "shared"):
-                self._accumulate(batch, part, weights_T, first_pass)
+        def accumulate() -> list[_Tally]:
+            each = zip(self.twins.policies(len(lanes)), lanes, strict=True)
+            return at_once([partial(self._accumulate, *lane, self.room.budget // len(lanes), pass_) for lane in each])
 
         def drop() -> None:
             # The longest group came first, so little is lost.
             self.optimizer.zero_grad()
-            self._tally = before
+            self.twins.drop()
 
-        self.room.run(accumulate, drop)
+        for tally in self.room.run(accumulate, drop):
+            self._tally.join(tally)
+        self.twins.gather()
         self._tally.updated(*self.optimizer.step())
         if first_pass:
             self._tally.tokens_skipped += sum(len(batch.outputs[m].token_ids) for m in set(members) - set(live))
@@ -124,21 +131,24 @@ class Learner:
             trained_T=batch.trained_T & chosen[batch.completion_T], dtype=batch.advantages_T.dtype,
         )  # fmt: skip
 
-    def _accumulate(self, batch: Batch, part: Sequence[int], weights_T: Tensor, first_pass: bool) -> None:
-        """Forward and backward over one micro-batch; gradients add up in the masters."""
-        stream, place = lay_out(self.policy, batch.outputs, part)
-        # Before the first update the policy is the old policy: taken from this very pass, the ratio is exactly 1.
-        on_policy = first_pass and not self._tally.norms
-        slope_T = self._slope(batch, place, weights_T) if on_policy and not self._reads_logprobs(batch) else None
-        logprobs_T, entropy_T = self.policy(stream, batch.temperature, entropy=first_pass, slope_T=slope_T)
-        old_T = logprobs_T.detach() if on_policy or batch.old_logprobs_T is None else batch.old_logprobs_T[place]
-        losses = self._losses(batch, place, logprobs_T, old_T)
-        loss = (losses.loss_T * weights_T[place]).sum()
-        loss.backward()
-        trained_T = batch.trained_T[place]
-        self._tally.add(loss, losses, trained_T)
-        if entropy_T is not None:
-            self._tally.add_first_pass(entropy_T, (old_T - batch.sampled_logprobs_T[place]).abs(), trained_T)
+    def _accumulate(self, policy: Policy, members: Sequence[int], budget: int, pass_: _Pass) -> _Tally:
+        """Forward and backward over some outputs; gradients add up."""
+        tally, batch = _Tally(), pass_.batch
+        for part in micro_batches(batch.outputs, members, budget, policy.layout == "shared"):
+            stream, place = lay_out(policy, batch.outputs, part)
+            beforehand = pass_.on_policy and not self._reads_logprobs(batch)
+            slope_T = self._slope(batch, place, pass_.weights_T) if beforehand else None
+            logprobs_T, entropy_T = policy(stream, batch.temperature, entropy=pass_.first, slope_T=slope_T)
+            known_T = None if pass_.on_policy else batch.old_logprobs_T
+            old_T = logprobs_T.detach() if known_T is None else known_T[place]
+            losses = self._losses(batch, place, logprobs_T, old_T)
+            loss = (losses.loss_T * pass_.weights_T[place]).sum()
+            loss.backward()
+            trained_T = batch.trained_T[place]
+            tally.add(loss, losses, trained_T)
+            if entropy_T is not None:
+                tally.add_first_pass(entropy_T, (old_T - batch.sampled_logprobs_T[place]).abs(), trained_T)
+        return tally
 
     def _losses(self, batch: Batch, place: Tensor, logprobs_T: Tensor, old_T: Tensor) -> TokenLosses:
         return token_losses(
@@ -189,6 +199,16 @@ class Learner:
                     buffer.copy_(tensors["model"][name])
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """What the micro-batches of an update have in common. `first`: of the passes over the batch."""
+
+    batch: Batch
+    weights_T: Tensor
+    first: bool
+    on_policy: bool
+
+
 class _Tally:
     """Sums over the trained tokens of all passes over a batch; they leave the device when metrics are asked for."""
 
@@ -200,12 +220,14 @@ class _Tally:
         self.rate = 0.0
         self.micro_batches = self.tokens_skipped = 0
 
-    def copy(self) -> _Tally:
-        """The same counts; what is added to one is not in the other."""
-        other = _Tally()
-        for name, value in vars(self).items():
-            setattr(other, name, value.copy() if isinstance(value, dict | list) else value)
-        return other
+    def join(self, other: _Tally) -> None:
+        """Count what another one has counted of the same update."""
+        self.micro_batches += other.micro_batches
+        for own, more in ((self.sums, other.sums), (self.counts, other.counts)):
+            for name, value in more.items():
+                _add(own, name, value)
+        for name, value in other.greatest.items():
+            self._greatest(name, value)
 
     def add(self, loss: Tensor, losses: TokenLosses, trained_T: Tensor) -> None:
         """Count one micro-batch."""
@@ -255,7 +277,9 @@ class _Tally:
 
     def _max(self, name: str, values_T: Tensor, trained_T: Tensor) -> None:
         """For values that are not negative."""
-        top = torch.where(trained_T, values_T, 0).max()
+        self._greatest(name, torch.where(trained_T, values_T, 0).max())
+
+    def _greatest(self, name: str, top: Tensor) -> None:
         self.greatest[name] = torch.maximum(self.greatest[name], top) if name in self.greatest else top
 
 

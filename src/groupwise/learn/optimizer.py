@@ -63,8 +63,6 @@ class MasterOptimizer:
             self.masters = {name: p.detach().float().clone() for name, p in self.parameters.items()}
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(compute_dtype)
-            for name, parameter in self.parameters.items():
-                parameter.register_post_accumulate_grad_hook(_gather_into(self.masters[name]))
         decayed = [m for m in self.masters.values() if m.ndim > 1]
         others = [m for m in self.masters.values() if m.ndim <= 1]
         self.adam = torch.optim.AdamW(
@@ -73,6 +71,22 @@ class MasterOptimizer:
             eps=settings.adam_epsilon, fused=True,
         )  # fmt: skip
         self.zero_grad()
+        for name, parameter in self.parameters.items():
+            _gather(parameter, self.masters[name].grad)
+
+    def gather_apart(self, module: nn.Module) -> dict[str, Tensor]:
+        """Gradients, by name, that backward passes of another module over the same weights add up from now on."""
+        gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
+        others = dict(module.named_parameters())
+        for name, gradient in gradients.items():
+            _gather(others[name], gradient)
+        return gradients
+
+    def add_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add some that were gathered apart."""
+        for name, master in self.masters.items():
+            assert master.grad is not None
+            master.grad += gradients[name]
 
     def zero_grad(self) -> None:
         """Gradients to 0, not to None: an update whose every output was skipped still moves the running means."""
@@ -135,10 +149,16 @@ class MasterOptimizer:
             }
 
 
-def _gather_into(master: Tensor) -> Callable[[Tensor], None]:
-    def gather(narrow: Tensor) -> None:
-        assert master.grad is not None and narrow.grad is not None
-        master.grad += narrow.grad
+def _gather(parameter: nn.Parameter, gradient: Tensor | None) -> None:
+    """Have each backward pass add to `gradient`: of its own accord where the types are the same, else by a hook."""
+    assert gradient is not None
+    if parameter.dtype == gradient.dtype:
+        parameter.grad = gradient
+        return
+
+    def add(narrow: Tensor) -> None:
+        assert narrow.grad is not None
+        gradient.add_(narrow.grad)
         narrow.grad = None
 
-    return gather
+    parameter.register_post_accumulate_grad_hook(add)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from groupwise.errors import ModelError
 from groupwise.learn.alike import Counting
+from groupwise.learn.lanes import deal
 from groupwise.learn.meter import Cost, Meter
 from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
 from groupwise.learn.pack import Output, micro_batches
@@ -43,20 +44,29 @@ class Shape:
     prompt: int
     length: int
 
-    def parts(self, budget: int, shared: bool) -> list[tuple[int, ...]]:
-        """The micro-batches of at most `budget` tokens that the learner cuts, the largest first.
+    def lanes(self, most: int) -> int:
+        """How many micro-batches the learner computes at once, where it may do so with `most`."""
+        made = self._made()
+        return len(deal(made, range(len(made)), most))
+
+    def parts(self, budget: int, shared: bool, most_lanes: int = 1) -> list[tuple[int, ...]]:
+        """The micro-batches that the learner cuts, together of at most `budget` tokens in all lanes, the largest first.
 
         Each is told by how many outputs it takes of each of its groups.
         """
-        prompt, length = (0,) * self.prompt, (0,) * self.length
-        made = [Output(g, prompt, length, 0) for g in range(self.groups) for _ in range(self.outputs)]
+        made = self._made()
+        lanes = deal(made, range(len(made)), most_lanes)
         found = []
-        for part in micro_batches(made, range(len(made)), budget, shared):
+        for part in [p for lane in lanes for p in micro_batches(made, lane, budget // len(lanes), shared)]:
             counts: dict[int, int] = {}
             for member in part:
                 counts[made[member].group] = counts.get(made[member].group, 0) + 1
             found.append(tuple(counts.values()))
         return sorted(found, key=lambda part: -self.tokens(part, shared))
+
+    def _made(self) -> list[Output]:
+        prompt, length = (0,) * self.prompt, (0,) * self.length
+        return [Output(g, prompt, length, 0) for g in range(self.groups) for _ in range(self.outputs)]
 
     def tokens(self, part: Sequence[int], shared: bool) -> int:
         """What the linear layers see of a micro-batch."""

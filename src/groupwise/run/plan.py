@@ -15,6 +15,7 @@ from groupwise.config import BUILTIN, Job
 from groupwise.data.arithmetic import ALPHABET
 from groupwise.disk import in_words
 from groupwise.errors import DataError, ModelError
+from groupwise.learn.lanes import most_lanes
 from groupwise.learn.meter import Cost
 from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.codec import Codec
@@ -117,10 +118,24 @@ class _Planned:
         step = self.shape(prompt)
         return replace(step, groups=-(-step.groups // self.job.train.updates_per_batch))
 
+    @property
+    def most_lanes(self) -> int:
+        """How many micro-batches may be computed at once."""
+        return most_lanes(self.parameters, self.device)
+
+    @property
+    def lanes(self) -> int:
+        """How many are, in an update of the longest prompts."""
+        return self.update(self.prompts.longest).lanes(self.most_lanes)
+
+    def peak(self, budget: int, checkpointing: bool) -> int:
+        """Bytes of the largest micro-batches, one in each lane."""
+        return self.lanes * round(self.training(budget, checkpointing).peak)
+
     def training(self, budget: int, checkpointing: bool) -> Cost:
         """Forward and backward of the largest micro-batch within a budget; the same one is looked at once."""
         shape = self.update(self.prompts.longest)
-        part = shape.parts(budget, self.hollow.layout == "shared")[0]
+        part = shape.parts(budget, self.hollow.layout == "shared", self.most_lanes)[0]
         if (part, checkpointing) not in self._costs:
             self._costs[part, checkpointing] = self.hollow.training(shape, part, checkpointing)
         return self._costs[part, checkpointing]
@@ -136,13 +151,15 @@ def plan_of(job: Job, given: Given | None = None, *, memory_only: bool = False) 
     hollow, prompts = planned.hollow, planned.prompts
     held = weight_bytes(planned.parameters, hollow.dtype, planned.objective.needs_reference)
     sampling = sampling_costs(hollow, planned.shape(prompts.longest), job.sampling.max_live_outputs, planned.cached)
+    held["gradients of other lanes"] = 4 * planned.parameters * (planned.lanes - 1)
     held |= sampling.stores
     own = planned.parameters if job.model.path == BUILTIN else Source(job.model.path, job.model.revision, planned.trust)
     held |= reward_model_bytes(job, own, planned.trust, hollow.dtype)
     stays, free = sum(held.values()), available_memory(planned.device)
     budget, checkpointing = memory_settings(job)
     training = planned.training(budget, checkpointing)
-    passes = {**sampling.passes, "forward and backward of the largest micro-batch": round(training.peak)}
+    peak = planned.peak(budget, checkpointing)
+    passes = {**sampling.passes, "forward and backward of the largest micro-batch": peak}
     would_do = _what_fits(planned, int(ROOM * free) - stays, max(sampling.passes.values()))
     return Plan(
         model=f"{job.model.path}: {hollow.config.model_type}, {planned.parameters / 1e6:,.1f}M parameters",
@@ -224,15 +241,15 @@ def _what_fits(planned: _Planned, room: int, sampling: int) -> tuple[int, bool] 
         return None
     job, shape = planned.job, planned.update(planned.prompts.longest)
     shared, (asked, own) = planned.hollow.layout == "shared", memory_settings(job)
-    group, one = (shape.tokens((outputs,), shared) for outputs in (shape.outputs, 1))
+    group, one = (planned.lanes * shape.tokens((outputs,), shared) for outputs in (shape.outputs, 1))
     budgets = [asked]
-    most = min(budgets[0], shape.groups * group)
+    most = min(budgets[0], -(-shape.groups // planned.lanes) * group)
     budgets += [most >> halvings for halvings in range(1, 32) if most >> halvings >= one]
     whole = [(budget, own) for budget in budgets if budget >= group]
     again = [(budget, True) for budget in budgets] if planned.hollow.can_checkpoint else []
     rest = [(budget, own) for budget in budgets]
     for budget, checkpointing in dict.fromkeys([*rest[:1], *whole, *again, *rest]):
-        if planned.training(budget, checkpointing).peak <= room:
+        if planned.peak(budget, checkpointing) <= room:
             return budget, checkpointing
     return None
 
@@ -251,13 +268,12 @@ def _verdict(job: Job, would_do: tuple[int, bool] | None) -> str:
 def _activations(planned: _Planned, training: Cost) -> dict[str, int]:
     """What forward and backward are made of, and what they would be the other way."""
     found = {
-        "kept for the backward pass": round(training.kept),
-        "a chunk of the head, a layer's backward": round(training.peak - training.kept),
+        "kept for the backward pass": planned.lanes * round(training.kept),
+        "a chunk of the head, a layer's backward": planned.lanes * round(training.peak - training.kept),
     }
     budget, own = memory_settings(planned.job)
     if planned.hollow.can_checkpoint:
-        other = planned.training(budget, not own)
-        found[f"in all {'without' if own else 'with'} gradient checkpointing"] = round(other.peak)
+        found[f"in all {'without' if own else 'with'} gradient checkpointing"] = planned.peak(budget, not own)
     return found
 
 
@@ -267,7 +283,7 @@ def _seconds(planned: _Planned, sampling: SamplingCosts, training: Cost) -> dict
     prompt, shared = max(1, round(planned.prompts.mean)), hollow.layout == "shared"
     shape, update = planned.shape(prompt), planned.update(prompt)
     budget, checkpointing = memory_settings(job)
-    parts = update.parts(budget, shared)
+    parts = update.parts(budget, shared, planned.most_lanes)
     if shape.prompt < planned.prompts.longest:
         sampling = sampling_costs(hollow, shape, job.sampling.max_live_outputs, planned.cached)
         training = hollow.training(shape, parts[0], checkpointing)
