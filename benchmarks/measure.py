@@ -248,7 +248,8 @@ def measure_memory(row: Row, bench: Bench) -> dict[str, Any]:
 def _peak(bench: Bench, system: str, row: Row, settings: Settings) -> int:
     worker = bench.start(system, row.case, settings)
     try:
-        return max(int(worker.ask(step=number)["peak"]) for number in range(2))
+        verb = "memory" if system == "ours" else "step"
+        return max(int(worker.ask(**{verb: number})["peak"]) for number in range(2))
     finally:
         worker.close()
 

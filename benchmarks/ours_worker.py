@@ -14,10 +14,11 @@ import transformers
 
 import groupwise
 from benchmarks.cases import SEED, Case, reward_of, text_of
-from benchmarks.protocol import Channel, peak, resident
+from benchmarks.protocol import Channel, FamilyPeak, peak, resident
 from benchmarks.shapes import tokenizer_of
 from groupwise.data.stream import PromptStream
 from groupwise.engines.native import NativeEngine
+from groupwise.engines.pool import PooledEngine
 from groupwise.learn.learner import Learner, LearnerSettings
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import NoReference, Reference
@@ -27,7 +28,7 @@ from groupwise.objective import objective_named, token_advantages
 from groupwise.rewards.adapters import load_reward
 from groupwise.run.record import Record
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
-from groupwise.types import Prompt, Sampling, Scored
+from groupwise.types import Prompt, Request, Sampling, Scored
 
 AFTER_IMPORTS = resident()
 PROMPTS = 64
@@ -37,12 +38,21 @@ PROMPTS = 64
 class PrescribedEngine(NativeEngine):
     """Ends each output at its prescribed length, at no more cost than the test for an end token that it replaces."""
 
-    outputs = 0
-    lengths: tuple[int, ...] = ()
+    case: Case
 
     def _finish(self, row: Any) -> Any:
-        slot = int(row.request.uid.rpartition("/")[2])
-        return "stop" if len(row.token_ids) >= self.lengths[slot * self.outputs + row.index] else None
+        if row.request.uid not in self._lengths:
+            self._lengths[row.request.uid] = self._of(row.request)
+        return "stop" if len(row.token_ids) >= self._lengths[row.request.uid][row.index] else None
+
+    def _of(self, request: Request) -> list[int]:
+        step, slot = (int(part) for part in request.uid.split("/")[1:])
+        lengths = self.case.lengths(step)[slot * self.case.outputs :][: self.case.outputs]
+        return [min(length, request.sampling.max_tokens) for length in lengths]
+
+    def submit(self, request: Request) -> None:
+        self._lengths: dict[str, list[int]] = {}
+        super().submit(request)
 
 
 class Session:
@@ -55,8 +65,9 @@ class Session:
         loaded = load_policy(str(folder), device="cpu", dtype=settings["dtype"])
         self.line = loaded.line
         codec = self._codec(folder)
-        self.engine = PrescribedEngine(loaded.policy, codec)
-        self.engine.outputs = self.case.outputs
+        engine = PrescribedEngine(loaded.policy, codec)
+        engine.case = self.case
+        self.engine = PooledEngine(engine)
         self.rollouts = self._rollouts(codec)
         if settings.get("sampling_only"):
             for parameter in loaded.policy.model.parameters():
@@ -134,20 +145,25 @@ class Session:
 
     def _prescribe(self, number: int, short: int | None) -> list[int]:
         lengths = [min(length, short or length) for length in self.case.lengths(number)]
-        self.engine.lengths = tuple(lengths)
         sampling = replace(self.rollouts.draw.sampling, max_tokens=max(lengths))
         self.rollouts.draw = replace(self.rollouts.draw, sampling=sampling)
         return lengths
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
         """Do what is asked: a step, sampling alone, or a matrix product."""
-        if "step" in command:
+        together = 0
+        if "memory" in command:
+            family = FamilyPeak()
+            family.start()
+            found = self.step(command["memory"])
+            together = family.stop()
+        elif "step" in command:
             found = self.step(command["step"], command.get("short"))
         elif "sample" in command:
             found = self.sample(command["sample"], command.get("short"))
         else:
             found = self.product_rate()
-        return {**found, "peak": peak() - AFTER_IMPORTS}
+        return {**found, "peak": max(peak(), together) - AFTER_IMPORTS}
 
 
 def _check(scored: Scored, lengths: list[int]) -> None:

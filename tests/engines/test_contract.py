@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from itertools import islice
 
 import pytest
+import torch
 
+from groupwise.engines import pool
 from groupwise.engines.base import Engine, generate
 from groupwise.engines.native import NativeEngine
+from groupwise.engines.pool import PooledEngine
 from groupwise.engines.scripted import ScriptedEngine
 from groupwise.models.codec import Codec
 from groupwise.types import Request, Sampled, Sampling
@@ -20,11 +23,21 @@ from tests.tiny_tokenizers import byte_level
 TEXTS = ["yes.", "no", "perhaps not today", ""]
 
 
-@pytest.fixture(params=["shared", "plain", "scripted"])
-def engine(request: pytest.FixtureRequest) -> Engine:
+@pytest.fixture(params=["shared", "plain", "pooled", "scripted"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    made: Engine
+    threads = torch.get_num_threads()
     if request.param == "scripted":
-        return ScriptedEngine({PROMPTS[0]: TEXTS, **{f"r{i}": TEXTS[i:] for i in (1, 2, 3)}}, CODEC)
-    return NativeEngine(make_policy(layout=request.param), CODEC, max_live=4)
+        made = ScriptedEngine({PROMPTS[0]: TEXTS, **{f"r{i}": TEXTS[i:] for i in (1, 2, 3)}}, CODEC)
+    elif request.param == "pooled":
+        torch.set_num_threads(2)
+        monkeypatch.setattr(pool, "ROWS", 1)
+        made = PooledEngine(NativeEngine(make_policy(), CODEC, max_live=4), least_tokens=0)
+    else:
+        made = NativeEngine(make_policy(layout=request.param), CODEC, max_live=4)
+    yield made
+    made.close()
+    torch.set_num_threads(threads)
 
 
 def test_each_request_gets_its_completions_once(engine: Engine) -> None:

@@ -47,7 +47,7 @@ def a_config(kind: str) -> PreTrainedConfig:
 def costs(kind: str, dtype: torch.dtype) -> list[Cost]:
     hollow = Hollow(a_config(kind), "shared", HeadShape(), dtype, direct=kind == "qwen3")
     passes = [hollow.training(SHAPE, PART, checkpointing) for checkpointing in (False, True)]
-    sampling = sampling_costs(hollow, SHAPE, 8, cached=True)
+    sampling = sampling_costs(hollow, SHAPE, 8, cached=True, parameters=0)
     return [*passes, hollow.scoring(SHAPE, PART), sampling.prefill, sampling.longest]
 
 

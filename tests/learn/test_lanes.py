@@ -13,7 +13,7 @@ import torch
 
 from groupwise.errors import ModelError
 from groupwise.learn import lanes
-from groupwise.learn.lanes import UNEVEN, at_once, deal, even_shares, most_lanes
+from groupwise.learn.lanes import at_once, deal, most_lanes
 from groupwise.learn.learner import Learner
 from groupwise.learn.pack import Output
 from groupwise.learn.reference import Reference
@@ -93,27 +93,6 @@ def test_there_is_one_lane_where_more_would_not_be_faster(monkeypatch: pytest.Mo
     assert most_lanes(1000, "cpu") == 3
     torch.set_num_threads(1)
     assert most_lanes(1000, "cpu") == 1
-
-
-def test_shares_are_as_many_as_are_even() -> None:
-    assert even_shares([3, 3, 3, 3], 2) == [[0, 2], [1, 3]]
-    assert even_shares([1, 1, 1, 1], 3) == [[0, 2], [1, 3]], "two and two, not two, one and one"
-    assert even_shares([1, 1, 1], 2) == [[0, 1, 2]]
-    assert even_shares([5, 1, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4, 5]]
-    assert even_shares([4, 2], 2) == [[0, 1]]
-    assert even_shares([7], 4) == [[0]]
-    assert even_shares([], 4) == [[]]
-
-
-def test_no_share_is_much_larger_than_the_mean() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        sizes = torch.randint(1, 100, (12,), generator=generator).tolist()
-        shares = even_shares(sizes, 4)
-        loads = [sum(sizes[i] for i in share) for share in shares]
-        assert sorted(i for share in shares for i in share) == list(range(12))
-        assert max(loads) <= UNEVEN * sum(sizes) / len(shares)
-        assert all(share == sorted(share) for share in shares)
 
 
 def test_work_is_done_in_threads_of_its_own_with_their_share_of_torchs() -> None:
@@ -269,3 +248,13 @@ def test_twins_share_weights_and_buffers_and_nothing_else() -> None:
     assert size(gathered(own)) == 0, "gathered once"
     first(first.stream([((2, 3), [(4, 5)])])).logprobs_T.sum().backward()
     assert distance(doubled, {name: 2 * value for name, value in gathered(own).items()}) < 1e-6
+
+
+def test_twins_follow_weights_that_were_moved() -> None:
+    own = learner(tiny_policy("llama"), 3)
+    own.twins.policies(3)
+    for parameter in own.policy.parameters():
+        parameter.data = 2 * parameter.data
+    first, second, third = own.twins.policies(3)
+    for twin in (second, third):
+        assert all(p.data_ptr() == q.data_ptr() for p, q in zip(first.parameters(), twin.parameters(), strict=True))

@@ -135,9 +135,9 @@ def test_less_is_computed_past_the_modules_where_prompts_are_long() -> None:
 
 def test_what_sampling_lays_out_anew_is_part_of_a_decoding_step(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Qwen2Config(**SIZES)
-    plain = sampling_costs(a_hollow(config, True), SHAPE, 8, cached=True)
+    plain = sampling_costs(a_hollow(config, True), SHAPE, 8, cached=True, parameters=0)
     monkeypatch.setattr(packed, "_SMALLEST", 1)
-    laid_out = sampling_costs(a_hollow(config, True), SHAPE, 8, cached=True)
+    laid_out = sampling_costs(a_hollow(config, True), SHAPE, 8, cached=True, parameters=0)
     matrices = 96 * 64 + 3 * (64 * (64 + 64 + 2 * 32) + 3 * 64 * 160)
     assert plain.copies == 0
     assert laid_out.copies == (4 * matrices if packed._kernel_agrees(torch.float32) else 0)

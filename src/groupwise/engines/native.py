@@ -92,14 +92,17 @@ class NativeEngine:
     def submit(self, request: Request) -> None:
         """See `Engine`. Raises ConfigError for an empty stop string."""
         assert request.uid not in self._flights, f"request {request.uid} is in flight already"
-        assert request.token_ids and request.n > 0 and request.sampling.max_tokens > 0
-        self._checker(request.sampling.stop)
+        self.check(request)
         self._flights[request.uid] = _Flight(request.n, request.n)
-        if request.branch is not None:
-            assert request.token_ids == request.branch.token_ids, f"request {request.uid} leaves its tree"
-            if self.decoder.refills:
-                self._of_tree.setdefault(request.branch.tree.uid, {})[request.uid] = request
+        if request.branch is not None and self.decoder.refills:
+            self._of_tree.setdefault(request.branch.tree.uid, {})[request.uid] = request
         self._waiting.extend(_Row(request, i) for i in range(request.n))
+
+    def check(self, request: Request) -> None:
+        """Raises ConfigError for an empty stop string; what no caller can mean is an assertion."""
+        assert request.token_ids and request.n > 0 and request.sampling.max_tokens > 0
+        assert request.branch is None or request.token_ids == request.branch.token_ids, f"{request.uid} leaves its tree"
+        self._checker(request.sampling.stop)
 
     def cancel(self, uid: str) -> None:
         """See `Engine`."""

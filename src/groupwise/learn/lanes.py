@@ -4,9 +4,8 @@ every operation on all of them."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from groupwise.learn.optimizer import MasterOptimizer
 from groupwise.learn.pack import Output
+from groupwise.models.cores import LARGEST, even_shares, threads, threads_each
 from groupwise.models.policy import Policy
 
 Result = TypeVar("Result")
@@ -22,10 +22,6 @@ MOST = 4
 """Lanes at once: they share one interpreter."""
 LEAST_TOKENS = 512
 """Of a lane: with fewer, there is nothing to gain."""
-LARGEST = 1 << 27
-"""Parameters of a model with lanes: each lane has gradients of its own, and larger products keep all cores busy."""
-UNEVEN = 1.25
-"""How much more than the mean the largest share may be: beyond that, threads inside each operation finish earlier."""
 
 
 def most_lanes(parameters: int, device: torch.device | str) -> int:
@@ -49,36 +45,19 @@ def deal(outputs: Sequence[Output], members: Sequence[int], most: int) -> list[l
     return [[m for g in share for m in of_group[g]] for share in shares]
 
 
-def even_shares(sizes: Sequence[float], most: int) -> list[list[int]]:
-    """Indexes of `sizes` in as many shares of nearly equal sums as there can be, at most `most`; one where none are.
-
-    Within a share they keep their order.
-    """
-    for count in range(min(most, len(sizes)), 1, -1):
-        shares: list[list[int]] = [[] for _ in range(count)]
-        loads = [0.0] * count
-        for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-            least = loads.index(min(loads))
-            shares[least].append(index)
-            loads[least] += sizes[index]
-        if max(loads) <= UNEVEN * sum(loads) / count:
-            return [sorted(share) for share in shares]
-    return [list(range(len(sizes)))]
-
-
 def at_once(work: Sequence[Callable[[], Result]]) -> list[Result]:
     """What each of `work` gives, in order: the first in this thread, the others beside it, each with its share of
     torch's threads. Raises what the first of them raises that fails, when all have ended."""
     if len(work) == 1:
         return [work[0]()]
-    each, grad = max(1, torch.get_num_threads() // len(work)), torch.is_grad_enabled()
+    each, grad = threads_each(len(work)), torch.is_grad_enabled()
 
     def beside(one: Callable[[], Result]) -> Result:
-        with _threads(each), torch.set_grad_enabled(grad):
+        with threads(each), torch.set_grad_enabled(grad):
             return one()
 
     others = [_pool().submit(beside, one) for one in work[1:]]
-    with _threads(each):
+    with threads(each):
         try:
             first = work[0]()
         finally:
@@ -102,6 +81,9 @@ class Twins:
         while len(self._twins) < lanes - 1:
             twin = _twin(self.policy)
             self._twins.append((twin, self.optimizer.gather_apart(twin.model)))
+        for twin, _ in self._twins:
+            for own, other in zip(self.policy.parameters(), twin.parameters(), strict=True):
+                other.data = own.data  # whoever has moved a weight since
         return [self.policy, *(twin for twin, _ in self._twins[: lanes - 1])]
 
     def gather(self) -> None:
@@ -125,14 +107,3 @@ def _twin(policy: Policy) -> Policy:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(MOST - 1, thread_name_prefix="groupwise-lane")
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Operations of this thread use `count` of torch's threads meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from groupwise.engines.cache import SharedDecoder
 from groupwise.engines.draw import Filters, draw, uniforms
+from groupwise.engines.pool import by_process
 from groupwise.learn.meter import Cost
 from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.policy import Policy
@@ -23,7 +24,7 @@ Step = Callable[[], object]
 class SamplingCosts:
     """What sampling takes: all prompts once, and one decoding step of `rows` outputs, halfway and at its longest.
 
-    `copies` are the bytes of the matrices that decoding lays out anew.
+    `copies` are the bytes of the matrices that decoding lays out anew, in each process that samples.
     """
 
     rows: int
@@ -49,7 +50,7 @@ class SamplingCosts:
         }
 
 
-def sampling_costs(hollow: Hollow, shape: Shape, max_live: int, cached: bool) -> SamplingCosts:
+def sampling_costs(hollow: Hollow, shape: Shape, max_live: int, cached: bool, parameters: int) -> SamplingCosts:
     """What sampling a step takes, at most `max_live` outputs together. Raises ModelError where that cannot be told."""
     rows = min(shape.groups * shape.outputs, max_live)
     prompts = -(-rows // shape.outputs)
@@ -64,8 +65,10 @@ def sampling_costs(hollow: Hollow, shape: Shape, max_live: int, cached: bool) ->
     def decode(reach: int) -> Callable[[Policy], Step]:
         return lambda policy: decoding(policy, shape, rows, reach, cached)
 
+    outputs = shape.groups * shape.outputs
+    processes = len(by_process([1.0] * shape.groups, outputs, parameters, hollow.device))
     return SamplingCosts(
-        rows, hollow.copies, hollow.inference(prefill), hollow.inference(decode(max(1, shape.length // 2))),
+        rows, processes * hollow.copies, hollow.inference(prefill), hollow.inference(decode(max(1, shape.length // 2))),
         hollow.inference(decode(shape.length)),
     )  # fmt: skip
 

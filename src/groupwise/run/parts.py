@@ -18,6 +18,7 @@ from groupwise.data.stream import PromptStream
 from groupwise.disk import in_words
 from groupwise.engines.base import Engine
 from groupwise.engines.native import NativeEngine
+from groupwise.engines.pool import PooledEngine
 from groupwise.errors import ConfigError, DataError, GroupwiseError, ModelError
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
@@ -204,7 +205,8 @@ def open_evaluation(job: Job, model: Model, given: Given, engine: Engine, scorer
 
 def open_engine(job: Job, model: Model, closing: ExitStack) -> Engine:
     """What samples."""
-    engine = NativeEngine(model.loaded.policy, model.codec, max_live=job.sampling.max_live_outputs)
+    own = NativeEngine(model.loaded.policy, model.codec, max_live=job.sampling.max_live_outputs)
+    engine = PooledEngine(own)
     closing.callback(engine.close)
     return engine
 

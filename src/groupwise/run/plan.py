@@ -118,6 +118,11 @@ class _Planned:
         step = self.shape(prompt)
         return replace(step, groups=-(-step.groups // self.job.train.updates_per_batch))
 
+    def sampling(self, prompt: int) -> SamplingCosts:
+        """What sampling a step of prompts of this length takes."""
+        most = self.job.sampling.max_live_outputs
+        return sampling_costs(self.hollow, self.shape(prompt), most, self.cached, self.parameters)
+
     @property
     def most_lanes(self) -> int:
         """How many micro-batches may be computed at once."""
@@ -150,7 +155,7 @@ def plan_of(job: Job, given: Given | None = None, *, memory_only: bool = False) 
     planned = _planned(job, given or Given())
     hollow, prompts = planned.hollow, planned.prompts
     held = weight_bytes(planned.parameters, hollow.dtype, planned.objective.needs_reference)
-    sampling = sampling_costs(hollow, planned.shape(prompts.longest), job.sampling.max_live_outputs, planned.cached)
+    sampling = planned.sampling(prompts.longest)
     held["gradients of other lanes"] = 4 * planned.parameters * (planned.lanes - 1)
     held |= sampling.stores
     own = planned.parameters if job.model.path == BUILTIN else Source(job.model.path, job.model.revision, planned.trust)
@@ -285,7 +290,7 @@ def _seconds(planned: _Planned, sampling: SamplingCosts, training: Cost) -> dict
     budget, checkpointing = memory_settings(job)
     parts = update.parts(budget, shared, planned.most_lanes)
     if shape.prompt < planned.prompts.longest:
-        sampling = sampling_costs(hollow, shape, job.sampling.max_live_outputs, planned.cached)
+        sampling = planned.sampling(prompt)
         training = hollow.training(shape, parts[0], checkpointing)
     first = shape.tokens(parts[0], shared)
     share = sum(shape.tokens(part, shared) for part in parts) / first * shape.groups / update.groups
