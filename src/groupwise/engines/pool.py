@@ -119,14 +119,8 @@ class PooledEngine:
                 self._work()
                 while self._ready:
                     sampled = self._ready.popleft()
-                    flight = self._flights.get(sampled.uid)
-                    if flight is None or sampled.output not in flight.missing:
-                        continue  # cancelled, or handed over before its request was begun again
-                    flight.missing.remove(sampled.output)
-                    if not flight.missing:
-                        del self._flights[sampled.uid]
-                        self.own.cancel(sampled.uid)
-                    yield sampled
+                    if self._is_due(sampled):
+                        yield sampled
         except GeneratorExit:  # the consumer may come back
             raise
         except BaseException:
@@ -136,6 +130,17 @@ class PooledEngine:
             unfinished, self._of_own = self._of_own, iter(())
             if isinstance(unfinished, Generator):
                 unfinished.close()  # `own` gives back what it holds while it samples
+
+    def _is_due(self, sampled: Sampled) -> bool:
+        """Note that it is handed over; False where it was cancelled, or handed over before it was begun again."""
+        flight = self._flights.get(sampled.uid)
+        if flight is None or sampled.output not in flight.missing:
+            return False
+        flight.missing.remove(sampled.output)
+        if not flight.missing:
+            del self._flights[sampled.uid]
+            self.own.cancel(sampled.uid)  # it may be drawing once more what was begun again
+        return True
 
     def _work(self) -> None:
         """Go on until something is ready, or a helper has ended."""
