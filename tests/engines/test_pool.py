@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -115,6 +116,32 @@ def test_requests_of_a_tree_stay_together(engine: Pooled) -> None:
     shares = engine._shares(asked)
     assert [{r.branch.tree.uid for r in share if r.branch} for share in shares] == [{"t0"}, {"t1"}]
     same(generate(engine, asked), sample(make_policy(), asked))
+
+
+def test_the_same_bits_come_again_whoever_is_done_first(engine: Pooled) -> None:
+    """Helpers that are done early, or late, change no rounding here."""
+    seen: list[int] = []
+    decode = engine.own._decode
+    engine.own._decode = lambda: (seen.append(torch.get_num_threads()), decode())  # type: ignore[method-assign, assignment]
+    for pause in (0.0, 0.2):
+        for request in requests(n=4, max_tokens=20):
+            engine.submit(request)
+        engine._deal()
+        time.sleep(pause)
+        assert len(list(engine.completed())) == 16
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 2
+    generate(engine, requests(n=4)[:1])
+    assert seen[-1] == 2, "alone it has all of them"
+
+
+def test_who_leaves_while_much_is_ready_misses_nothing(engine: Pooled) -> None:
+    for request in requests(n=4):
+        engine.submit(request)
+    engine._deal()
+    time.sleep(0.3)  # the helper is done by now, and its outputs come in at once
+    parts = [list(islice(engine.completed(), count)) for count in (1, 3, 2, 100)]
+    assert len({(s.uid, s.output) for part in parts for s in part}) == sum(map(len, parts)) == 16
 
 
 def test_tokens_of_all_processes_are_told(engine: Pooled) -> None:

@@ -69,6 +69,7 @@ class PooledEngine:
         self._waiting: list[Request] = []
         self._ready: deque[Sampled] = deque()
         self._of_own: Iterator[Sampled] = iter(())
+        self._apart = False
         self._weights: SharedWeights | None = None
         self._idle: list[_Helper] = []
         self._busy: list[_Helper] = []
@@ -116,11 +117,9 @@ class PooledEngine:
         """See `Engine`. Raises ModelError where the policy's logits are not finite, or where a helper was ended."""
         try:
             while self._flights:
-                self._work()
-                while self._ready:
-                    sampled = self._ready.popleft()
-                    if self._is_due(sampled):
-                        yield sampled
+                if not self._ready:
+                    self._work()
+                yield from self._due()
         except GeneratorExit:  # the consumer may come back
             raise
         except BaseException:
@@ -131,22 +130,25 @@ class PooledEngine:
             if isinstance(unfinished, Generator):
                 unfinished.close()  # `own` gives back what it holds while it samples
 
-    def _is_due(self, sampled: Sampled) -> bool:
-        """Note that it is handed over; False where it was cancelled, or handed over before it was begun again."""
-        flight = self._flights.get(sampled.uid)
-        if flight is None or sampled.output not in flight.missing:
-            return False
-        flight.missing.remove(sampled.output)
-        if not flight.missing:
-            del self._flights[sampled.uid]
-            self.own.cancel(sampled.uid)  # it may be drawing once more what was begun again
-        return True
+    def _due(self) -> Iterator[Sampled]:
+        """What is ready, less what was cancelled, or was handed over before its request was begun again."""
+        while self._ready:
+            sampled = self._ready.popleft()
+            flight = self._flights.get(sampled.uid)
+            if flight is None or sampled.output not in flight.missing:
+                continue
+            flight.missing.remove(sampled.output)
+            if not flight.missing:
+                del self._flights[sampled.uid]
+                self.own.cancel(sampled.uid)  # it may be drawing once more what was begun again
+            yield sampled
 
     def _work(self) -> None:
         """Go on until something is ready, or a helper has ended."""
         if self._waiting:
             self._deal()
-        with threads(1 if self._busy else torch.get_num_threads()):
+        # One also when all helpers are done: how sums are rounded must not depend on when that is.
+        with threads(1 if self._apart else torch.get_num_threads()):
             sampled = next(self._of_own, None)
             if sampled is None:  # it had nothing to do, or was given something since
                 self._of_own = self.own.completed()
@@ -164,6 +166,7 @@ class PooledEngine:
         processes = len(given) + 1
         if alone:
             _end(self._busy, self._busy)  # they are busy with what was cancelled
+            self._apart = bool(given)
             self.own.max_live = max(1, self._max_live // processes)
         for part in given:
             task = _Task(part, self.own.version, self.own.max_live)
