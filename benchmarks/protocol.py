@@ -13,6 +13,8 @@ from threading import Event, Thread, Timer
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+GRACE = 5.0
+"""Seconds that a worker has to end by itself."""
 
 
 class WorkerError(Exception):
@@ -87,13 +89,19 @@ class Worker:
         return self._read()
 
     def close(self) -> None:
-        """End the worker. Calling it twice is fine."""
+        """End the worker. Calling it twice is fine.
+
+        It is asked first, by the end of its input: then it ends its own helpers, whose time counts as its own.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with suppress(BrokenPipeError):  # a command that it did not live to read
+            self.process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE)
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            with suppress(BrokenPipeError):  # a command that it did not live to read
-                pipe.close()
+        self.process.stdout.close()
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
