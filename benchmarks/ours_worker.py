@@ -24,6 +24,7 @@ from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.codec import Codec
 from groupwise.models.load import LoadedPolicy, load_policy
+from groupwise.models.policy import Policy
 from groupwise.objective import objective_named, token_advantages
 from groupwise.rewards.adapters import load_reward
 from groupwise.run.record import Record
@@ -38,21 +39,19 @@ PROMPTS = 64
 class PrescribedEngine(NativeEngine):
     """Ends each output at its prescribed length, at no more cost than the test for an end token that it replaces."""
 
-    case: Case
-
-    def _finish(self, row: Any) -> Any:
-        if row.request.uid not in self._lengths:
-            self._lengths[row.request.uid] = self._of(row.request)
-        return "stop" if len(row.token_ids) >= self._lengths[row.request.uid][row.index] else None
-
-    def _of(self, request: Request) -> list[int]:
-        step, slot = (int(part) for part in request.uid.split("/")[1:])
-        lengths = self.case.lengths(step)[slot * self.case.outputs :][: self.case.outputs]
-        return [min(length, request.sampling.max_tokens) for length in lengths]
+    def __init__(self, case: Case, policy: Policy, codec: Codec) -> None:
+        super().__init__(policy, codec)
+        self.case = case
+        self._lengths: dict[str, list[int]] = {}
 
     def submit(self, request: Request) -> None:
-        self._lengths: dict[str, list[int]] = {}
+        step, slot = (int(part) for part in request.uid.split("/")[1:])
+        lengths = self.case.lengths(step)[slot * self.case.outputs :][: self.case.outputs]
+        self._lengths[request.uid] = [min(length, request.sampling.max_tokens) for length in lengths]
         super().submit(request)
+
+    def _finish(self, row: Any) -> Any:
+        return "stop" if len(row.token_ids) >= self._lengths[row.request.uid][row.index] else None
 
 
 class Session:
@@ -65,9 +64,7 @@ class Session:
         loaded = load_policy(str(folder), device="cpu", dtype=settings["dtype"])
         self.line = loaded.line
         codec = self._codec(folder)
-        engine = PrescribedEngine(loaded.policy, codec)
-        engine.case = self.case
-        self.engine = PooledEngine(engine)
+        self.engine = PooledEngine(PrescribedEngine(self.case, loaded.policy, codec))
         self.rollouts = self._rollouts(codec)
         if settings.get("sampling_only"):
             for parameter in loaded.policy.model.parameters():

@@ -1,14 +1,16 @@
 """The speed benchmarks: our worker does the work that it is asked for, and the table says what the results say."""
 
 import os
+import signal
 import sys
+import time
 from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks import measure, shapes, speed, table
+from benchmarks import measure, protocol, shapes, speed, table
 from benchmarks.cases import ROWS, SHAPES, Case, reward_of, sampling_flops, step_flops, training_flops
-from benchmarks.protocol import TooSlowError, Worker, WorkerError
+from benchmarks.protocol import FamilyPeak, TooSlowError, Worker, WorkerError
 
 MICRO = Case("micro", 2, 3, 5, 4)
 
@@ -55,6 +57,41 @@ def test_our_worker_samples_alone_and_multiplies(folder):
         assert ours.ask(product=True)["rate"] > 0
     finally:
         ours.close()
+
+
+def test_a_worker_ends_by_itself_when_it_is_closed(folder):
+    ours = worker(folder, MICRO, sampling_only=True)
+    ours.close()
+    ours.close()
+    assert ours.process.returncode == 0, "a killed one leaves its helpers behind"
+
+
+def test_a_worker_that_does_not_end_is_killed(folder, monkeypatch):
+    monkeypatch.setattr(protocol, "GRACE", 0.2)
+    ours = worker(folder, MICRO, sampling_only=True)
+    os.kill(ours.process.pid, signal.SIGSTOP)
+    ours.close()
+    assert ours.process.returncode == -signal.SIGKILL
+
+
+def test_the_peak_of_a_family_counts_a_child_and_what_is_shared_once():
+    size = 200_000_000
+    shared = b"a" * size
+
+    def peak_with(allocate):
+        child = os.fork()
+        if child == 0:
+            held = bytearray(b"b") * size if allocate else shared
+            time.sleep(0.5)
+            os._exit(len(held) == 0)
+        seen = FamilyPeak()
+        seen.start()
+        os.waitpid(child, 0)
+        return seen.stop()
+
+    alone, both = peak_with(allocate=False), peak_with(allocate=True)
+    assert 0.8 * size < both - alone < 1.2 * size
+    assert len(shared) == size
 
 
 def test_a_worker_that_ends_says_what_it_wrote_last(folder):

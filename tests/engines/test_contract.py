@@ -16,6 +16,7 @@ from groupwise.engines.native import NativeEngine
 from groupwise.engines.pool import PooledEngine
 from groupwise.engines.scripted import ScriptedEngine
 from groupwise.models.codec import Codec
+from groupwise.models.cores import threads
 from groupwise.types import Request, Sampled, Sampling
 from tests.engines.policies import CODEC, PROMPTS, make_policy, requests
 from tests.tiny_tokenizers import byte_level
@@ -26,18 +27,16 @@ TEXTS = ["yes.", "no", "perhaps not today", ""]
 @pytest.fixture(params=["shared", "plain", "pooled", "scripted"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     made: Engine
-    threads = torch.get_num_threads()
     if request.param == "scripted":
         made = ScriptedEngine({PROMPTS[0]: TEXTS, **{f"r{i}": TEXTS[i:] for i in (1, 2, 3)}}, CODEC)
     elif request.param == "pooled":
-        torch.set_num_threads(2)
         monkeypatch.setattr(pool, "ROWS", 1)
         made = PooledEngine(NativeEngine(make_policy(), CODEC, max_live=4), least_tokens=0)
     else:
         made = NativeEngine(make_policy(layout=request.param), CODEC, max_live=4)
-    yield made
+    with threads(2 if request.param == "pooled" else torch.get_num_threads()):
+        yield made
     made.close()
-    torch.set_num_threads(threads)
 
 
 def test_each_request_gets_its_completions_once(engine: Engine) -> None:

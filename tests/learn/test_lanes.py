@@ -17,6 +17,7 @@ from groupwise.learn.lanes import at_once, deal, most_lanes
 from groupwise.learn.learner import Learner
 from groupwise.learn.pack import Output
 from groupwise.learn.reference import Reference
+from groupwise.models.cores import threads
 from groupwise.models.layout import Stream
 from groupwise.models.load import checkpoint_gradients
 from groupwise.models.policy import LayoutName, Policy
@@ -38,11 +39,9 @@ from tests.learn.tiny import (
 @pytest.fixture(autouse=True)
 def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Three threads, and lanes for batches as small as a test's."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
     monkeypatch.setattr(lanes, "LEAST_TOKENS", 8)
-    yield
-    torch.set_num_threads(before)
+    with threads(3):
+        yield
 
 
 def learner(policy: Policy, count: int, **settings: Any) -> Learner:
@@ -142,13 +141,16 @@ def test_the_gradient_and_the_metrics_are_those_of_one_lane(layout: LayoutName, 
     assert cut[1] >= 3
 
 
-@pytest.mark.parametrize("kind", ["exact", "llama", "qwen3"])
-def test_updates_follow_the_same_weights(kind: str) -> None:
+@pytest.mark.parametrize("kind, direct", [("exact", False), ("llama", False), ("llama", True), ("qwen3", True)])
+def test_updates_follow_the_same_weights(kind: str, direct: bool) -> None:
     """Several updates of which each sees what the one before did: with the modules, and past them."""
     groups = batch_groups(tiny_policy(kind))
     found = []
     for count in (1, 3):
-        own = learner(tiny_policy(kind), count, rate=1e-2, num_iterations=2)
+        own = learner(tiny_policy(kind, direct=direct), count, rate=1e-2, num_iterations=2)
+        twins = own.twins.policies(count)
+        assert all((policy.direct is not None) == direct for policy in twins)
+        assert not direct or len({id(policy.direct.body) for policy in twins if policy.direct}) == count
         for _ in range(2):
             batch = own.prepare(groups, some_credit(groups), reference_of(own))
             for done in range(2):

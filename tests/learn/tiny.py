@@ -28,7 +28,9 @@ EVERYTHING = 10**6
 Gradient = dict[str, Tensor]
 
 
-def tiny_policy(kind: str = "exact", layout: LayoutName = "shared", *, tied: bool = True) -> Policy:
+def tiny_policy(
+    kind: str = "exact", layout: LayoutName = "shared", *, tied: bool = True, direct: bool = False
+) -> Policy:
     """A model of two layers with weights large enough to matter.
 
     `exact` is in float64 and has no RMS norm, which transformers computes in float32 whatever the model's type.
@@ -54,7 +56,7 @@ def tiny_policy(kind: str = "exact", layout: LayoutName = "shared", *, tied: boo
             parameter.copy_(0.3 * noise) if parameter.ndim > 1 else parameter.add_(0.1 * noise)
     if layout == "shared":
         model.set_attn_implementation(NAME)
-    return Policy(model, layout, HeadShape())
+    return Policy(model, layout, HeadShape(), direct=direct)
 
 
 def completion(tokens: Sequence[int], sampled: Sequence[float] | None = None, finish: Finish = "stop") -> Completion:

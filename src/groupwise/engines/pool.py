@@ -172,11 +172,12 @@ class PooledEngine:
             task = _Task(part, self.own.version, self.own.max_live)
             try:
                 helper = self._helper()
-            except OSError:  # the system has no room for another process
+            except OSError as error:
+                _warn(f"there is no room for another process ({error}), so this one samples its part too")
                 kept = [*kept, *part]
             else:
-                helper.begin(task)
                 self._busy.append(helper)
+                helper.begin(task)
         for request in kept:
             self.own.submit(request)
 
@@ -190,8 +191,7 @@ class PooledEngine:
         shares = [list(range(len(tokens)))]
         if sum(tokens) >= self.least_tokens and not multiprocessing.current_process().daemon:
             policy = self.own.policy
-            parameters = sum(p.numel() for p in policy.parameters())
-            shares = by_process(tokens, sum(request.n for request in requests), parameters, policy.device)
+            shares = by_process(tokens, sum(request.n for request in requests), policy.size, policy.device)
         return [[request for f in share for request in of_family[f]] for share in shares]
 
     def _helper(self) -> _Helper:
@@ -204,6 +204,7 @@ class PooledEngine:
             helper = self._idle.pop()
             if helper.process.is_alive():
                 return helper
+            _warn("a process that had nothing to do was ended from outside, and another takes its place")
             helper.end()
         return _Helper(self.own)
 
@@ -311,15 +312,18 @@ def _serve(own: NativeEngine, pipe: Connection) -> None:
     own.close()  # what the parent has decoded is of no use here
     own.on_tokens = None
     with suppress(EOFError, ConnectionError):
-        while True:
-            task: _Task = pipe.recv()
-            try:
-                _sample(own, task, pipe)
-            except ConnectionError:
-                raise
-            except Exception as error:  # noqa: BLE001 - a boundary: it is raised where completions are waited for
-                ours = isinstance(error, ModelError)
-                pipe.send(error if ours else ModelError(f"Sampling failed: {one_line(error, 300)}"))
+        try:
+            while True:
+                _sample(own, pipe.recv(), pipe)
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a boundary: it is raised where completions are waited for
+            ours = isinstance(error, ModelError)
+            pipe.send(error if ours else ModelError(f"Sampling failed: {one_line(error, 300)}"))
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"sampling by several processes: {what}.", RuntimeWarning, stacklevel=3)
 
 
 def _sample(own: NativeEngine, task: _Task, pipe: Connection) -> None:

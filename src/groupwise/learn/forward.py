@@ -36,7 +36,7 @@ def score_outputs(policy: Policy, batch: Batch, budget: int, members: Sequence[i
     """
     chosen = range(len(batch.outputs)) if members is None else members
     logprobs_T = torch.zeros_like(batch.sampled_logprobs_T)
-    lanes = deal(batch.outputs, chosen, most_lanes(sum(p.numel() for p in policy.parameters()), policy.device))
+    lanes = deal(batch.outputs, chosen, most_lanes(policy.size, policy.device))
 
     def score(lane: Sequence[int]) -> None:
         for part in micro_batches(batch.outputs, lane, budget // len(lanes), policy.layout == "shared"):

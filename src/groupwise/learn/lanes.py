@@ -73,7 +73,7 @@ class Twins:
 
     def __init__(self, policy: Policy, optimizer: MasterOptimizer) -> None:
         self.policy, self.optimizer = policy, optimizer
-        self.most = most_lanes(sum(p.numel() for p in policy.parameters()), policy.device)
+        self.most = most_lanes(policy.size, policy.device)
         self._twins: list[tuple[Policy, dict[str, Tensor]]] = []
 
     def policies(self, lanes: int) -> list[Policy]:

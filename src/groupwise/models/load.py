@@ -189,7 +189,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _describe(policy: Policy, findings: Findings, asked: str, compute: torch.dtype) -> str:
-    size = sum(p.numel() for p in policy.parameters()) / 1e6
+    size = policy.size / 1e6
     kind = type(policy.model).__name__
     name = str(compute).removeprefix("torch.")
     if policy.layout == "shared":

@@ -57,6 +57,11 @@ class Policy(nn.Module):
         return next(self.model.parameters()).device
 
     @property
+    def size(self) -> int:
+        """How many parameters there are, each tied one once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the weights are computed in."""
         return next(self.model.parameters()).dtype

@@ -11,8 +11,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from groupwise.data.arithmetic import ALPHABET, demonstrations
 from groupwise.errors import ModelError
+from groupwise.models.cores import threads
 from groupwise.models.small import END_ID, PAD_ID, character_tokenizer, small_model
 
 IGNORED = -100
@@ -99,7 +99,7 @@ def warm_up(
     say(f"warming up the built-in model ({model.num_parameters() / 1e6:.1f}M parameters) on demonstrations, once")
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     running, ready = None, None
-    with _threads(THREADS):
+    with threads(THREADS):
         for step in range(settings.max_steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step, ready)
@@ -170,13 +170,3 @@ def _put(made: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -91,7 +91,9 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
         Metric("time/reward_model", "seconds", "Training the reward model in a round."),
         Metric("time/eval", "seconds", "The evaluation."),
         Metric("time/checkpoint", "seconds", "Writing the checkpoint before this event."),
-        Metric("memory/peak_bytes", "bytes", "Most memory held so far: allocated on CUDA, else resident."),
+        Metric(
+            "memory/peak_bytes", "bytes", "Most memory that this process has held: allocated on CUDA, else resident."
+        ),
         Metric("memory/budget_halved", "times", "How often memory ran out and the token budget was halved."),
     ),
     "Evaluation": (
