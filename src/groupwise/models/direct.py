@@ -143,7 +143,8 @@ def _norm(x: Tensor, module: Any) -> Tensor:
 def _normed(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """The quotient in the type of `x`, and one over the root, `[.., 1]`."""
     broad = wide(x)
-    factor = torch.linalg.vecdot(broad, broad)[..., None].div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    norm = torch.linalg.vector_norm(broad, dim=-1, keepdim=True)
+    factor = torch.addcmul(norm.new_full((), epsilon), norm, norm, value=1 / x.shape[-1]).rsqrt_()
     return (broad * factor).to(x.dtype), factor
 
 
