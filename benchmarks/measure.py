@@ -126,14 +126,16 @@ class Steps:
         self.next += 1
 
     def _warm(self) -> Worker:
+        """A worker that has done a whole step: only the first one touches memory that is new to it."""
         worker = self.start()
         self.closing.callback(worker.close)
         self.about = worker.about
-        worker.ask(step=self.next, short=SHORT)
         if not self.alone:
-            worker.ask(step=self.next + 1)
-            self.next += 2
+            worker.ask(step=self.next, short=SHORT)
+            self.next += 1
             self.worker = worker
+        worker.ask(step=self.next)
+        self.next += 1
         return worker
 
     def seconds(self) -> list[float]:

@@ -24,6 +24,7 @@ from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
 from groupwise.learn.reward_learner import RewardLearner
 from groupwise.models.codec import Codec
+from groupwise.models.heap import keep_freed_memory
 from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, load_config, load_policy
 from groupwise.models.reward_model import RewardModel
 from groupwise.models.size import parameter_count, weight_bytes
@@ -80,6 +81,7 @@ def open_model(job: Job, given: Given, say: Callable[[str], None], *, training: 
     section, source = job.model, model_source(job, say)
     if training:
         check_memory(job, source, given.trust_remote_code)
+    keep_freed_memory(choose_device(section.device))
     loaded = load_policy(
         source, revision=section.revision, device=section.device, dtype=section.dtype, layout=section.layout,
         gradient_checkpointing=memory_settings(job)[1] and training, trust_remote_code=given.trust_remote_code,

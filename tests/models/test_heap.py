@@ -1,0 +1,43 @@
+"""What is freed is kept for what is asked for next."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from groupwise.models.heap import keep_freed_memory
+
+PROGRAM = """
+import resource, sys, threading
+import torch
+from groupwise.models.heap import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory("cpu")
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (1 << 25, 1 << 24):  # 128 and 64 MB
+        torch.ones(size)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def repeat():
+    print(min(faults() for _ in range(12)))
+repeat()
+thread = threading.Thread(target=repeat)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is asked")
+def test_memory_that_was_freed_is_not_new_again_in_any_thread() -> None:
+    def pages_touched(what: str) -> list[int]:
+        run = subprocess.run([sys.executable, "-c", PROGRAM, what], capture_output=True, text=True, check=True)
+        return [int(line) for line in run.stdout.split()]
+
+    assert pages_touched("keep") == pytest.approx([0, 0], abs=50)
+    assert min(pages_touched("leave")) > 90  # pages of 2 MB at most, without which this would test nothing
+
+
+def test_a_gpu_leaves_memory_as_it_is() -> None:
+    assert not keep_freed_memory("cuda")
