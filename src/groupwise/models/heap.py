@@ -7,6 +7,7 @@ for a model of 0.5B parameters: there a fourth of all its computing time went in
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -19,9 +20,10 @@ def keep_freed_memory(device: torch.device | str) -> bool:
     """Have this process keep what it frees, where it computes on a CPU; returns whether it does so from now on.
 
     The most that it holds at once hardly changes; what it holds between steps stays at that. Elsewhere than with glibc
-    nothing is done.
+    nothing is done, nor where the environment has settings for it (`MALLOC_..._`, `GLIBC_TUNABLES`).
     """
-    if torch.device(device).type != "cpu" or not sys.platform.startswith("linux"):
+    told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if torch.device(device).type != "cpu" or told or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
