@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -31,8 +32,11 @@ thread.join()
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is asked")
 def test_memory_that_was_freed_is_not_new_again_in_any_thread() -> None:
+    untold = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+
     def pages_touched(what: str) -> list[int]:
-        run = subprocess.run([sys.executable, "-c", PROGRAM, what], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", PROGRAM, what]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, env=untold)
         return [int(line) for line in run.stdout.split()]
 
     assert pages_touched("keep") == pytest.approx([0, 0], abs=50)
@@ -41,3 +45,10 @@ def test_memory_that_was_freed_is_not_new_again_in_any_thread() -> None:
 
 def test_a_gpu_leaves_memory_as_it_is() -> None:
     assert not keep_freed_memory("cuda")
+
+
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_settings_in_the_environment_win(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "")
+    monkeypatch.setattr("ctypes.CDLL", lambda path: pytest.fail("the heap's settings were touched"))
+    assert not keep_freed_memory("cpu")
