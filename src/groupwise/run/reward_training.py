@@ -29,8 +29,9 @@ from groupwise.learn.reward_learner import (
     updates_in,
 )
 from groupwise.learn.reward_metrics import PREFIX
+from groupwise.models.heap import keep_freed_memory
 from groupwise.models.judging import Example, prompt_of
-from groupwise.models.load import choose_dtype
+from groupwise.models.load import choose_device, choose_dtype
 from groupwise.models.reward_model import Source, new_reward_model
 from groupwise.run.export import save_reward_model
 from groupwise.run.folder import RunFolder, git_commit
@@ -162,6 +163,7 @@ def _run(
 ) -> RewardResult:  # fmt: skip
     transformers.utils.logging.disable_progress_bar()
     train, held_out = _examples(job, given)
+    keep_freed_memory(choose_device(job.device))
     model = new_reward_model(
         Source(job.model, job.revision, given.trust_remote_code), job.kind, seed=job.seed, separator=job.separator,
         device=job.device, max_length=job.max_length,
