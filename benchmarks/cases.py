@@ -121,7 +121,7 @@ def _attention(case: Case, step: int) -> float:
 class Row:
     """One row of the table. `kind` says how it is measured (see `measure.py`), `bar` what is asked of its ratio.
 
-    `minutes` is about how long it takes on two cores. `alone`: workers do not fit into memory together.
+    `alone`: workers do not fit into memory together.
     """
 
     name: str
@@ -129,7 +129,6 @@ class Row:
     title: str
     case: Case
     bar: float
-    minutes: float
     alone: bool = False
     values: tuple[int, ...] = field(default=())
 
@@ -144,26 +143,26 @@ SLOPE = Case("small", 8, 8, 128, 64)
 ROWS = {
     row.name: row
     for row in (
-        Row("tiny-p16", "step", "step, tiny P16", TINY_16, 1.5, 1.5),
-        Row("small-p16", "step", "step, small P16", SMALL_16, 2.0, 3),
-        Row("tiny-p256", "step", "step, tiny P256", TINY_256, 4.0, 2.5),
-        Row("small-p256", "step", "step, small P256", SMALL_256, 5.5, 9),
-        Row("small-p256-beta", "step", "step, small P256, beta 0.04", SMALL_256_BETA, 5.5, 10),
-        Row("qwen05", "step", "step, 0.5B shape, Q2 G8 P128 C32", QWEN05, 4.5, 14, alone=True),
-        Row("small-natural", "step", "step, small P128, natural lengths", SMALL_NATURAL, 5.0, 9),
-        Row("generate-tiny-p16", "generate", "sampling against generate, tiny P16", TINY_16, 1.3, 1.5),
-        Row("generate-tiny-p256", "generate", "sampling against generate, tiny P256", TINY_256, 4.0, 1.5),
-        Row("generate-small-p256", "generate", "sampling against generate, small P256", SMALL_256, 3.0, 3),
-        Row("vllm-tiny-p16", "vllm", "sampling against vLLM, tiny P16", TINY_16, 1.1, 1.5),
-        Row("vllm-tiny-p256", "vllm", "sampling against vLLM, tiny P256", TINY_256, 1.1, 1.5),
-        Row("vllm-small-p256", "vllm", "sampling against vLLM, small P256", SMALL_256, 2.0, 2),
-        Row("memory-tiny", "memory", "peak memory, tiny P256", TINY_256, 2.0, 1.5),
-        Row("memory-small", "memory", "peak memory, small P256", SMALL_256, 2.0, 4),
-        Row("share-small-fp32", "share", "training, small P256 fp32: share of product rate", SMALL_256, 0.6, 1),
-        Row("share-small-bf16", "share", "training, small P256 bf16: share of product rate", SMALL_256, 0.45, 1),
-        Row("share-qwen05-fp32", "share", "training, 0.5B shape fp32: share of product rate", QWEN05, 0.6, 2),
-        Row("share-qwen05-bf16", "share", "training, 0.5B shape bf16: share of product rate", QWEN05, 0.45, 1.5),
-        Row("slope-g", "slope", "cost against G, small Q8 P128 C64", SLOPE, 0.25, 1.5, values=(1, 2, 4, 8, 16, 32)),
-        Row("slope-p", "slope", "cost against P, small Q8 G8 C64", SLOPE, 0.25, 2, values=(16, 128, 512, 1024, 2048)),
+        Row("tiny-p16", "step", "step, tiny P16", TINY_16, 1.5),
+        Row("small-p16", "step", "step, small P16", SMALL_16, 2.0),
+        Row("tiny-p256", "step", "step, tiny P256", TINY_256, 4.0),
+        Row("small-p256", "step", "step, small P256", SMALL_256, 5.5),
+        Row("small-p256-beta", "step", "step, small P256, beta 0.04", SMALL_256_BETA, 5.5),
+        Row("qwen05", "step", "step, 0.5B shape, Q2 G8 P128 C32", QWEN05, 4.5, alone=True),
+        Row("small-natural", "step", "step, small P128, natural lengths", SMALL_NATURAL, 5.0),
+        Row("generate-tiny-p16", "generate", "sampling against generate, tiny P16", TINY_16, 1.3),
+        Row("generate-tiny-p256", "generate", "sampling against generate, tiny P256", TINY_256, 4.0),
+        Row("generate-small-p256", "generate", "sampling against generate, small P256", SMALL_256, 3.0),
+        Row("vllm-tiny-p16", "vllm", "sampling against vLLM, tiny P16", TINY_16, 1.1),
+        Row("vllm-tiny-p256", "vllm", "sampling against vLLM, tiny P256", TINY_256, 1.1),
+        Row("vllm-small-p256", "vllm", "sampling against vLLM, small P256", SMALL_256, 2.0),
+        Row("memory-tiny", "memory", "peak memory, tiny P256", TINY_256, 2.0),
+        Row("memory-small", "memory", "peak memory, small P256", SMALL_256, 2.0),
+        Row("share-small-fp32", "share", "training, small P256 fp32: share of product rate", SMALL_256, 0.6),
+        Row("share-small-bf16", "share", "training, small P256 bf16: share of product rate", SMALL_256, 0.45),
+        Row("share-qwen05-fp32", "share", "training, 0.5B shape fp32: share of product rate", QWEN05, 0.6),
+        Row("share-qwen05-bf16", "share", "training, 0.5B shape bf16: share of product rate", QWEN05, 0.45),
+        Row("slope-g", "slope", "cost against G, small Q8 P128 C64", SLOPE, 0.25, values=(1, 2, 4, 8, 16, 32)),
+        Row("slope-p", "slope", "cost against P, small Q8 G8 C64", SLOPE, 0.25, values=(16, 128, 512, 1024, 2048)),
     )
 }

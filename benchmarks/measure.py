@@ -98,7 +98,7 @@ def trial(worker: Worker, verb: str, fastest: float | None) -> float | None:
 
 
 class Steps:
-    """Timed steps of one system. Where workers cannot live together, each step has a worker of its own.
+    """Timed steps of one system. Where workers cannot live together, one has to `leave` before another begins.
 
     Beside each of ours stands its floor in seconds: its FLOPs at the rate of large products, measured right after it.
     """
@@ -114,16 +114,19 @@ class Steps:
 
     def time(self) -> None:
         """One timed step, warmed up before."""
-        worker = self.worker or self._warm()
-        try:
-            answer = worker.ask(step=self.next)
-            if self.floored:
-                answer["floor"] = step_flops(self.case, self.next) / worker.ask(product=True)["rate"]
-            self.answers.append(answer)
-        finally:
-            if self.alone:
-                worker.close()
+        if self.worker is None:
+            self.worker = self._warm()
+        answer = self.worker.ask(step=self.next)
+        if self.floored:
+            answer["floor"] = step_flops(self.case, self.next) / self.worker.ask(product=True)["rate"]
+        self.answers.append(answer)
         self.next += 1
+
+    def leave(self) -> None:
+        """Give the memory back where workers cannot live together."""
+        if self.alone and self.worker is not None:
+            self.worker.close()
+            self.worker = None
 
     def _warm(self) -> Worker:
         """A worker that has done a whole step: only the first one touches memory that is new to it."""
@@ -133,7 +136,6 @@ class Steps:
         if not self.alone:
             worker.ask(step=self.next, short=SHORT)
             self.next += 1
-            self.worker = worker
         worker.ask(step=self.next)
         self.next += 1
         return worker
@@ -156,9 +158,12 @@ def measure_steps(row: Row, bench: Bench) -> dict[str, Any]:
         for index in range(bench.pairs):
             one, other = (ours, best) if index % 2 == 0 else (best, ours)
             one.time()
-            other.time()
+            one.leave()
+            other.time()  # and where the other comes first next time, its worker goes on
             if index < times:
+                other.leave()
                 beside.time()
+                beside.leave()
     defaults = beside.seconds() or ([] if default is None else [default])
     return {
         **_pairs(ours.seconds(), best.seconds()),

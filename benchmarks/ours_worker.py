@@ -62,7 +62,7 @@ class Session:
         self.case = Case(**settings["case"])
         self.dtype = getattr(torch, settings["dtype"])
         folder = Path(settings["folder"])
-        keep_freed_memory("cpu")  # as every command does
+        keep_freed_memory("cpu")  # as every command does that trains or samples
         loaded = load_policy(str(folder), device="cpu", dtype=settings["dtype"])
         self.line = loaded.line
         codec = self._codec(folder)

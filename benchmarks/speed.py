@@ -80,7 +80,8 @@ def _row(row: Row, bench: Bench, again: bool) -> bool:
     if there is not None and there["commit"] == commit and there["pairs"] >= bench.pairs and not again:
         print(f"{row.name}: there already", flush=True)
         return True
-    print(f"{row.name}: about {row.minutes:g} min", flush=True)
+    took = "not measured before" if there is None else f"took {there['minutes']:.0f} min last time"
+    print(f"{row.name}: {took}", flush=True)
     start, quiet = time.perf_counter(), Quiet()
     try:
         found = measure(row, bench)
