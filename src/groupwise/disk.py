@@ -13,6 +13,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `$GROUPWISE_CACHE`, else `~/.cache/groupwise`."""
+    return Path(os.environ.get("GROUPWISE_CACHE") or Path.home() / ".cache" / "groupwise")
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Replace `path` as a whole: a reader sees the old content or the new. Raises RunFolderError on a full disk."""
     content = data.encode() if isinstance(data, str) else data

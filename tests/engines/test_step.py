@@ -11,7 +11,7 @@ from torch import Tensor
 from groupwise.engines.stores import Fold, Outputs, Shared, Step, Store
 from groupwise.models.tiles import Options
 
-HEADS, KV_HEADS, WIDTH = 4, 2, 6
+HEADS, KV_HEADS, WIDTH = 4, 2, 16
 CASES = {
     "nothing is ragged": ([0, 0, 0, 1, 1, 1], [5, 5], [3] * 6),
     "outputs differ": ([0, 0, 0, 1, 1, 1], [5, 5], [3, 0, 2, 1, 3, 3]),
@@ -41,15 +41,17 @@ def by_hand(query: Tensor, keys: Tensor, values: Tensor, options: Options) -> Te
 ASKED = pytest.mark.parametrize(
     "softcap, window, sinks", [(None, None, False), (2.0, None, False), (None, 4, False), (None, 2, True)]
 )
+TYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["by torch", "by kernels if any"])
 
 
 @pytest.mark.parametrize("case", CASES)
 @ASKED
+@TYPES
 def test_each_row_attends_to_its_prompt_and_to_itself(
-    case: str, softcap: float | None, window: int | None, sinks: bool
+    case: str, softcap: float | None, window: int | None, sinks: bool, dtype: torch.dtype
 ) -> None:
     slots, prompt_lengths, lengths = CASES[case]
-    check(slots, prompt_lengths, [None] * len(slots), lengths, (softcap, window, sinks))
+    check(slots, prompt_lengths, [None] * len(slots), lengths, (softcap, window, sinks, dtype))
 
 
 # Per row: its output among two of 5 and 3 tokens, and how many of its tokens come before the row's own; or neither.
@@ -64,21 +66,23 @@ CUTS = {
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("case", ["nothing is ragged", "outputs differ", "prompts differ"])
 @ASKED
+@TYPES
 def test_and_to_an_output_between_the_two_as_far_as_it_goes_on_from_it(
-    case: str, cuts: list[tuple[int, int] | None], softcap: float | None, window: int | None, sinks: bool
-) -> None:
+    case: str, cuts: list[tuple[int, int] | None], softcap: float | None, window: int | None, sinks: bool,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     slots, prompt_lengths, lengths = CASES[case]
-    check(slots, prompt_lengths, cuts, lengths, (softcap, window, sinks))
+    check(slots, prompt_lengths, cuts, lengths, (softcap, window, sinks, dtype))
 
 
 def check(
     slots: list[int], prompt_lengths: list[int], cuts: list[tuple[int, int] | None], lengths: list[int],
-    asked: tuple[float | None, int | None, bool],
+    asked: tuple[float | None, int | None, bool, torch.dtype],
 ) -> None:  # fmt: skip
     """A step over stores of noise is what is written out by hand."""
     torch.manual_seed(0)
-    double, cpu = torch.float64, torch.device("cpu")
-    options = Options(0.3, asked[1], asked[0], torch.randn(HEADS, dtype=double) if asked[2] else None)
+    dtype, cpu = asked[3], torch.device("cpu")
+    options = Options(0.3, asked[1], asked[0], torch.randn(HEADS, dtype=dtype) if asked[2] else None)
     rows, reach = len(slots), max(lengths) + 1
     prompts, trunks, own = Shared(), Shared(), Store()
     prompts.add(range(len(prompt_lengths)), prompt_lengths)
@@ -86,18 +90,19 @@ def check(
     own.reserve(rows + 2, reach + 3)
     for store in (prompts.store, trunks.store):
         store.reserve(store.rows + 1, store.length + 2)
-    like = torch.zeros(1, KV_HEADS, 1, WIDTH, dtype=double)
+    like = torch.zeros(1, KV_HEADS, 1, WIDTH, dtype=dtype)
     for store in (prompts.store, trunks.store, own):
         for tensor in store.at(0, like, like):
             tensor.normal_()
-    query = torch.randn(rows, HEADS, WIDTH, dtype=double)
-    key, value = (torch.randn(rows, KV_HEADS, WIDTH, dtype=double) for _ in range(2))
+    query = torch.randn(rows, HEADS, WIDTH, dtype=dtype)
+    key, value = (torch.randn(rows, KV_HEADS, WIDTH, dtype=dtype) for _ in range(2))
     levels = [prompts.level(slots, [prompt_lengths[slot] for slot in slots], cpu)]
     if any(cuts):
         levels.append(trunks.level([cut and cut[0] for cut in cuts], [cut[1] if cut else 0 for cut in cuts], cpu))
     outputs = Outputs(own, torch.tensor(lengths), reach, len(set(lengths)) > 1)
 
-    found = Step(levels, outputs).attend(0, query, key, value, options)
+    with torch.no_grad():
+        found = Step(levels, outputs).attend(0, query, key, value, options)
 
     for row, (slot, cut, length) in enumerate(zip(slots, cuts, lengths, strict=True)):
         assert torch.equal(own.layers[0][0][row, :, length], key[row])

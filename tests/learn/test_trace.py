@@ -11,7 +11,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from groupwise.errors import ModelError
 from groupwise.learn.meter import Cost, Meter
 from groupwise.learn.trace import Hollow, Shape
-from groupwise.models import packed
+from groupwise.models import kernels, packed
 from groupwise.models.attention import NAME
 from groupwise.models.head import HeadShape
 from groupwise.models.layout import Stream
@@ -64,8 +64,11 @@ def a_stream(policy: Policy) -> Stream:
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @past_the_modules
-def test_what_is_told_is_what_a_real_pass_takes(kind: str, checkpointing: bool, direct: bool) -> None:
-    """Four layers told from the first ones, without data, equal the four that are run."""
+def test_what_is_told_is_what_a_real_pass_takes(
+    kind: str, checkpointing: bool, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four layers told from the first ones, without data, equal the four that are run, by operations that are seen."""
+    monkeypatch.setattr(kernels, "compiled", lambda: None)
     config = CONFIGS[kind](**SIZES | {"num_hidden_layers": 4})
     found = a_hollow(config, direct).training(SHAPE, (4, 4), checkpointing)
     policy = a_policy(config, direct)
@@ -80,9 +83,9 @@ def test_what_is_told_is_what_a_real_pass_takes(kind: str, checkpointing: bool, 
         logprobs_T.sum().backward()
     real = meter.cost
     assert (found.flops, found.attention_flops) == (real.flops, real.attention_flops)
-    # Where layers keep their input alone, indices of tiles, made of arrays and so not seen here, are a tenth of these
-    # 0.3 MB; past the modules there are two sets of them.
-    close = 0.1 * (1 + direct) if checkpointing else 0.02
+    # Indices of tiles are made of arrays and so not seen here. Where layers keep their input alone, they are a tenth of
+    # these 0.3 MB; past the modules there are two sets of them.
+    close = 0.1 * (1 + direct) if checkpointing else 0.03
     assert found.kept == pytest.approx(real.kept, rel=close)
     assert found.peak == pytest.approx(real.peak, rel=close)
     assert found.operations == pytest.approx(real.operations, rel=0.05)
@@ -91,8 +94,13 @@ def test_what_is_told_is_what_a_real_pass_takes(kind: str, checkpointing: bool, 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @past_the_modules
-def test_what_is_kept_is_what_autograd_saves(kind: str, direct: bool) -> None:
-    """Counted in another way: every storage that autograd saves, once, without the weights."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_kept_is_what_autograd_saves(
+    kind: str, direct: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Counted in another way: every storage that autograd saves, once, without the weights; by kernels and without."""
+    if not compiled:
+        monkeypatch.setattr(kernels, "compiled", lambda: None)
     found = a_hollow(CONFIGS[kind](**SIZES), direct).training(SHAPE, (4, 4), False)
     policy = a_policy(CONFIGS[kind](**SIZES), direct)
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
@@ -139,9 +147,11 @@ def test_what_sampling_lays_out_anew_is_part_of_a_decoding_step(monkeypatch: pyt
     monkeypatch.setattr(packed, "_SMALLEST", 1)
     laid_out = sampling_costs(a_hollow(config, True), SHAPE, 8, cached=True, parameters=0)
     matrices = 96 * 64 + 3 * (64 * (64 + 64 + 2 * 32) + 3 * 64 * 160)
-    assert plain.copies == 0
+    together = 3 * (64 * (64 + 2 * 32) + 2 * 64 * 160)
+    assert plain.copies == 4 * together
     assert laid_out.copies == (4 * matrices if packed._kernel_agrees(torch.float32) else 0)
-    assert laid_out.passes["a decoding step"] - plain.passes["a decoding step"] == laid_out.copies
+    more = laid_out.passes["a decoding step"] - plain.passes["a decoding step"]
+    assert more == laid_out.copies - plain.copies
 
 
 def test_the_plain_layout_goes_through_the_modules_and_lays_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,20 @@ def test_what_copies_take_is_told(every_matrix: None) -> None:
     large = {id(p): p.numel() for p in [*matrices, policy.head_parameters()[0]]}
     expected = 4 * sum(large.values()) if packed._kernel_agrees(torch.float32) else 0
     assert policy.bytes_of_copies(torch.float32) == expected
-    assert policy.bytes_of_copies(torch.float64) == 0
+    assert policy.bytes_of_copies(torch.float64) == 0, "the kernel does not know it"
+
+
+def test_small_ones_that_are_multiplied_together_lie_side_by_side() -> None:
+    products = PackedProducts()
+    parts = [(matrix(8, 16), None), (matrix(4, 16), torch.ones(4))]
+    x = inputs(3, parts[0][0])
+    with torch.no_grad():
+        found = products(x, *parts)
+        torch.testing.assert_close(found, torch.cat([x @ parts[0][0].T, x @ parts[1][0].T + 1], -1))
+        assert len(products) == 1
+        parts[1][0].zero_()
+        assert (products(x, *parts)[:, 8:] == 1).all(), "what has changed is copied again"
+    assert bytes_of_copies([parts], torch.float32) == 4 * 12 * 16
 
 
 @needs_the_kernel
@@ -146,7 +159,7 @@ def test_sampling_over_copies_draws_what_it_draws_without(
 
     monkeypatch.setattr(PackedProducts, "release", counted)
     found = sample(policy, asked)
-    assert made[-1] == (1 + 5 * 2 if policy.direct is not None else 1)
+    assert made[-1] == (1 + 4 * 2 if policy.direct is not None else 1)
     assert len(policy.packed) == 0, "the copies are given back"
     assert difference(policy, asked, found) < 1e-5
     monkeypatch.setattr(packed, "_SMALLEST", 1 << 40)

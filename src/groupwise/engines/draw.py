@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from groupwise.models.precision import exp
 from groupwise.types import Sampling
 
 _BLOCK = 512
@@ -35,7 +36,10 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def uniforms(seed_R: Tensor, index_R: Tensor) -> Tensor:
-    """One number in (0, 1) per row, float64 `[R]`, a function of the row's seed and token index (both int64) only."""
+    """One number in (0, 1) per row, float64 `[R]`, a function of the row's seed and token index (both int64) only.
+
+    Both may have further dimensions, which broadcast.
+    """
     bits = _mix(_mix(seed_R + _GOLDEN) + (index_R + 1) * _GOLDEN)
     # 52 bits and a half are exact in float64: the largest is less than 1.
     return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
@@ -71,16 +75,15 @@ def draw(logits_RV: Tensor, uniform_R: Tensor, filters: Filters) -> tuple[Tensor
 
     Temperature 0 takes the likeliest token; its log-prob is that at temperature 1.
     """
-    greedy_R = filters.temperature_R == 0
     if filters.tempered:
-        logits_RV.div_(torch.where(greedy_R, 1.0, filters.temperature_R)[:, None])
+        logits_RV.div_(torch.where(filters.temperature_R == 0, 1.0, filters.temperature_R)[:, None])
     if filters.cut:
         logits_RV = _cut(logits_RV, filters)
     # Each pass over the vocabulary counts: the largest logit is taken out of all, and the sum serves the draw as well.
     relative = logits_RV.sub_(logits_RV.amax(-1, keepdim=True))
-    token_R, total_R = inverse_cdf(relative.exp(), uniform_R)
+    token_R, total_R = inverse_cdf(exp(relative), uniform_R)
     if filters.greedy:
-        token_R = torch.where(greedy_R, relative.argmax(-1), token_R)
+        token_R = torch.where(filters.temperature_R == 0, relative.argmax(-1), token_R)
     return token_R, relative.gather(-1, token_R[:, None])[:, 0] - total_R.log().to(relative.dtype)
 
 

@@ -23,6 +23,9 @@ from groupwise.models.codec import Codec, StopChecker
 from groupwise.models.policy import Policy
 from groupwise.types import Branch, Completion, Finish, Request, Sampled, Sampling
 
+_AHEAD = 16
+"""Tokens whose uniforms are computed together: for one, handing out the operations takes longer than they do."""
+
 
 class Decoder(Protocol):
     """Where rows are decoded: see `SharedDecoder` and `PlainDecoder`."""
@@ -204,9 +207,8 @@ class NativeEngine:
         if self._settings is None:
             self._settings = _Settings(self._rows, self.codec.end_token_ids, logits_RV.device)
         settings = self._settings
-        index = torch.tensor([len(row.token_ids) for row in self._rows], device=logits_RV.device)
-        settings.forbid_early_end(logits_RV, index)
-        tokens, logprobs = draw(logits_RV, uniforms(settings.seed_R, index), settings.filters)
+        settings.forbid_early_end(logits_RV)
+        tokens, logprobs = draw(logits_RV, settings.next_uniforms(), settings.filters)
         drawn = logprobs.tolist()
         if not all(map(math.isfinite, drawn)):
             raise ModelError(
@@ -282,19 +284,36 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class _Settings:
-    """What the live rows ask for, as tensors; made anew only when the rows change."""
+    """What the live rows ask for, as tensors, and the uniforms that they draw with, token after token; made anew only
+    when the rows change."""
 
     def __init__(self, rows: Sequence[_Row], end_token_ids: frozenset[int], device: torch.device) -> None:
         sampling: list[Sampling] = [row.request.sampling for row in rows]
         self.filters = Filters.of(sampling, device)
         self.seed_R = torch.tensor([row.request.seed + row.index for row in rows], device=device)
+        self._start_R = torch.tensor([len(row.token_ids) for row in rows], device=device)
+        self._drawn = 0
+        self._ahead: deque[Tensor] = deque()
         self.min_R = torch.tensor([s.min_tokens for s in sampling], device=device)
         self.any_min = any(s.min_tokens > 1 for s in sampling)
         self.end_ids = torch.tensor(sorted(end_token_ids), dtype=torch.long, device=device)
 
-    def forbid_early_end(self, logits_RV: Tensor, index_R: Tensor) -> None:
+    def next_uniforms(self) -> Tensor:
+        """Those of the token that every row draws next, `[R]`."""
+        if not self._ahead:
+            index_RA = self._index_R[:, None] + torch.arange(_AHEAD, device=self._start_R.device)
+            self._ahead.extend(uniforms(self.seed_R[:, None], index_RA).T.contiguous())
+        self._drawn += 1
+        return self._ahead.popleft()
+
+    def forbid_early_end(self, logits_RV: Tensor) -> None:
         """Make the end tokens impossible for rows that would stay shorter than their minimum length."""
         if self.any_min and len(self.end_ids):
-            early = (index_R + 1 < self.min_R)[:, None]
+            early = (self._index_R + 1 < self.min_R)[:, None]
             columns = logits_RV[:, self.end_ids]
             logits_RV[:, self.end_ids] = columns.masked_fill(early, float("-inf"))
+
+    @property
+    def _index_R(self) -> Tensor:
+        """Of the token that every row draws next."""
+        return self._start_R + self._drawn

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from groupwise.models.kernels import Kernels, Look, Parts, kernels_for
 from groupwise.models.precision import wide, wide_dtype
 from groupwise.models.tiles import Options
 
@@ -120,12 +121,14 @@ class Fold:
     product.
 
     `place_R` is where row `r` stands in the flat `row_QM`, which is padded by row 0. Where every entry has as many
-    rows as the others, in order, the fold is `even`: a view.
+    rows as the others, in order, the fold is `even`: a view. `known_slot_R` are the entries; where it is None they
+    follow from the places.
     """
 
     row_QM: Tensor
     place_R: Tensor
     even: bool = False
+    known_slot_R: Tensor | None = None
 
     @classmethod
     def of(cls, slots: Sequence[int], live: int, device: torch.device) -> Fold:
@@ -140,7 +143,13 @@ class Fold:
         return cls(
             torch.tensor(padded, device=device), torch.tensor([slot * width + m for slot, m in place], device=device),
             even=[row for rows in padded for row in rows] == list(range(len(slots))),
+            known_slot_R=torch.tensor(slots, device=device),
         )  # fmt: skip
+
+    @property
+    def slot_R(self) -> Tensor:
+        """Each row's entry."""
+        return self.place_R // self.row_QM.shape[1] if self.known_slot_R is None else self.known_slot_R
 
     def place_of(self, width: int) -> Tensor:
         """The places in a fold of the same rows that is `width` wide."""
@@ -199,10 +208,17 @@ class Step:
         self.levels, self.outputs = levels, outputs
         self._hidden: dict[int | None, Tensor | None] = {}
         self._places: dict[tuple[int, int], Tensor] = {}
+        self._seen: dict[int | None, Parts] = {}
+        self._decided: tuple[Kernels | None] | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         """See `AttentionLayout`: a token per row."""
         rows, heads, width = query.shape
+        kernels = None if options.softcap is not None or options.sinks is not None else self._kernels(query, value)
+        if kernels is not None:
+            self.outputs.store.at(layer, key, value)
+            stores = [*(level.store.layers[layer] for level in self.levels), self.outputs.store.layers[layer]]
+            return kernels.attend(query, key, value, options.scale, self._parts(options.window), stores)
         own_k, own_v = self._write(layer, key, value)
         shared = [(level.fold, *level.stored(layer)) for level in self.levels]
         scaled = (query * options.scale).view(rows, key.shape[1], -1, width)
@@ -218,6 +234,28 @@ class Step:
         for (fold, _, v), part in zip(shared, of_shared, strict=True):
             out += fold.spread(fold.gather(part) @ v)
         return out.view(rows, heads, -1).to(query.dtype)
+
+    def _kernels(self, query: Tensor, value: Tensor) -> Kernels | None:
+        """Decided once, in the first layer: all are alike in this."""
+        if self._decided is None:
+            reach = sum(level.reach for level in self.levels) + self.outputs.reach
+            alike = query.shape[-1] == value.shape[-1]
+            self._decided = (kernels_for(query.numel() * reach, query, value) if alike else None,)
+        return self._decided[0]
+
+    def _parts(self, window: int | None) -> Parts:
+        """What the rows see of each store, their own tokens last and the new one among them."""
+        if window not in self._seen:
+            end_R = self.outputs.length_R + 1
+            ends = [*(level.seen_R for level in self.levels), end_R]
+            slots = [*(level.fold.slot_R for level in self.levels), None]
+            firsts: list[Tensor | None] = [None] * len(ends)
+            if window is not None:
+                # The first that is near enough, counted from where each part starts.
+                before_R = [sum(ends[i:]) - window for i in range(len(ends))]
+                firsts = [first_R.clamp_min(0) for first_R in before_R]
+            self._seen[window] = Parts([Look(*look) for look in zip(slots, firsts, ends, strict=True)])
+        return self._seen[window]
 
     def _weights(self, scores: Tensor, options: Options) -> Tensor:
         """The softmax of `[R, H_kv, r, columns]`; sinks take part in its denominator only."""

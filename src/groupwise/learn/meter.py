@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 
 LARGE = 32 << 20
-"""Bytes from which glibc always takes a block from the system and gives it back."""
+"""Bytes from which glibc, left to itself, always takes a block from the system and gives it back."""
 
 
 @dataclass(frozen=True)

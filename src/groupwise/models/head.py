@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from groupwise.models.hollow import counter
-from groupwise.models.precision import wide, wide_dtype
+from groupwise.models.precision import exp, wide, wide_dtype
 
 _CHUNK_ELEMENTS = 1 << 20
 """Logits of a chunk, 4 MB in float32, or a quarter of the matrix where that is more: the matrix is read per chunk."""
@@ -60,7 +60,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             scaled = logits if temperature == 1.0 else logits / temperature
             top = scaled.amax(-1, keepdim=True)
             chosen = scaled.gather(-1, target_T[rows, None])
-            probs = (scaled - top).exp_()
+            probs = exp(scaled - top)
             total = probs.sum(-1, keepdim=True)
             lse = top + total.log()
             lse_T[rows], logprobs_T[rows] = lse[:, 0], (chosen - lse)[:, 0]
@@ -84,7 +84,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             totals = _Totals(inputs, ctx.needs_input_grad, target_T, ctx.shape, ctx.temperature)
             for rows in ctx.chunks:
                 logits = _logits(hidden_TD[rows], weight_VD, bias_V, ctx.shape)
-                probs = torch.exp(logits / ctx.temperature - lse_T[rows, None])
+                probs = exp(logits / ctx.temperature - lse_T[rows, None])
                 totals.add(rows, probs, logits, grad_T[rows])
         return *totals.gradients(), None, None
 

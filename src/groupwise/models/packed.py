@@ -5,7 +5,7 @@ matrix as on the product, at each step anew; a copy that is laid out once takes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ _ROWS = 64
 
 Part = tuple[Tensor, Tensor | None]
 """A linear layer's matrix `[V, K]` and bias `[V]`."""
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def plain_product(x: Tensor, *parts: Part) -> Tensor:
@@ -31,27 +32,30 @@ def plain_product(x: Tensor, *parts: Part) -> Tensor:
 
 
 class _Copy(NamedTuple):
-    """A laid-out copy of parts and their bias; which tensors it is of, and of which of their versions."""
+    """A copy of parts and their bias, side by side; which tensors it is of, of which of their versions, and who
+    multiplies by it."""
 
     tensors: list[Tensor]
     versions: list[int]
-    laid_out: Tensor
+    multiply: Multiply
+    weight: Tensor
     bias: Tensor | None
 
 
 class PackedProducts:
-    """`plain_product` without gradient. It makes copies of large matrices, each when it is first used and again where
-    the matrix has changed in place, and keeps them until `release`."""
+    """`plain_product` without gradient. It makes copies of large matrices, laid out for the kernel, and of what is
+    multiplied together: each when it is first used and again where a matrix has changed in place, and keeps them until
+    `release`."""
 
     def __init__(self) -> None:
         self._copies: dict[int, _Copy] = {}
 
     def __call__(self, x: Tensor, *parts: Part) -> Tensor:
-        """`x @ weight.T + bias` for `[R, K]` rows, the parts' results side by side: parts are laid out as one."""
-        if torch.is_grad_enabled() or counter.get() is not None or not packs(*parts) or not _kernel_agrees(x.dtype):
+        """`x @ weight.T + bias` for `[R, K]` rows, the parts' results side by side."""
+        if torch.is_grad_enabled() or counter.get() is not None or not _copied(x.dtype, parts):
             return plain_product(x, *parts)
         copy = self._copy_of(parts)
-        return _product(x, copy.laid_out, copy.bias)
+        return copy.multiply(x, copy.weight, copy.bias)
 
     def _copy_of(self, parts: Sequence[Part]) -> _Copy:
         tensors = [tensor for part in parts for tensor in part if tensor is not None]
@@ -73,18 +77,21 @@ class PackedProducts:
         return PackedProducts()
 
 
-def packs(*parts: Part) -> bool:
-    """Whether these are among what is copied."""
-    weights = [weight for weight, _ in parts]
-    size = sum(weight.numel() for weight in weights)
-    return size >= _SMALLEST and weights[0].device.type == "cpu" and not weights[0].is_inference()
-
-
 def bytes_of_copies(products: Iterable[Sequence[Part]], dtype: torch.dtype) -> int:
     """What the copies for these products take, computed in `dtype`."""
-    if not _kernel_agrees(dtype):
-        return 0
-    return dtype.itemsize * sum(weight.numel() for parts in products if packs(*parts) for weight, _ in parts)
+    copied = [parts for parts in products if _copied(dtype, parts)]
+    return dtype.itemsize * sum(weight.numel() for parts in copied for weight, _ in parts)
+
+
+def _copied(dtype: torch.dtype, parts: Sequence[Part]) -> bool:
+    """Whether a copy is made: of large matrices where it can be laid out, of small ones where they are several."""
+    if any(weight.device.type != "cpu" or weight.is_inference() for weight, _ in parts):
+        return False
+    return _kernel_agrees(dtype) if _is_large(parts) else len(parts) > 1
+
+
+def _is_large(parts: Sequence[Part]) -> bool:
+    return sum(weight.numel() for weight, _ in parts) >= _SMALLEST
 
 
 @cache
@@ -109,12 +116,13 @@ def _kernel_agrees(dtype: torch.dtype) -> bool:
     return True
 
 
-def _side_by_side(parts: Sequence[Part]) -> tuple[Tensor, Tensor | None]:
-    weights = [weight for weight, _ in parts]
-    laid_out = _lay_out(weights[0] if len(weights) == 1 else torch.cat(weights))
-    if all(bias is None for _, bias in parts):
-        return laid_out, None
-    return laid_out, torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts])
+def _side_by_side(parts: Sequence[Part]) -> tuple[Multiply, Tensor, Tensor | None]:
+    weights = [weight.detach() for weight, _ in parts]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    bias = None
+    if any(bias is not None for _, bias in parts):
+        bias = torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts])
+    return (_product, _lay_out(weight), bias) if _is_large(parts) else (nn.functional.linear, weight, bias)
 
 
 def _lay_out(weight: Tensor) -> Tensor:

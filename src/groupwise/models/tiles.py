@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from groupwise.models.precision import wide_dtype
+from groupwise.models.kernels import Kernels, kernels_for
+from groupwise.models.precision import exp, wide_dtype
 
 _SCORES = 1 << 19
 """Scores of a tile, over all heads: 2 MB in float32."""
@@ -75,19 +76,29 @@ class Tile:
     reach: int
     _windows: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def scores(self, query: Tensor, key: Tensor, options: Options, room: Tensor) -> Tensor:
-        """`[R * H_kv, r * M, K]` in float32 or wider, what is hidden at -inf, written into `room`."""
+    def products(self, query: Tensor, key: Tensor, room: Tensor) -> Tensor:
+        """`[R * H_kv, r * M, K]` in float32 or wider, written into `room`."""
         rows, kv_heads, shared, count, keys = self.shape
         out = room[: rows * kv_heads * shared * count * keys].view(rows * kv_heads, shared * count, keys)
-        _product(query, key.transpose(1, 2), out)
+        return _product(query, key.transpose(1, 2), out)
+
+    def scores(self, query: Tensor, key: Tensor, options: Options, room: Tensor) -> Tensor:
+        """The same with soft cap, and what is hidden at -inf."""
+        out = self.products(query, key, room)
         if options.softcap is not None:
             out.div_(options.softcap).tanh_().mul_(options.softcap)
-        bias = self._hidden(options.window)
+        bias = self.hidden(options.window)
         if bias is not None:
             out.view(self.shape).add_(bias)
         return out
 
-    def _hidden(self, window: int | None) -> Tensor | None:
+    def for_kernels(self, scores: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
+        """Scores as `[R, H, M, K]`, and what is to be added to them, in which all heads are one."""
+        rows, kv_heads, shared, count, keys = self.shape
+        bias = self.hidden(options.window)
+        return scores.view(rows, kv_heads * shared, count, keys), None if bias is None else bias[:, 0]
+
+    def hidden(self, window: int | None) -> Tensor | None:
         """What is added to the scores: 0, or -inf where a query must not see a key; broadcasts to `shape`."""
         if window is None or self.reach < window:
             return self.bias
@@ -232,11 +243,7 @@ class TiledAttention(torch.autograd.Function):
         room = _room(tiles, lse)
         for tile in tiles:
             q, k, v = _gather(tile, query, key, value)
-            scores = tile.scores(q, k, options, room)
-            # Where a window hides everything the maximum is -inf; any finite number gives weights of 0 then.
-            top = scores.amax(-1, keepdim=True).clamp_min_(-1e30)
-            weights = scores.sub_(top).exp_()
-            total = weights.sum(-1, keepdim=True)
+            weights, top, total = _weights(tile, q, k, options, room)
             part = _product(weights.to(v.dtype), v)
             part, total, top = (tile.real(x.flatten(0, 1)) for x in (part, total, top))
             if tile.own:
@@ -265,14 +272,9 @@ class TiledAttention(torch.autograd.Function):
         for tile in ctx.tiles:
             q, k, v = _gather(tile, query, key, value)
             back = grad.index_select(0, tile.query_index).view(*q.shape[:2], -1)
-            weights = tile.scores(q, k, options, room)
-            change = _product(back, v.transpose(1, 2), other[: weights.numel()].view_as(weights))
-            change.sub_(delta.index_select(0, tile.query_index).view(*q.shape[:2], 1))
-            if options.softcap is not None:
-                # d capped / d score; where a key is hidden the weight below is 0, whatever stands here.
-                change.mul_(1 - weights.clamp_min(-options.softcap).div_(options.softcap).square_())
-            weights.sub_(_lse_of(tile, lse).view(*q.shape[:2], 1)).exp_()
-            change.mul_(weights)
+            change = other[: torch.Size(tile.shape).numel()].view(*q.shape[:2], -1)
+            _product(back, v.transpose(1, 2), change)
+            weights = _weights_back(tile, q, k, options, room, (change, _lse_of(tile, lse), delta))
             narrow = change.to(q.dtype)
             _add(grads[2], tile.key_index, _product(weights.to(q.dtype).transpose(1, 2), back))
             _add(grads[1], tile.key_index, _product(narrow.transpose(1, 2), q))
@@ -283,6 +285,47 @@ class TiledAttention(torch.autograd.Function):
             grad_sinks = -(taken * delta.view_as(taken)).sum(0).to(sinks.dtype)
         grad_query, grad_key, grad_value = (g.to(query.dtype) for g in grads)
         return grad_query, grad_key, grad_value, grad_sinks, None
+
+
+def _weights(tile: Tile, query: Tensor, key: Tensor, options: Options, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`exp(scores - top)` in `room`, each query's largest score, and the sum of its weights: `[R * H_kv, r * M, 1]`."""
+    kernels = _kernels(options, query, room)
+    if kernels is not None:
+        weights = tile.products(query, key, room)
+        top, total = kernels.soften_(*tile.for_kernels(weights, options))
+        return weights, top.view(*query.shape[:2], 1), total.view(*query.shape[:2], 1)
+    scores = tile.scores(query, key, options, room)
+    # Where a window hides everything the maximum is -inf; any finite number gives weights of 0 then.
+    top = scores.amax(-1, keepdim=True).clamp_min_(-1e30)
+    weights = exp(scores.sub_(top), out=scores)
+    return weights, top, weights.sum(-1, keepdim=True)
+
+
+def _weights_back(
+    tile: Tile, query: Tensor, key: Tensor, options: Options, room: Tensor, given: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """`exp(scores - lse)` in `room`. Given are the gradients of these weights, of which it makes those of the scores,
+    the queries' log-sum-exps, and `delta` of all queries."""
+    change, lse, delta = given
+    delta = delta.index_select(0, tile.query_index)
+    kernels = _kernels(options, query, room)
+    if kernels is not None:
+        weights = tile.products(query, key, room)
+        scores, bias = tile.for_kernels(weights, options)
+        kernels.soften_back_(scores, bias, change, lse, delta)
+        return weights
+    weights = tile.scores(query, key, options, room)
+    change.sub_(delta.view(*query.shape[:2], 1))
+    if options.softcap is not None:
+        # d capped / d score; where a key is hidden the weight below is 0, whatever stands here.
+        change.mul_(1 - weights.clamp_min(-options.softcap).div_(options.softcap).square_())
+    exp(weights.sub_(lse.view(*query.shape[:2], 1)), out=weights)
+    change.mul_(weights)
+    return weights
+
+
+def _kernels(options: Options, query: Tensor, room: Tensor) -> Kernels | None:
+    return kernels_for(16 * room.numel(), query) if options.softcap is None else None
 
 
 def _gather(tile: Tile, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import tempfile
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from groupwise.data.arithmetic import ALPHABET, demonstrations
+from groupwise.disk import cache_folder
 from groupwise.errors import ModelError
 from groupwise.models.cores import threads
 from groupwise.models.small import END_ID, PAD_ID, character_tokenizer, small_model
@@ -64,12 +64,12 @@ def ensure_warm(
 ) -> Path:
     """The Hugging Face folder of the warmed-up model of a seed: found in the cache, or made there in about a minute.
 
-    `cache_dir` defaults to `$GROUPWISE_CACHE`, else `~/.cache/groupwise`. `say` is told what takes time, a line at a
+    `cache_dir` defaults to `cache_folder()`. `say` is told what takes time, a line at a
     time. Processes that race make the same folder, and the first to finish wins. Raises ModelError where the cache
     cannot be written or the model does not learn.
     """
     settings = settings or WarmUp()
-    cache = cache_dir or Path(os.environ.get("GROUPWISE_CACHE") or Path.home() / ".cache" / "groupwise")
+    cache = cache_dir or cache_folder()
     folder = cache / f"arithmetic-{seed}-{_fingerprint(seed, settings)}"
     if folder.is_dir():
         return folder
