@@ -252,8 +252,7 @@ class Step:
             firsts: list[Tensor | None] = [None] * len(ends)
             if window is not None:
                 # The first that is near enough, counted from where each part starts.
-                before_R = [sum(ends[i:]) - window for i in range(len(ends))]
-                firsts = [first_R.clamp_min(0) for first_R in before_R]
+                firsts = [(torch.stack(ends[i:]).sum(0) - window).clamp_min(0) for i in range(len(ends))]
             self._seen[window] = Parts([Look(*look) for look in zip(slots, firsts, ends, strict=True)])
         return self._seen[window]
 

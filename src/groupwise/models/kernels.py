@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.disk import cache_folder
-from groupwise.wording import one_line
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _COMPILERS = ("cc", "gcc", "clang")
@@ -211,7 +210,7 @@ def compiled() -> Kernels | None:
             complaint = str(error)
     warnings.warn(
         f"Sampling on this CPU takes longer than it could: {compiler} did not compile {_SOURCE.name} "
-        f"({one_line(complaint, 200)}). Name another compiler by CC; a cache folder by GROUPWISE_CACHE.",
+        f"({' '.join(complaint.split())[:200]}). Name another compiler by CC; a cache folder by GROUPWISE_CACHE.",
         RuntimeWarning, stacklevel=2,
     )  # fmt: skip
     return None
