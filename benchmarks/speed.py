@@ -1,8 +1,8 @@
 """The speed of groupwise against TRL, `generate` and vLLM's CPU build. `make bench` runs all rows and prints the table.
 
 Each finished row is written to `results/speed/ROW.json` at once; a row that is there for the code that is measured
-(see `MEASURED`) is not measured again, so the whole may be done in pieces. Run it on a quiet machine: two to three hours on
-two cores."""
+(see `MEASURED`) is not measured again, so the whole may be done in pieces. Run it on a quiet machine: two
+to three hours on two cores."""
 
 from __future__ import annotations
 
