@@ -281,3 +281,33 @@ def test_a_worker_that_is_too_slow_is_ended(folder):
             ours.ask(patience=0.001, sample=1)
     finally:
         ours.close()
+
+
+@pytest.mark.parametrize("alone, starts", [(True, 3), (False, 1)])
+def test_workers_that_do_not_fit_together_make_room_and_go_on_where_they_come_first(
+    monkeypatch, tmp_path, alone, starts
+):
+    living, most, began = set(), [], []
+
+    class Scripted:
+        def __init__(self, system):
+            self.about = {}
+            began.append(system)
+            living.add(self)
+            most.append(len(living))
+
+        def ask(self, *, product=False, **step):
+            return {"rate": 1.0} if product else {"seconds": 1.0, "sample": 0.5, "train": 0.5}
+
+        def close(self):
+            living.discard(self)
+
+    monkeypatch.setattr(measure.Bench, "start", lambda self, system, case, settings: Scripted(system))
+    monkeypatch.setattr(measure, "sensible", lambda settings, bench: settings)
+    monkeypatch.setattr(measure, "best_of", lambda *arguments: ({}, {}))
+    monkeypatch.setattr(measure, "default_once", lambda *arguments: None)
+    row = replace(ROWS["tiny-p16"], alone=alone)
+    found = measure.measure_steps(row, measure.Bench(tmp_path, tmp_path, pairs=5))
+    assert (began.count("ours"), began.count("trl"), len(found["ratios"])) == (starts, starts, 5)
+    assert max(most) == (1 if alone else 2)
+    assert not living
