@@ -214,4 +214,51 @@ def test_state_of_before_the_first_update_forgets_what_was_there() -> None:
     used.step()
     used.load(fresh.masters, *fresh.state())
     assert used.update == 0
-    assert not used.adam.state
+    assert used.state() == fresh.state() == ({}, {"update": 0, "adam_steps": 0})
+    for state in used.adam.state.values():
+        assert all(not value.any() for value in state.values())
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_running_means_are_made_at_once_and_stay_where_they_are(dtype: torch.dtype) -> None:
+    _, optimizer = make(dtype)
+    places = {
+        f"{name}.{key}": optimizer.adam.state[master][key].data_ptr()
+        for name, master in optimizer.masters.items() for key in ("exp_avg", "exp_avg_sq")
+    }  # fmt: skip
+    push(optimizer, 1.0)
+    optimizer.step()
+    tensors, counters = optimizer.state()
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    assert counters["adam_steps"] == 1
+    assert all(tensor.any() for tensor in kept.values())
+    push(optimizer, 2.0)
+    optimizer.step()
+    optimizer.load(dict(optimizer.masters), kept, counters)
+    now = optimizer.state()[0]
+    assert {name: tensor.data_ptr() for name, tensor in now.items()} == places
+    assert all(torch.equal(now[name], tensor) for name, tensor in kept.items())
+
+
+def test_a_state_that_lacks_a_running_mean_is_refused() -> None:
+    _, optimizer = make()
+    push(optimizer, 1.0)
+    optimizer.step()
+    tensors, counters = optimizer.state()
+    lacking = {name: tensor for name, tensor in tensors.items() if name != "matrix.exp_avg_sq"}
+    with pytest.raises(KeyError, match="exp_avg_sq"):
+        optimizer.load(dict(optimizer.masters), lacking, counters)
+
+
+def test_means_that_were_made_at_once_are_those_that_adam_makes() -> None:
+    net, ours = make()
+    other, plain = make()
+    plain.adam.state.clear()
+    for seed in range(3):
+        for model, optimizer in ((net, ours), (other, plain)):
+            model(inputs(seed)).square().mean().backward()
+            optimizer.step()
+    for name, parameter in net.named_parameters():
+        assert torch.equal(parameter, dict(other.named_parameters())[name])
+    assert ours.state()[1] == plain.state()[1]
+    assert all(torch.equal(tensor, plain.state()[0][name]) for name, tensor in ours.state()[0].items())

@@ -41,6 +41,10 @@ def learning_rate(settings: OptimizerSettings, update: int) -> float:
     return settings.learning_rate * _DECAY[settings.lr_scheduler_type](progress)
 
 
+_MEANS = ("exp_avg", "exp_avg_sq")
+"""Adam's names of its running means: of gradients and of their squares."""
+
+
 class MasterOptimizer:
     """Owns float32 masters and their gradients. Where the module computes in float32 the masters are its parameters.
 
@@ -70,6 +74,7 @@ class MasterOptimizer:
             lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon, fused=True,
         )  # fmt: skip
+        self._make_state()
         self.zero_grad()
         for name, parameter in self.parameters.items():
             _gather(parameter, self.masters[name].grad)
@@ -121,32 +126,34 @@ class MasterOptimizer:
                 parameter.copy_(self.masters[name])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Adam's running means by parameter name, and the counters."""
-        tensors: dict[str, Tensor] = {}
-        steps = 0
-        for name, master in self.masters.items():
-            state = self.adam.state.get(master, {})
-            for key in ("exp_avg", "exp_avg_sq"):
-                if key in state:
-                    tensors[f"{name}.{key}"] = state[key]
-            steps = int(state["step"]) if state else steps
+        """Adam's running means by parameter name (none before its first step), and the counters."""
+        states = {name: self.adam.state[master] for name, master in self.masters.items()}
+        steps = max((int(state["step"]) for state in states.values()), default=0)
+        tensors = {f"{name}.{key}": state[key] for name, state in states.items() for key in _MEANS if steps}
         return tensors, {"update": self.update, "adam_steps": steps}
 
     @torch.no_grad()
     def load(self, masters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], counters: Mapping[str, int]) -> None:
-        """Take up weights and state where `state` and the masters left them; keeps `tensors` themselves."""
+        """Take up weights and state where `state` and the masters left them; without `tensors` means are 0."""
         for name, master in self.masters.items():
             master.copy_(masters[name])
         self._cast()
         self.update = counters["update"]
-        self.adam.state.clear()
-        if not tensors:
-            return
         for name, master in self.masters.items():
-            self.adam.state[master] = {
-                "step": torch.tensor(float(counters["adam_steps"]), device=master.device),
-                **{key: tensors[f"{name}.{key}"].to(master) for key in ("exp_avg", "exp_avg_sq")},
-            }
+            state = self.adam.state[master]
+            state["step"].fill_(float(counters["adam_steps"]))
+            for key in _MEANS:
+                state[key].copy_(tensors[f"{name}.{key}"]) if tensors else state[key].zero_()
+
+    def _make_state(self) -> None:
+        """Adam's state of before its first step, as Adam itself would make it there.
+
+        By then sampling and passes have freed memory, and the running means would lie in pieces of that for good: what
+        the next step asks for would not fit between them any more, and be new memory once again (LOG.md).
+        """
+        for master in self.masters.values():
+            means = {key: torch.zeros_like(master) for key in _MEANS}
+            self.adam.state[master] = {"step": torch.tensor(0.0, device=master.device), **means}
 
 
 def _gather(parameter: nn.Parameter, gradient: Tensor | None) -> None:

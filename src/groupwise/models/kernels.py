@@ -263,7 +263,7 @@ def _library(compiler: str, tuning: str) -> Path:
     """The shared library. Its name says source, compiler and processor, so that no other machine takes it up."""
     command = shlex.split(compiler)
     told = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
-    made_from = (_SOURCE.read_text(), told, tuning, platform.machine(), _processor())
+    made_from = (_SOURCE.read_text(), told, *_FLAGS, tuning, platform.machine(), _processor())
     name = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:24]
     file = cache_folder() / "kernels" / f"{name}.so"
     if not file.exists():
