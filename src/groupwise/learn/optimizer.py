@@ -134,7 +134,10 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def load(self, masters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], counters: Mapping[str, int]) -> None:
-        """Take up weights and state where `state` and the masters left them; without `tensors` means are 0."""
+        """Take up weights and state where `state` and the masters left them; without `tensors` means are 0.
+
+        Raises KeyError where `tensors` lack one.
+        """
         for name, master in self.masters.items():
             master.copy_(masters[name])
         self._cast()
@@ -143,7 +146,10 @@ class MasterOptimizer:
             state = self.adam.state[master]
             state["step"].fill_(float(counters["adam_steps"]))
             for key in _MEANS:
-                state[key].copy_(tensors[f"{name}.{key}"]) if tensors else state[key].zero_()
+                if tensors:
+                    state[key].copy_(tensors[f"{name}.{key}"])
+                else:
+                    state[key].zero_()
 
     def _make_state(self) -> None:
         """Adam's state of before its first step, as Adam itself would make it there.

@@ -260,7 +260,7 @@ def _attended(query: Tensor, stores: Tensor, scale: float) -> Tensor:
 
 
 def _library(compiler: str, tuning: str) -> Path:
-    """The shared library. Its name says source, compiler and processor, so that no other machine takes it up."""
+    """The shared library. Its name says source, compiler, flags and processor: who has another one makes anew."""
     command = shlex.split(compiler)
     told = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
     made_from = (_SOURCE.read_text(), told, *_FLAGS, tuning, platform.machine(), _processor())
