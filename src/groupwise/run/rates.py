@@ -13,6 +13,7 @@ from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.attention import NAME
 from groupwise.models.clone import tiny_clone
 from groupwise.models.direct import Product
+from groupwise.models.heap import keep_freed_memory
 from groupwise.models.packed import PackedProducts, plain_product
 from groupwise.models.policy import Policy
 from groupwise.run.memory import decoding
@@ -58,6 +59,7 @@ class Rates:
 def measure(hollow: Hollow, few: int, many: int, cached: bool) -> Rates:
     """Rates at the widths of a model: with `few` rows (decoding) and with `many` (training)."""
     text, device = hollow.config.get_text_config(), torch.device(hollow.device)
+    keep_freed_memory(device)  # as a run does: else each result's pages are new, or not, as it happens
     width = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", None) or 4 * width)
     weight = torch.randn(inner, width, device=device).to(hollow.dtype)
