@@ -57,9 +57,13 @@ class Rates:
 
 
 def measure(hollow: Hollow, few: int, many: int, cached: bool) -> Rates:
-    """Rates at the widths of a model: with `few` rows (decoding) and with `many` (training)."""
+    """Rates at the widths of a model: with `few` rows (decoding) and with `many` (training).
+
+    On a CPU this process keeps what it frees from then on, as that of a run does: else the pages of each result would
+    be new, or not, as it happens.
+    """
     text, device = hollow.config.get_text_config(), torch.device(hollow.device)
-    keep_freed_memory(device)  # as a run does: else each result's pages are new, or not, as it happens
+    keep_freed_memory(device)
     width = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", None) or 4 * width)
     weight = torch.randn(inner, width, device=device).to(hollow.dtype)
