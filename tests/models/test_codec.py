@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from groupwise.errors import ConfigError, DataError, ModelError
-from groupwise.models.codec import BROKEN, Codec, StopChecker
+from groupwise.models.codec import BROKEN, Codec
 from tests.tiny_hub import cached_snapshot
 from tests.tiny_tokenizers import (
     CHAT_TEMPLATE,
@@ -23,7 +22,6 @@ from tests.tiny_tokenizers import (
     saved,
     sentencepiece_like,
     word_pieces,
-    wrapped,
 )
 
 BYTES = Codec(byte_level(CHAT_TEMPLATE))
@@ -197,69 +195,6 @@ def test_offsets_where_the_decoder_joins_words() -> None:
 def test_special_tokens_add_no_characters() -> None:
     assert BYTES.offsets([*BYTES.encode_text("85"), 0])[1][-2:] == (2, 2)
     assert BYTES.offsets([]) == ("", ())
-
-
-# --- stop strings -----------------------------------------------------------------------------------------------------
-
-
-def first_stop(codec: Codec, ids: list[int], stop: list[str]) -> int | None:
-    """The definition: the first token after which a stop string is in the whole text."""
-    texts = (codec.decode(ids[: t + 1], skip_special_tokens=False) for t in range(len(ids)))
-    return next((t for t, text in enumerate(texts) if any(s in text for s in stop)), None)
-
-
-@given(token_lists(BYTES), st.lists(st.sampled_from(["a", "\n\n", "e a", "é", "85", "<end>", "😀", "st"]), max_size=3))
-@settings(max_examples=120, deadline=None)
-def test_stops_are_found_where_decoding_everything_finds_them(ids: list[int], stop: list[str]) -> None:
-    checker = StopChecker(BYTES, stop)
-    found = next((t for t in range(len(ids)) if checker.ends_with_stop(ids[: t + 1])), None)
-    assert found == first_stop(BYTES, ids, stop)
-
-
-@pytest.mark.parametrize("codec", [BYTES, PIECES], ids=["byte-level", "byte-fallback"])
-@pytest.mark.parametrize("stop", ["\n", "京", "é!", "answer is", " a", "zz"])
-def test_stops_in_a_long_text(codec: Codec, stop: str) -> None:
-    ids = list(codec.encode_text("the 😎 東京\n ß the answer is é! ok\n and a 😎 " * 2))
-    checker = StopChecker(codec, [stop])
-    found = [t for t in range(len(ids)) if checker.ends_with_stop(ids[: t + 1])]
-    texts = [codec.decode(ids[: t + 1]) for t in range(len(ids))]
-    assert found == [t for t in range(len(ids)) if texts[t].count(stop) > (texts[t - 1].count(stop) if t else 0)]
-
-
-def test_only_tokens_that_may_complete_a_stop_are_looked_at() -> None:
-    newline = StopChecker(BYTES, ["\n"])
-    texts = {token_id: BYTES.decode([token_id]) for token_id in range(BYTES.vocab_size)}
-    assert {i for i, text in texts.items() if "\n" in text} == set(newline.may_stop_V.nonzero()[0])
-    assert StopChecker(BYTES, ["é"]).may_stop_V.sum() > 100, "bytes may complete a character that is not ASCII"
-    assert not StopChecker(BYTES, []).may_stop_V.any()
-    assert StopChecker(BYTES, ["\n"], vocab_size=512).may_stop_V.shape == (512,)
-    assert not newline.ends_with_stop([])
-
-
-def test_a_token_that_ends_one_character_and_holds_the_next_may_stop() -> None:
-    core = Tokenizer(models.BPE({"Ã": 0, "©a": 1, "x": 2}, []))  # C3 | A9 a | x
-    core.decoder = decoders.ByteLevel()
-    checker = StopChecker(Codec(wrapped(core)), ["a"])
-    assert checker.may_stop_V.tolist() == [False, True, False]
-    assert checker.ends_with_stop([2, 0, 1])
-
-
-def test_a_stop_is_found_behind_tokens_without_text() -> None:
-    checker = StopChecker(BYTES, ["ab"], vocab_size=1000)
-    a, b = BYTES.encode_text("a")[0], BYTES.encode_text("b")[0]
-    assert checker.ends_with_stop([a, *[999] * 20, b])  # rows that a padded model has and its tokenizer has not
-    assert not checker.ends_with_stop([a, *[999] * 20, a])
-
-
-def test_a_stop_counts_once_when_its_last_character_comes_again() -> None:
-    ids = [BYTES.encode_text(character)[0] for character in "oiss"]
-    checker = StopChecker(BYTES, ["is"])
-    assert [checker.ends_with_stop(ids[: t + 1]) for t in range(4)] == [False, False, True, False]
-
-
-def test_an_empty_stop_string_is_refused() -> None:
-    with pytest.raises(ConfigError, match="stop string is empty"):
-        StopChecker(BYTES, ["\n", ""])
 
 
 # --- loading and saving -----------------------------------------------------------------------------------------------

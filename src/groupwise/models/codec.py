@@ -10,9 +10,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from groupwise.errors import ConfigError, DataError, ModelError
 from groupwise.models import tokenizer_check, tokenizer_files
 from groupwise.types import Message
@@ -216,52 +213,6 @@ class Codec:
             if text.strip() and BROKEN not in text:
                 return token_id, text
         raise ModelError(f"The tokenizer ({type(self.tokenizer).__name__}) has no token that stands for text.")
-
-
-class StopChecker:
-    """Finds the token that completes a stop string, without decoding whole outputs.
-
-    `may_stop_V` (bool, one per token of the vocabulary) is True for tokens that may complete one: index it with the
-    new tokens, and ask `ends_with_stop` only where it is True. Special tokens count as text here, so that a stop
-    string may name one.
-    """
-
-    def __init__(self, codec: Codec, stop: Sequence[str], vocab_size: int | None = None) -> None:
-        """Decode each token of the vocabulary once. `vocab_size` is the model's, where it has more rows.
-
-        Raises ConfigError for an empty stop string.
-        """
-        if "" in stop:
-            raise ConfigError("A stop string is empty: every output would end at once. Take it out of `stop`.")
-        self._codec = codec
-        self._stop = tuple(stop)
-        self._longest = max(map(len, stop), default=0)
-        self.may_stop_V: NDArray[np.bool_] = np.zeros(max(vocab_size or 0, codec.vocab_size), dtype=np.bool_)
-        if not stop:
-            return  # the vocabulary need not be decoded
-        last_characters = {text[-1] for text in stop}
-        if not all(character.isascii() for character in last_characters):
-            last_characters.add(BROKEN)  # part of a character may complete one, while ASCII never comes in parts
-        for token_id in codec.tokenizer.get_vocab().values():
-            piece = codec.piece([token_id], skip_special_tokens=False)
-            self.may_stop_V[token_id] = not last_characters.isdisjoint(piece)
-
-    def ends_with_stop(self, token_ids: Sequence[int]) -> bool:
-        """Whether the last of an output's tokens completes a stop string (it may hold characters after it, too)."""
-        if not token_ids or not self.may_stop_V[token_ids[-1]]:
-            return False
-        before, text = self._tail(token_ids)
-        return any(text.find(stop, max(0, len(before) - len(stop) + 1)) >= 0 for stop in self._stop)
-
-    def _tail(self, token_ids: Sequence[int]) -> tuple[str, str]:
-        """The end of the output without and with its last token: as much as the longest stop string can reach."""
-        tokens = self._longest + 1
-        while True:
-            start = max(0, len(token_ids) - 1 - tokens)
-            before = self._codec.decode(token_ids[start:-1], skip_special_tokens=False).rstrip(BROKEN)
-            if start == 0 or len(before) >= self._longest:
-                return before, self._codec.decode(token_ids[start:], skip_special_tokens=False)
-            tokens *= 2
 
 
 def _complete(texts: Sequence[str]) -> list[int]:
