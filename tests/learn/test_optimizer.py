@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings, learning_rate
+from groupwise.errors import ModelError
+from groupwise.learn.optimizer import REFUSED_UPDATES, MasterOptimizer, OptimizerSettings, learning_rate
 
 BFLOAT16 = torch.bfloat16
 FLOAT32 = torch.float32
@@ -119,6 +120,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(wrong: float, dtype: torc
     norm, _ = optimizer.step()
     assert not math.isfinite(norm)
     assert optimizer.update == 2, "it counts for the schedule"
+    assert (optimizer.applied, optimizer.refused_in_a_row) == (1, 1)
     for name in optimizer.masters:
         assert torch.equal(optimizer.masters[name], twin.masters[name])
     for one in (optimizer, twin):
@@ -126,6 +128,31 @@ def test_a_gradient_that_is_not_finite_changes_nothing(wrong: float, dtype: torc
         one.step()
     for name, parameter in net.named_parameters():
         assert torch.equal(parameter, dict(twin_net.named_parameters())[name]), "nothing of it is left"
+
+
+def test_a_run_of_refused_updates_is_an_error_and_an_applied_one_begins_anew() -> None:
+    _, optimizer = make()
+    for gradient in [math.nan] * (REFUSED_UPDATES - 1) + [1.0] + [math.inf] * (REFUSED_UPDATES - 1):
+        push(optimizer, gradient)
+        optimizer.step()
+        optimizer.check()
+    _, taken_up = make()
+    taken_up.load(optimizer.masters, *optimizer.state())
+    for one in (optimizer, taken_up):
+        push(one, math.nan)
+        one.step()
+        with pytest.raises(ModelError, match=r"last 5 updates were all refused.*those after 1 updates"):
+            one.check()
+
+
+def test_a_short_run_of_which_every_update_was_refused_is_an_error_too() -> None:
+    _, optimizer = make()
+    for _ in range(2):
+        optimizer.check(planned=2)
+        push(optimizer, math.nan)
+        optimizer.step()
+    with pytest.raises(ModelError, match="last 2 updates"):
+        optimizer.check(planned=2)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
@@ -195,7 +222,7 @@ def test_state_goes_over_to_another_optimizer(dtype: torch.dtype) -> None:
     old.step()
     learn(other, new, 9)
     tensors, counters = old.state()
-    assert counters == {"update": 2, "adam_steps": 1}
+    assert counters == {"update": 2, "adam_steps": 1, "refused_in_a_row": 1}
     new.load(
         {name: master.detach().clone() for name, master in old.masters.items()},
         {name: tensor.clone() for name, tensor in tensors.items()}, counters,
@@ -214,7 +241,7 @@ def test_state_of_before_the_first_update_forgets_what_was_there() -> None:
     used.step()
     used.load(fresh.masters, *fresh.state())
     assert used.update == 0
-    assert used.state() == fresh.state() == ({}, {"update": 0, "adam_steps": 0})
+    assert used.state() == fresh.state() == ({}, {"update": 0, "adam_steps": 0, "refused_in_a_row": 0})
     for state in used.adam.state.values():
         assert all(not value.any() for value in state.values())
 

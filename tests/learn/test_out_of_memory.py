@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,11 @@ from groupwise.errors import ModelError
 from groupwise.learn.learner import Learner
 from groupwise.learn.memory import is_out_of_memory
 from groupwise.learn.optimizer import OptimizerSettings
-from groupwise.learn.reference import Reference
+from groupwise.learn.reference import Reference, RewardPenalty
 from groupwise.learn.reward_learner import RewardLearner, RewardLearnerSettings
 from groupwise.models.judging import Graded, Output, Row, Steps, Stepwise
 from groupwise.models.layout import Stream
+from groupwise.models.policy import Policy
 from tests.learn.tiny import Gradient, distance, gradients, make_learner, some_credit, some_groups, tiny_policy
 from tests.tiny_judges import pupil, save_judge
 
@@ -31,7 +33,13 @@ REFUSALS = [
 
 def learner_with_room(tokens: int, error: RuntimeError = REFUSALS[0], preset: str = "dapo", **settings: Any) -> Learner:
     """A learner on a device that refuses passes of more than so many tokens, after it has computed some of them."""
-    policy = tiny_policy()
+    learner = make_learner(tiny_policy(), preset, **{"tokens_per_micro_batch": 40, **settings})
+    refuse(learner.policy, tokens, error)
+    return learner
+
+
+def refuse(policy: Policy, tokens: int, error: RuntimeError = REFUSALS[0]) -> None:
+    """Have a policy refuse passes of more than so many tokens."""
     compute = policy.forward
 
     def forward(stream: Stream, *inputs: Any, **options: Any) -> Any:
@@ -40,7 +48,6 @@ def learner_with_room(tokens: int, error: RuntimeError = REFUSALS[0], preset: st
         return compute(stream, *inputs, **options)
 
     policy.forward = forward  # type: ignore[method-assign]
-    return make_learner(policy, preset, **{"tokens_per_micro_batch": 40, **settings})
 
 
 def gradient(learner: Learner) -> Gradient:
@@ -68,6 +75,30 @@ def test_so_are_the_passes_of_the_old_policy_and_of_the_reference() -> None:
     whole, halved = batches
     for name in ("old_logprobs_T", "ref_logprobs_T"):
         torch.testing.assert_close(getattr(whole, name), getattr(halved, name), rtol=0, atol=1e-12)
+
+
+def test_so_are_those_of_a_kl_penalty_in_the_reward() -> None:
+    """By the budget that is left, whichever of the two passes it was that ran out."""
+    charged = []
+    for refusing in ("neither", "policy", "reference"):
+        learner = make_learner(tiny_policy(), "rloo", tokens_per_micro_batch=40)
+        reference = Reference(learner.policy)
+        with torch.no_grad():
+            for weight in reference.policy.parameters():
+                weight *= 1.1
+        if refusing != "neither":
+            refuse(learner.policy if refusing == "policy" else reference.policy, 20)
+        scored = [
+            replace(group, scores=tuple(replace(score, reward=1.0) for score in group.scores))
+            for group in some_groups(learner.policy, 1.0)
+        ]
+        metrics: dict[str, float] = {}
+        found = RewardPenalty(learner, reference, 0.5).charge(scored, metrics)
+        charged.append([reward for group in found for reward in group.rewards])
+        assert (learner.room.budget, learner.room.halved) == ((40, 0) if refusing == "neither" else (20, 1))
+        assert abs(metrics["reward/kl_penalty"]) > 1e-3
+    for other in charged[1:]:
+        assert other == pytest.approx(charged[0], abs=1e-12)
 
 
 def test_it_is_counted_and_the_lost_passes_are_not() -> None:

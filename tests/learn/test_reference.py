@@ -87,7 +87,7 @@ def test_the_penalty_is_taken_off_every_scored_reward(mask_truncated: bool, budg
     scored = groups()
     assert any(output.finish == "length" for group in scored for output in group.group.completions)
     metrics: dict[str, float] = {}
-    charged = RewardPenalty(learner, reference, BETA, budget).charge(scored, metrics)
+    charged = RewardPenalty(learner, reference, BETA).charge(scored, metrics)
     taken = []
     for before, after in zip(scored, charged, strict=True):
         assert after.group is before.group
@@ -115,7 +115,7 @@ def test_every_scored_step_pays_for_its_own_tokens() -> None:
             steps = (Step(middle, 0.25, "a"), Step(length, None if length % 3 == 0 else 1.0))
             scores.append(replace(score, steps=steps[-1:] if middle == length else steps))
         scored.append(replace(group, scores=tuple(scores)))
-    charged = RewardPenalty(learner, reference, BETA, EVERYTHING).charge(scored, {})
+    charged = RewardPenalty(learner, reference, BETA).charge(scored, {})
     taken = []
     for before, after in zip(scored, charged, strict=True):
         prompt = before.group.prompt.token_ids
@@ -139,7 +139,7 @@ def test_one_step_pays_what_its_output_pays_bit_for_bit() -> None:
     for group in groups():
         pairs = zip(group.scores, group.lengths, strict=True)
         scored.append(replace(group, scores=tuple(replace(s, steps=(Step(n, s.reward),)) for s, n in pairs)))
-    for group in RewardPenalty(learner, reference, BETA, EVERYTHING).charge(scored, {}):
+    for group in RewardPenalty(learner, reference, BETA).charge(scored, {}):
         assert group.rewards == [score.steps[0].reward for score in group.scores]
 
 
@@ -148,7 +148,7 @@ def test_a_policy_that_is_its_reference_pays_nothing() -> None:
     reference.refresh(learner, 0)
     scored = groups()
     metrics: dict[str, float] = {}
-    assert RewardPenalty(learner, reference, BETA, EVERYTHING).charge(scored, metrics) == scored
+    assert RewardPenalty(learner, reference, BETA).charge(scored, metrics) == scored
     assert metrics == {"reward/kl_penalty": 0.0}
 
 
@@ -156,7 +156,7 @@ def test_nothing_scored_nothing_paid() -> None:
     learner, reference = moved()
     scored = [replace(group, scores=tuple(Score(None) for _ in group.scores)) for group in groups()]
     metrics: dict[str, float] = {}
-    assert RewardPenalty(learner, reference, BETA, EVERYTHING).charge(scored, metrics) == scored
+    assert RewardPenalty(learner, reference, BETA).charge(scored, metrics) == scored
     assert metrics == {"reward/kl_penalty": 0.0}
 
 

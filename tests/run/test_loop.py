@@ -42,6 +42,9 @@ class Learner:
     def weights(self) -> Iterator[tuple[str, Any]]:
         return iter(())
 
+    def check(self) -> None:
+        """Every update was applied."""
+
 
 class Reference:
     """Remembers the version that it was copied from."""

@@ -30,9 +30,10 @@ class Counter:
     """Stands for learner, reference and prompts: something with a little state."""
 
     iteration = 0
+    updates = 1
 
     def state_dict(self) -> Any:
-        return {"model": {"w": torch.ones(2)}, "optimizer": {}}, {"update": 1}
+        return {"model": {"w": torch.ones(2)}, "optimizer": {}}, {"update": self.updates}
 
     def masters(self) -> dict[str, torch.Tensor]:
         return {"w": torch.ones(2)}
@@ -55,7 +56,8 @@ class Bench:
         self.folder = RunFolder.create(path / "run")
         self.progress, self.evaluation, self.sink = Progress(1, 10), Evaluations(), MemorySink()
         self.watch = Watch([self.sink], make_terminal("quiet", total_steps=10, title=""), None)
-        parts: Any = (self.progress, Prompts(), Counter(), Nothing(), self.evaluation, Clock(), NoRounds())
+        self.counter = Counter()
+        parts: Any = (self.progress, Prompts(), self.counter, Nothing(), self.evaluation, Clock(), NoRounds())
         self.stateful = Stateful(*parts)
         self.saver = Saver(self.folder, CheckpointSection(**schedule), self.stateful, self.watch)
 
@@ -161,3 +163,36 @@ def test_weights_of_another_model_are_refused(own: Any, found: Any, said: str) -
     with pytest.raises(RunFolderError, match=said):
         check_shapes(*tensors, a_checkpoint({}))
     check_shapes(tensors[0], tensors[0], a_checkpoint({}))
+
+
+def test_an_error_inside_a_step_saves_the_step_before_it_as_it_was_when_it_was_over(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, every=5)
+    bench.step(1, reward=0.25)
+    bench.progress.step = 2
+    bench.evaluation.at_step, bench.evaluation.last = 2, {"reward": 9.0}  # of the step that was not finished
+    bench.saver.rescue()
+    saved = checkpoint.latest(bench.folder.checkpoints, pytest.fail)
+    assert saved is not None
+    assert (saved.step, saved.state["step"], bench.saver.saved_step) == (1, 1, 1)
+    assert saved.state["evaluation"]["last"] == {"reward": 0.25}
+
+
+def test_an_error_after_an_update_saves_nothing_that_is_half_a_step(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, every=2)
+    for number in (1, 2, 3):
+        bench.step(number)
+    bench.progress.step = 4
+    bench.counter.updates += 1
+    bench.saver.rescue()
+    assert bench.saved == [2]
+
+
+def test_an_error_before_the_first_step_or_right_after_a_save_saves_nothing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, every=1)
+    bench.saver.rescue()
+    assert bench.saved == []
+    bench.step(1)
+    written = (bench.folder.checkpoints / "step-00000001" / "state.json").stat().st_mtime_ns
+    bench.saver.rescue()
+    assert bench.saved == [1]
+    assert (bench.folder.checkpoints / "step-00000001" / "state.json").stat().st_mtime_ns == written

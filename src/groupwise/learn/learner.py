@@ -15,7 +15,7 @@ from torch import Tensor
 from groupwise.learn.forward import lay_out, score_outputs
 from groupwise.learn.lanes import Twins, at_once, deal
 from groupwise.learn.memory import Room, peak_memory
-from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
+from groupwise.learn.optimizer import REFUSED, MasterOptimizer, OptimizerSettings
 from groupwise.learn.pack import Batch, Credit, micro_batches, pack, split_updates
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.policy import Policy
@@ -58,8 +58,8 @@ class Learner:
 
     @property
     def version(self) -> int:
-        """How many updates the weights have seen."""
-        return self.optimizer.update
+        """How many updates have changed the weights."""
+        return self.optimizer.applied
 
     def pack(self, scored: Scored, credit: Credit) -> Batch:
         """All outputs of a step as flat tensors."""
@@ -90,13 +90,17 @@ class Learner:
         Returns the metrics of all passes over this batch so far.
         """
         groups = sorted({output.group for output in batch.outputs})
-        seed = stable_hash(self.settings.seed, "updates", self.version, passes_done)
+        seed = stable_hash(self.settings.seed, "updates", self.optimizer.update, passes_done)
         if passes_done == 0:
             self._tally = _Tally()
         for chosen in split_updates(groups, self.settings.updates_per_batch, seed):
             self._update(batch, set(chosen), first_pass=passes_done == 0)
         memory = {"memory/peak_bytes": peak_memory(self.policy.device), "memory/budget_halved": self.room.halved}
         return self._tally.metrics() | {name: float(value) for name, value in memory.items()}
+
+    def check(self) -> None:
+        """Raise ModelError where so many updates in a row were refused that a run ends (see `MasterOptimizer`)."""
+        self.optimizer.check(self.settings.optimizer.total_updates)
 
     def _update(self, batch: Batch, groups: set[int], first_pass: bool) -> None:
         members = [i for i, output in enumerate(batch.outputs) if output.group in groups]
@@ -265,7 +269,7 @@ class _Tally:
             "grad_norm": fmean(applied) if applied else math.nan,
             "learning_rate": self.rate,
             "updates": float(len(self.norms)),
-            "updates/refused": float(len(self.norms) - len(applied)),
+            REFUSED: float(len(self.norms) - len(applied)),
             "micro_batches": float(self.micro_batches),
             "tokens/skipped": float(self.tokens_skipped),
         }

@@ -9,6 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from groupwise.errors import ModelError
+
+REFUSED = "updates/refused"
+"""The metric that counts updates whose gradient was not finite."""
+REFUSED_UPDATES = 5
+"""After so many refused updates in a row, or a whole run of them, no later one is expected to be applied."""
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -32,6 +39,17 @@ _DECAY: Mapping[str, Callable[[float], float]] = {
 }
 
 
+def refusal(metrics: Mapping[str, float]) -> str:
+    """What to say of a step of which updates were refused; empty where none were."""
+    refused = int(metrics.get(REFUSED, 0))
+    if not refused:
+        return ""
+    return (
+        f"{refused} of {int(metrics.get('updates', 1))} updates refused: the gradient was not finite (infinite or "
+        f"NaN), so the weights stay as they were. After {REFUSED_UPDATES} refused updates in a row the run ends."
+    )
+
+
 def learning_rate(settings: OptimizerSettings, update: int) -> float:
     """The rate of update `update` (from 0): a rise over `warmup_steps`, then the schedule, 0 only after the last."""
     if update < settings.warmup_steps:
@@ -50,6 +68,9 @@ class MasterOptimizer:
 
     Otherwise each backward pass adds its gradient to a float32 buffer at once and drops the narrow one, so that
     accumulation over micro-batches never rounds; after a step the masters are cast into the module, once.
+
+    `update` counts updates, which the schedule goes by; `applied` those that changed the weights, and
+    `refused_in_a_row` those since then that did not, because their gradient was not finite.
     """
 
     def __init__(
@@ -60,7 +81,7 @@ class MasterOptimizer:
         Only parameters are cast: buffers such as rotary frequencies lose too much.
         """
         self.settings = settings
-        self.update = 0
+        self.update = self.applied = self.refused_in_a_row = 0
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = dict(self.parameters)
         if compute_dtype.itemsize < torch.float32.itemsize:
@@ -104,7 +125,7 @@ class MasterOptimizer:
     def step(self) -> tuple[float, float]:
         """One update from the gathered gradients: `(gradient norm before clipping, learning rate)`.
 
-        A gradient whose norm is not finite is not applied; it counts as an update all the same.
+        A gradient whose norm is not finite is not applied; the schedule counts it as an update all the same.
         """
         gradients = [m.grad for m in self.masters.values() if m.grad is not None]
         total = torch.nn.utils.get_total_norm(gradients)
@@ -115,6 +136,9 @@ class MasterOptimizer:
                 group["lr"] = rate
             self.adam.step()
             self._cast()
+            self.applied, self.refused_in_a_row = self.applied + 1, 0
+        else:
+            self.refused_in_a_row += 1
         self.update += 1
         self.zero_grad()
         return norm, rate
@@ -125,12 +149,22 @@ class MasterOptimizer:
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
+    def check(self, planned: int = REFUSED_UPDATES) -> None:
+        """Raise ModelError where as many updates in a row were refused as end a run of `planned` updates."""
+        refused = self.refused_in_a_row
+        if refused >= min(REFUSED_UPDATES, planned):
+            raise ModelError(
+                f"The last {refused} updates were all refused, because their gradient was not finite: the weights are "
+                f"those after {self.applied} updates, and nothing is learned any more. Lower the learning rate, look "
+                "for rewards or labels of extreme size, and compute in float32 (dtype) where it is float16 or bfloat16."
+            )
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Adam's running means by parameter name (none before its first step), and the counters."""
         states = {name: self.adam.state[master] for name, master in self.masters.items()}
-        steps = max((int(state["step"]) for state in states.values()), default=0)
-        tensors = {f"{name}.{key}": state[key] for name, state in states.items() for key in _MEANS if steps}
-        return tensors, {"update": self.update, "adam_steps": steps}
+        tensors = {f"{name}.{key}": state[key] for name, state in states.items() for key in _MEANS if self.applied}
+        counters = {"update": self.update, "adam_steps": self.applied, "refused_in_a_row": self.refused_in_a_row}
+        return tensors, counters
 
     @torch.no_grad()
     def load(self, masters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], counters: Mapping[str, int]) -> None:
@@ -141,7 +175,8 @@ class MasterOptimizer:
         for name, master in self.masters.items():
             master.copy_(masters[name])
         self._cast()
-        self.update = counters["update"]
+        self.update, self.applied = counters["update"], counters["adam_steps"]
+        self.refused_in_a_row = counters["refused_in_a_row"]
         for name, master in self.masters.items():
             state = self.adam.state[master]
             state["step"].fill_(float(counters["adam_steps"]))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from groupwise.learn.forward import score_outputs
+from groupwise.learn.memory import Room
 from groupwise.learn.pack import Batch
 from groupwise.models.policy import Policy
 from groupwise.objective import k1_per_output, less_kl
@@ -21,6 +22,7 @@ from groupwise.types import Score, Scored
 
 class _Learner(Protocol):
     policy: Policy
+    room: Room
 
     def pack(self, scored: Scored, credit: Sequence[Sequence[float]]) -> Batch: ...
     def logprobs(self, batch: Batch, members: Sequence[int] | None = None) -> Tensor: ...
@@ -86,16 +88,18 @@ class RewardPenalty:
     """The KL penalty inside the reward, before credit: `r_i - beta * sum_t (old - ref)` over the output's tokens, and
     the same of each step over the step's tokens."""
 
-    def __init__(self, learner: _Learner, reference: Reference, beta: float, budget: int) -> None:
-        self.learner, self.reference, self.beta, self.budget = learner, reference, beta, budget
+    def __init__(self, learner: _Learner, reference: Reference, beta: float) -> None:
+        self.learner, self.reference, self.beta = learner, reference, beta
 
     def charge(self, scored: Scored, metrics: dict[str, float]) -> Scored:
         """The same groups with other rewards; each function's own value stays as it was.
 
-        An output that is kept out of the loss pays too: its reward is in the group's mean all the same.
+        An output that is kept out of the loss pays too: its reward is in the group's mean all the same. Raises
+        ModelError where memory is not enough.
         """
-        batch = self.learner.pack(scored, [[0.0] * len(group.scores) for group in scored])
-        both = self.learner.logprobs(batch), self.reference.logprobs(batch, self.budget)
+        batch, room = self.learner.pack(scored, [[0.0] * len(group.scores) for group in scored]), self.learner.room
+        now_T = room.run(lambda: self.learner.logprobs(batch))
+        both = now_T, room.run(lambda: self.reference.logprobs(batch, room.budget))
         pieces = [p for group in scored for p in map(_pieces, group.scores, group.lengths)]
         sizes = torch.tensor([size for of_output in pieces for size in of_output], dtype=torch.long)
         piece_T = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(batch.completion_T.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from groupwise.errors import DataError, ModelError, RunFolderError
 from groupwise.learn.memory import Room
-from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
+from groupwise.learn.optimizer import REFUSED, REFUSED_UPDATES, MasterOptimizer, OptimizerSettings
 from groupwise.learn.reward_metrics import Metrics, label_metrics, preference_metrics, step_metrics
 from groupwise.models.judging import Example, Graded, Output, Preferred, Row, Steps, rows_of
 from groupwise.models.reward_model import RewardModel
@@ -147,8 +147,10 @@ class RewardLearner:
         for metrics in self.updates(encoded.examples):
             found.append(metrics)
             after(metrics)
+            self.check()
         names = dict.fromkeys(name for metrics in found for name in metrics)
         means = {name: fmean(metrics[name] for metrics in found if name in metrics) for name in names}
+        means |= {REFUSED: float(sum(metrics[REFUSED] for metrics in found))}
         return means | {"updates": float(len(found)), "version": float(self.version), "dropped": float(encoded.dropped)}
 
     def evaluate(self, examples: Sequence[Example]) -> Metrics:
@@ -213,10 +215,16 @@ class RewardLearner:
         logits = [values for one in done for values in one.logits]
         accuracy = _quality(self.model.kind, parts, logits)["accuracy"]
         tokens = sum(len(row.token_ids) for one in batch for row in one.rows)
+        applied = math.isfinite(norm)
         return {
-            "loss": loss, "accuracy": accuracy, "grad_norm": norm, "learning_rate": rate, "tokens": float(tokens),
-            "budget_halved": float(self.room.halved),
+            "loss": loss, "accuracy": accuracy, **({"grad_norm": norm} if applied else {}), "learning_rate": rate,
+            "tokens": float(tokens), "budget_halved": float(self.room.halved),
+            REFUSED: float(not applied),
         }  # fmt: skip
+
+    def check(self, planned: int = REFUSED_UPDATES) -> None:
+        """Raise ModelError where so many updates in a row were refused that a run of `planned` of them ends."""
+        self.optimizer.check(planned)
 
     def _by_example(self, logits: Sequence[float], examples: Sequence[Encoded]) -> list[list[float]]:
         flat = iter(logits)

@@ -10,7 +10,7 @@ from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardP
 from groupwise.objective import Objective, token_advantages
 from groupwise.run.evaluate import Evaluator
 from groupwise.run.progress import Progress
-from groupwise.run.record import Watch
+from groupwise.run.record import Watch, warn_of_refused
 from groupwise.run.rollouts import Rollouts
 from groupwise.run.rounds import Rounds
 
@@ -61,11 +61,13 @@ def train(parts: Parts) -> None:
                 with record.time("update"):
                     for done in range(p.num_iterations):  # mu passes over the batch
                         record.metrics |= p.learner.update(batch, done)
+                warn_of_refused(record.metrics, p.watch)
                 p.rounds.add(scored, record)  # the new training set of the reward model
                 p.rollouts.load_weights(p.learner)
                 p.evaluation.maybe(record)
                 record.metrics |= {"iteration": iteration, "policy_version": p.learner.version}
                 p.watch.groups(record, scored, credit)
             p.checkpoints.maybe(step)
+            p.learner.check()  # whether any update can still be expected to be applied
         p.rounds.update(p.checkpoints)  # the reward model: labelled samples of this iteration, and replay
     p.checkpoints.finish()

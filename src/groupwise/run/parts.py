@@ -248,7 +248,7 @@ def build(
     learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype))
     reference = Reference(learner.policy) if objective.needs_reference else NoReference()
     penalty = (
-        RewardPenalty(learner, reference, objective.beta, memory_settings(job)[0])
+        RewardPenalty(learner, reference, objective.beta)
         if objective.kl_in_reward and isinstance(reference, Reference)
         else NoPenalty()
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from groupwise.learn.optimizer import refusal
 from groupwise.learn.pack import Credit
 from groupwise.types import Scored
 from groupwise.watch.events import RolloutsFile, Sink
@@ -77,3 +78,10 @@ def frac_zero(credit: Credit) -> float:
     """The share of groups in which every advantage is 0."""
     taught = [any(any(one) if isinstance(one, Sequence) else one for one in group) for group in credit]
     return 1.0 - sum(taught) / max(1, len(taught))
+
+
+def warn_of_refused(metrics: Mapping[str, float], watch: Watch, of: str = "") -> None:
+    """Say at once that updates were refused, where any were; `of` says whose."""
+    said = refusal(metrics)
+    if said:
+        watch.terminal.warn(of + said)

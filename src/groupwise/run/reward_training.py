@@ -36,7 +36,7 @@ from groupwise.models.reward_model import Source, new_reward_model
 from groupwise.run.export import save_reward_model
 from groupwise.run.folder import RunFolder, git_commit
 from groupwise.run.progress import Progress, StopSignals
-from groupwise.run.record import Record, Watch
+from groupwise.run.record import Record, Watch, warn_of_refused
 from groupwise.run.saving import Clock
 from groupwise.seeds import stable_hash
 from groupwise.watch import events
@@ -98,6 +98,18 @@ class _Session:
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     saved_step: int = 0
+    _whole: tuple[int, int] = (0, 0)
+
+    def whole(self) -> None:
+        """The step under way is over, with its event."""
+        self._whole = self.progress.step, self.learner.optimizer.update
+
+    def rescue(self) -> None:
+        """Save the last whole step, where that is what the learner still holds, before an error ends the run."""
+        step, updates = self._whole
+        if step > self.saved_step and updates == self.learner.optimizer.update:
+            self.progress.step = step
+            self.save()
 
     def evaluate(self, record: Record) -> None:
         """Put held-out metrics into the event."""
@@ -123,6 +135,7 @@ class _Session:
         self.progress.step = self.saved_step = saved.step
         self.clock.before = saved.state["seconds"]
         self.before, self.after = saved.state["before"], saved.state["after"]
+        self.whole()
         self.watch.terminal.say(f"resumed after update {saved.step} of {self.progress.total}")
 
 
@@ -197,6 +210,7 @@ def _rest(session: _Session, saved: Checkpoint | None, terminal: Terminal) -> Re
                     session.evaluate(record)
             _train(session)
     except GroupwiseError as error:
+        session.rescue()
         where = f"is saved up to update {session.saved_step}" if session.saved_step else "has saved nothing yet"
         error.add_note(f"The run {where}; go on with `groupwise resume {session.folder.path}`.")
         raise
@@ -215,11 +229,14 @@ def _train(session: _Session) -> None:
         with session.watch.step(step) as record:
             with record.time("update"):
                 metrics = next(updates)
+            warn_of_refused(metrics, session.watch)
             record.metrics |= {f"{PREFIX}{name}": value for name, value in metrics.items()}
             if step == progress.total or (job.eval_every > 0 and step % job.eval_every == 0):
                 session.evaluate(record)
         if job.checkpoint_every > 0 and step % job.checkpoint_every == 0:
             session.save()
+        session.whole()
+        learner.check(progress.total)
     if progress.step != session.saved_step:
         session.save()
     if progress.step == progress.total:

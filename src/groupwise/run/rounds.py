@@ -13,6 +13,7 @@ from torch import Tensor
 from groupwise.config import TRAINED, RewardModelSection
 from groupwise.data.labelled import load_examples
 from groupwise.errors import DataError, RewardError, RunFolderError
+from groupwise.learn.optimizer import REFUSED
 from groupwise.learn.replay import ReplayStore
 from groupwise.learn.reward_learner import EncodedSet, RewardLearner, encode_examples
 from groupwise.learn.reward_metrics import PREFIX, against_verifier
@@ -21,7 +22,7 @@ from groupwise.run.collected import Collected, distinct
 from groupwise.run.export import save_reward_model
 from groupwise.run.label_sources import LabelSource, Row
 from groupwise.run.progress import Progress
-from groupwise.run.record import Record, Watch
+from groupwise.run.record import Record, Watch, warn_of_refused
 from groupwise.run.rollouts import Scorer
 from groupwise.seeds import stable_hash
 from groupwise.types import Group, Scored
@@ -181,6 +182,8 @@ class RewardModelRounds:
             epochs = task.settings.first_epochs if n == 0 else None
             for metrics in learner.updates(encoded.examples, epochs):
                 self._under_way.updates.append(metrics)
+                warn_of_refused(metrics, task.watch, f"reward model, round {n}: ")
+                learner.check()
                 if task.progress.stopped and learner.done:
                     return
             after = self._tried(held_out)
@@ -291,7 +294,7 @@ def _examples(rows: Sequence[Mapping[str, Any]], learner: RewardLearner) -> list
     return load_examples(rows, learner.model.kind) if rows else []
 
 
-_OF_AN_UPDATE = ("epoch", "tokens", "budget_halved")
+_OF_AN_UPDATE = ("epoch", "tokens", "budget_halved", REFUSED)
 """What has no mean over a round's updates."""
 
 
@@ -299,7 +302,7 @@ def _summary(round_: _UnderWay, after: Mapping[str, float]) -> dict[str, float]:
     """Means over the updates, and what held-out examples said before and after them."""
     names = dict.fromkeys(name for metrics in round_.updates for name in metrics if name not in _OF_AN_UPDATE)
     found = {name: fmean(metrics[name] for metrics in round_.updates if name in metrics) for name in names}
-    found |= {"updates": float(len(round_.updates))}
+    found |= {"updates": float(len(round_.updates)), REFUSED: float(sum(one.get(REFUSED, 0) for one in round_.updates))}
     found |= {f"before/{name}": value for name, value in round_.before.items()}
     found |= {f"eval/{name}": value for name, value in after.items()}
     return {f"{PREFIX}{name}": value for name, value in found.items()}

@@ -119,6 +119,7 @@ class Saver:
         self.folder, self.schedule, self.stateful, self.watch = folder, schedule, stateful, watch
         self.saved_step = 0
         self.saved_rounds = stateful.rounds.state()
+        self._whole: dict[str, Any] | None = None
 
     def maybe(self, step: int) -> None:
         """See `Checkpoints`."""
@@ -128,6 +129,22 @@ class Saver:
         if every > 0 and step % every == 0:
             self.save(step)
             self.watch.carry({"time/checkpoint": time.perf_counter() - start})
+        self._whole = self.stateful.tensors()[1]
+
+    def rescue(self) -> None:
+        """Save the last whole step before an error ends the run, where its weights are still there.
+
+        They are while the step under way has made no update. All else that a step changes is in a state that was
+        taken when the last one was over, so that a resumed run begins the step anew.
+        """
+        whole, progress = self._whole, self.stateful.progress
+        now = self.stateful.tensors()[1]
+        if whole is None or whole["learner"]["update"] != now["learner"]["update"]:
+            return
+        if progress.step != whole["step"]:
+            now, progress.step = whole, whole["step"]
+        if progress.step != self.saved_step or self.saved_rounds != now["rounds"]:
+            self._write(progress.step, now)
 
     def finish(self) -> None:
         """See `Checkpoints`."""
@@ -143,8 +160,10 @@ class Saver:
 
     def save(self, step: int) -> None:
         """Save now."""
-        tensors, state = self.stateful.tensors()
-        texts = self.stateful.rounds.texts()
+        self._write(step, self.stateful.tensors()[1])
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        tensors, texts = self.stateful.tensors()[0], self.stateful.rounds.texts()
         checkpoint.save(self.folder.checkpoints, step, tensors=tensors, state=state, texts=texts)
         checkpoint.prune(self.folder.checkpoints, self.schedule.keep)
         self.saved_step, self.saved_rounds = step, state["rounds"]

@@ -98,7 +98,8 @@ def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: C
                     saver.save(parts.progress.step)
                     folder.write_job(to_toml(job))
                 loop.train(parts)
-        except GroupwiseError as error:
+        except Exception as error:  # a boundary: whatever ends a run, its last whole step is saved first
+            _rescue(saver, error)
             error.add_note(_way_on(folder, saver.saved_step))
             raise
     result = _result(job, folder, stateful)
@@ -143,6 +144,14 @@ def _closing_line(result: Result, total: int) -> str:
     if result.eval_before is None or result.eval_after is None:
         return f"done in {took}"
     return f"held-out accuracy {result.eval_before:.2f} -> {result.eval_after:.2f} in {took}"
+
+
+def _rescue(saver: Saver, error: Exception) -> None:
+    """Save what an error would lose; where that fails too, the error says so."""
+    try:
+        saver.rescue()
+    except GroupwiseError as other:
+        error.add_note(f"The last step could not be saved: {other}")
 
 
 def _way_on(folder: RunFolder, saved_step: int) -> str:
