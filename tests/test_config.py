@@ -11,7 +11,7 @@ KNOBS = {
     "reward_model": "path revision labels continuations soft_labels completer first_prompts prompts_per_round"
     " held_out_share replay replay_size epochs first_epochs batch_size learning_rate warmup_steps min_accuracy",
     "sampling": "num_generations temperature max_completion_length min_completion_length top_p top_k min_p stop"
-    " max_live_outputs",
+    " skip_special_tokens max_live_outputs",
     "objective": "preset beta kl epsilon epsilon_high dual_clip scale_rewards outcome_weight process_weight"
     " step_return step_normalization mask_truncated_completions"
     " importance_sampling importance_sampling_cap",

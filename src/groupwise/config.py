@@ -188,6 +188,9 @@ class SamplingSection(Section):
     """Refused in training unless 0."""
     stop: list[str] = Field(default_factory=list)
     """Strings that end an output (besides the model's end tokens)."""
+    skip_special_tokens: bool = False
+    """Leave special tokens, such as the `<think>` of some models, out of the text that rewards and files see, as TRL
+    does. End and pad tokens are never part of it."""
     max_live_outputs: int = _resumable(256, ge=1)
     """Most outputs decoded together; bounds the memory of the key/value stores."""
 

@@ -107,6 +107,37 @@ def test_special_tokens_are_decoded_on_request() -> None:
     assert BYTES.decode(ids, skip_special_tokens=False) == "85<end>"
 
 
+def with_marks(*, skip: bool = False, **special: str) -> tuple[Codec, list[int]]:
+    """A codec whose `<think>` and `</think>` are special tokens, and an output that has them and an end token."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<pad>"], **special})
+    codec = Codec(tokenizer, skip_special_tokens=skip)
+    return codec, [*codec.encode_text("<think>é 1+1</think>\n85"), codec.tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<end>", None])
+def test_an_output_reads_as_it_was_sampled_but_for_its_end_and_padding(pad: str | None) -> None:
+    codec, ids = with_marks(**({"pad_token": pad} if pad else {}))
+    assert codec.decode(ids) == "<think>é 1+1</think>\n85"
+    assert codec.encode_text(codec.decode(ids)) == tuple(ids[:-1])
+    padding = codec.tokenizer.convert_tokens_to_ids("<pad>")
+    assert codec.decode([*ids, padding]).endswith("85" if pad == "<pad>" else "85<pad>")
+    text, ends = codec.offsets(ids)
+    assert text == codec.decode(ids)
+    assert ends[0] == len("<think>")
+    assert ends[-2:] == (len(text), len(text))
+    assert {codec.tokenizer.convert_ids_to_tokens(i) for i in codec.special_token_ids} >= {"<think>", "</think>"}
+
+
+def test_special_tokens_can_be_left_out_of_the_text() -> None:
+    codec, ids = with_marks(skip=True)
+    assert codec.decode(ids) == "é 1+1\n85"
+    text, ends = codec.offsets(ids)
+    assert text == codec.decode(ids)
+    assert ends[0] == 0
+    assert codec.decode(ids, skip_special_tokens=False) == "<think>é 1+1</think>\n85<end>"
+
+
 # --- end tokens -------------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,8 @@ class Codec:
     """Text to token ids and back, by one Hugging Face tokenizer.
 
     `end_token_ids` is the set of tokens that end an output. A pad token is never needed and may equal one of them.
+    Neither is part of an output's text. `special_token_ids` are the other special tokens, such as some models'
+    `<think>`; they are part of it unless `skip_special_tokens`.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Codec:
         end_token_ids: Iterable[int] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
         source: Path | None = None,
+        skip_special_tokens: bool = False,
     ) -> None:
         """Own `tokenizer`; its eos token joins `end_token_ids`. `source` is the folder that its files came from.
 
@@ -49,6 +52,10 @@ class Codec:
         own_end = tokenizer.eos_token_id
         self.tokenizer = tokenizer
         self.end_token_ids = frozenset(end_token_ids) | (frozenset() if own_end is None else {int(own_end)})
+        special = tokenizer_files.special_ids(tokenizer)
+        self.special_token_ids = special - self.end_token_ids - {tokenizer.pad_token_id}
+        self.skip_special_tokens = skip_special_tokens
+        self._silent_ids = special if skip_special_tokens else special - self.special_token_ids
         self._template_options = dict(chat_template_kwargs or {})
         self._source = source
         self._pieces: dict[int, str] = {}
@@ -67,6 +74,7 @@ class Codec:
         trust_remote_code: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         eos_token_ids: Iterable[int] | None = None,
+        skip_special_tokens: bool = False,
     ) -> Codec:
         """Load the tokenizer of a Hugging Face folder or hub id.
 
@@ -76,7 +84,10 @@ class Codec:
         tokenizer = tokenizer_files.load_tokenizer(path, revision, trust_remote_code)
         source = tokenizer_files.source_folder(path, revision)
         ends = tokenizer_files.configured_end_ids(source) if eos_token_ids is None else eos_token_ids
-        return cls(tokenizer, end_token_ids=ends, chat_template_kwargs=chat_template_kwargs, source=source)
+        return cls(
+            tokenizer, end_token_ids=ends, chat_template_kwargs=chat_template_kwargs, source=source,
+            skip_special_tokens=skip_special_tokens,
+        )  # fmt: skip
 
     @cached_property
     def vocab_size(self) -> int:
@@ -135,11 +146,17 @@ class Codec:
         except Exception as error:  # a template is somebody's program: it may raise anything
             raise DataError(f"The chat template refuses the messages {shown(messages)}: {one_line(error)}") from error
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids as they spell it: spaces are not cleaned up, whatever the tokenizer's config says."""
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool | None = None) -> str:
+        """The text of token ids as they spell it: spaces are not cleaned up, whatever the tokenizer's config says.
+
+        By default that is an output's text: without end and pad tokens, and with the other special ones unless the
+        codec skips them. True skips every special token, False none.
+        """
+        if skip_special_tokens is None:
+            token_ids = [token_id for token_id in token_ids if token_id not in self._silent_ids]
         return str(
             self.tokenizer.decode(
-                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+                list(token_ids), skip_special_tokens=bool(skip_special_tokens), clean_up_tokenization_spaces=False
             )
         )
 
@@ -161,7 +178,7 @@ class Codec:
             start += len(run[-1])
         return text, tuple(ends)
 
-    def piece(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def piece(self, token_ids: Sequence[int], skip_special_tokens: bool | None = None) -> str:
         """The text that tokens add when they follow another one; `BROKEN` stands for part of a character."""
         anchor, before = self._anchor
         text = self.decode([anchor, *token_ids], skip_special_tokens)
@@ -209,7 +226,7 @@ class Codec:
     def _anchor(self) -> tuple[int, str]:
         """A token to decode others after, and its text: decoders treat the first token of a text differently."""
         for token_id in sorted(self.tokenizer.get_vocab().values()):
-            text = self.decode([token_id])
+            text = self.decode([token_id], skip_special_tokens=True)
             if text.strip() and BROKEN not in text:
                 return token_id, text
         raise ModelError(f"The tokenizer ({type(self.tokenizer).__name__}) has no token that stands for text.")

@@ -129,3 +129,9 @@ def copy_tokenizer(folder: Path | None, directory: Path) -> bool:
 def looks_local(path: str | Path) -> bool:
     """Whether a path is meant as one on this machine: hub ids have at most one slash and start with a name."""
     return isinstance(path, Path) or path.startswith((".", "/", "~", "\\")) or path.count("/") > 1
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of a tokenizer's special tokens: those that it names, and those that its files mark as special."""
+    marked = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset((*tokenizer.all_special_ids, *marked))

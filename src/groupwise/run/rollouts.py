@@ -11,6 +11,7 @@ from typing import Protocol
 from groupwise.data.stream import PromptStream
 from groupwise.engines.base import Engine, generate
 from groupwise.learn.learner import Learner
+from groupwise.models.codec import Codec
 from groupwise.rewards.base import Reward, RewardContext
 from groupwise.rewards.combine import score_groups
 from groupwise.run.record import Record
@@ -36,18 +37,50 @@ class NoSteps:
         return scored
 
 
+class SpecialTokens:
+    """Says once where outputs hold special tokens that are neither end nor pad, and whether rewards see them."""
+
+    def __init__(self, codec: Codec, warn: Callable[[str], None]) -> None:
+        self._codec, self._warn = codec, warn
+        self._told = False
+
+    def __call__(self, groups: Sequence[Group]) -> None:
+        """Look at the outputs of a step."""
+        if self._told:
+            return
+        special = self._codec.special_token_ids
+        outputs = [special.intersection(output.token_ids) for group in groups for output in group.completions]
+        if not any(outputs):
+            return
+        self._told = True
+        found = [self._codec.decode([token], skip_special_tokens=False) for token in sorted(set().union(*outputs))]
+        names = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        seen = (
+            "rewards and rollouts.jsonl do not see them (sampling.skip_special_tokens is true)"
+            if self._codec.skip_special_tokens
+            else "they are part of the text that rewards and rollouts.jsonl see (sampling.skip_special_tokens leaves"
+            " them out)"
+        )
+        self._warn(f"{sum(map(bool, outputs))} of {len(outputs)} outputs hold special tokens ({names}): {seen}")
+
+
 class Scorer:
-    """The job's rewards and their weights, called on the groups of a step, and what scores steps."""
+    """The job's rewards and their weights, called on the groups of a step, and what scores steps.
+
+    `look` is shown the outputs first.
+    """
 
     def __init__(
         self, rewards: Sequence[Reward], weights: Sequence[float] | None, total_steps: int,
         warn: Callable[[str], None], steps: StepScores | None = None,
+        look: Callable[[Sequence[Group]], None] = lambda groups: None,
     ) -> None:  # fmt: skip
         self.rewards, self.weights, self.total_steps, self.warn = rewards, weights, total_steps, warn
-        self.steps = steps or NoSteps()
+        self.steps, self._look = steps or NoSteps(), look
 
     def __call__(self, groups: Sequence[Group], record: Record, *, training: bool = False) -> Scored:
         """One score per output; what the rewards report goes into the record. `training`: the groups are trained on."""
+        self._look(groups)
         context = RewardContext(step=max(0, record.step - 1), total_steps=self.total_steps, warn=self.warn)
         by_output = score_groups(groups, self.rewards, self.weights, context)
         scored = self.steps(by_output, context, training=training)

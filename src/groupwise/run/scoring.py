@@ -21,7 +21,7 @@ from groupwise.rewards.steps import segmenter_of
 from groupwise.rewards.stepwise import StepReward, StepScorer, load_step_reward
 from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given
-from groupwise.run.rollouts import Scorer
+from groupwise.run.rollouts import Scorer, SpecialTokens
 from groupwise.run.settings import total_steps
 
 
@@ -119,7 +119,8 @@ def scorer_of(job: Job, functions: Functions, codec: Codec, warn: Callable[[str]
     if functions.step_rewards:
         segmenter = segmenter_of(job.process, codec, functions.segmenter)
         steps = StepScorer(segmenter, functions.step_rewards, job.reward.step_weights)
-    return Scorer(functions.rewards, job.reward.weights, total_steps(job), warn, steps)
+    look = SpecialTokens(codec, warn)
+    return Scorer(functions.rewards, job.reward.weights, total_steps(job), warn, steps, look)
 
 
 def reward_model_bytes(job: Job, policy: Source | int, trust_remote_code: bool, dtype: torch.dtype) -> dict[str, int]:
