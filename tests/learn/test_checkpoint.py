@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from groupwise.errors import RunFolderError
 from groupwise.learn import checkpoint
 
-STATE = {"step": 1, "rng": [1, 2**63], "lr": 0.1 + 0.2, "name": "ü", "none": None, "best": float("-inf")}
+STATE = {"step": 12, "rng": [1, 2**63], "lr": 0.1 + 0.2, "name": "ü", "none": None, "best": float("-inf")}
 
 
 def tensors(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
@@ -151,8 +152,7 @@ FAULTS = [
     Fault("manifest.json", Path.unlink, "manifest.json is missing"),
     Fault("manifest.json", cut, "manifest.json cannot be read"),
     Fault("manifest.json", lambda path: path.write_text("[1]"), "manifest.json cannot be read"),
-    Fault("manifest.json", lambda path: path.write_text('{"schema_version": 1}'), "manifest.json is not a manifest"),
-    Fault("manifest.json", lambda path: path.write_text('{"schema_version": 2}'), "its format has version 2"),
+    Fault("manifest.json", lambda path: path.write_text('{"schema_version": 2}'), "its own SHA-256 differs"),
     Fault("model.safetensors", Path.unlink, "model.safetensors cannot be read: no such file"),
     Fault("model.safetensors", cut, "bytes instead of"),
     Fault("optimizer.safetensors", flip, "optimizer.safetensors is not what was saved"),
@@ -345,3 +345,80 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
     assert manifest["schema_version"] == checkpoint.SCHEMA_VERSION
     assert manifest["step"] == 1
     assert set(manifest["files"]) == {"model.safetensors", "optimizer.safetensors", "state.json"}
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.json"])
+def test_no_flipped_bit_is_believed(tmp_path: Path, file: str) -> None:
+    """Each bit of what says what is there: it is the same checkpoint still, or the one before it."""
+    for step in (3, 6):
+        save(tmp_path, step)
+    newest = tmp_path / "step-00000006"
+    whole = checkpoint.load(newest)
+    original = (newest / file).read_bytes()
+    passed_over = 0
+    for bit in range(8 * len(original)):
+        content = bytearray(original)
+        content[bit // 8] ^= 1 << bit % 8
+        (newest / file).write_bytes(content)
+        warnings: list[str] = []
+        found = checkpoint.latest(tmp_path, warnings.append)
+        if found != whole:
+            assert found is not None
+            assert found.step == 3, bit
+            assert len(warnings) == 1
+            passed_over += 1
+    assert passed_over > 7 * len(original), "only blanks between words may change"
+    assert names(tmp_path) == ["step-00000003", "step-00000006"]
+
+
+def test_no_file_that_was_cut_short_is_believed(tmp_path: Path) -> None:
+    for step in (3, 6):
+        save(tmp_path, step)
+    newest = tmp_path / "step-00000006"
+    for file in sorted(newest.iterdir()):
+        original = file.read_bytes()
+        for length in range(len(original)):
+            file.write_bytes(original[:length])
+            found = checkpoint.latest(tmp_path, lambda message: None)
+            assert found is not None
+            assert found.step == 3, (file.name, length)
+        file.write_bytes(original)
+    assert names(tmp_path) == ["step-00000003", "step-00000006"]
+
+
+def reseal(path: Path, **changes: Any) -> None:
+    """A manifest that says something else, with the digest that belongs to it."""
+    manifest = json.loads((path / "manifest.json").read_text()) | changes
+    del manifest["sha256"]
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": digest}))
+
+
+def test_a_manifest_agrees_with_its_folder_and_its_state(tmp_path: Path) -> None:
+    for step in (3, 6):
+        save(tmp_path, step)
+    (tmp_path / "step-00000006").rename(tmp_path / "step-00000007")
+    warnings: list[str] = []
+    newest = checkpoint.latest(tmp_path, warnings.append)
+    assert newest is not None
+    assert newest.step == 3
+    assert "manifest.json is of step 6, and its folder's name of step 7" in warnings[0]
+    (tmp_path / "step-00000007").rename(tmp_path / "step-00000009")
+    reseal(tmp_path / "step-00000009", step=9)
+    with pytest.raises(RunFolderError, match=r"manifest\.json is of step 9, and state\.json of step 6"):
+        checkpoint.load(tmp_path / "step-00000009")
+
+
+@pytest.mark.parametrize("version, sealed", [(1, False), (3, True)])
+def test_a_whole_checkpoint_of_another_version_is_not_passed_over(tmp_path: Path, version: int, sealed: bool) -> None:
+    """Its steps would be thrown away."""
+    for step in (3, 6):
+        save(tmp_path, step)
+    newest = tmp_path / "step-00000006"
+    reseal(newest, schema_version=version)
+    if not sealed:
+        manifest = json.loads((newest / "manifest.json").read_text())
+        del manifest["sha256"]
+        (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RunFolderError, match=f"step-00000006 .*format has version {version}, and this .* version 2"):
+        checkpoint.latest(tmp_path, never)

@@ -52,7 +52,12 @@ def done(bench: Path, tmp_path: Path) -> Path:
 
 
 def last_weights(run: Path) -> Any:
-    return load_file(max(run.glob("checkpoints/step-*")) / "model.safetensors")
+    return load_file(max(run.glob("checkpoints/step-????????")) / "model.safetensors")
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    """A run's files, without those that every process writes to."""
+    return {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file() and path.suffix != ".log"}
 
 
 def same(left: Any, right: Any) -> bool:
@@ -174,6 +179,23 @@ def test_other_prompts_in_the_same_place_are_refused(bench: Path, tmp_path: Path
     shutil.copy(bench / "other.jsonl", data)
     with pytest.raises(DataError, match="made on other prompts than these"):
         groupwise.resume(tmp_path / "run", overrides=["train.steps=2"], show="plain")
+
+
+def test_nothing_is_cut_for_a_checkpoint_that_cannot_be_taken_up(bench: Path, tmp_path: Path) -> None:
+    """The newest is damaged, the one before it of other data: all stays, and goes on once the data are back."""
+    data = Path(shutil.copy(bench / "rows.jsonl", tmp_path))
+    run = tmp_path / "run"
+    train(bench, run, data=data, steps=3, overrides=["checkpoint.every=1"])
+    whole = last_weights(run)
+    (run / "checkpoints/step-00000003/model.safetensors").unlink()
+    before = contents(run)
+    shutil.copy(bench / "other.jsonl", data)
+    with pytest.raises(DataError, match="made on other prompts than these"):
+        groupwise.resume(run, overrides=["train.steps=4"], show="plain")
+    assert contents(run) == before
+    shutil.copy(bench / "rows.jsonl", data)
+    groupwise.resume(run, show="plain")
+    assert same(last_weights(run), whole)
 
 
 def test_objects_from_python_are_handed_over_again(bench: Path, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@
     checkpoints/best/            the same, weights only
 
 A checkpoint is written beside its place, its manifest last, and then renamed. So a kill leaves either a whole one or a
-`.partial` folder that the next save clears. The manifest holds size and SHA-256 of every file: damage that came later
-is found when a checkpoint is opened, and an older one is taken instead."""
+`.partial` folder that the next save clears. The manifest holds size and SHA-256 of every file, and its own: damage that
+came later is found when a checkpoint is opened, and an older one is taken instead."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from safetensors.torch import load_file, save_file
 from groupwise.disk import cannot_write, free_bytes, sync, write_atomic
 from groupwise.errors import RunFolderError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1 had no digest of the manifest itself."""
 Tensors = Mapping[str, torch.Tensor]
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL, _REPLACED, _DAMAGED = ".partial", ".replaced", ".damaged"
@@ -37,6 +38,10 @@ _PARTIAL, _REPLACED, _DAMAGED = ".partial", ".replaced", ".damaged"
 
 class _Damaged(Exception):
     """Why a checkpoint cannot be used; never leaves this module."""
+
+
+class _OtherVersion(_Damaged):
+    """It is whole, for all that can be told, and of another format: passing it over would throw steps away."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,15 @@ def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint, or None where there is none.
 
     A damaged one is passed over with a warning that names it and the one taken instead. Raises RunFolderError where
-    all of them are damaged.
+    all of them are damaged, or where one that would be taken has another version's format.
     """
     damages = []
     for path in reversed(_steps(folder)):
         try:
             found = _open(path)
+        except _OtherVersion as other:
+            advice = "Go on with the groupwise that wrote it, or start again with another --run."
+            raise RunFolderError(f"Checkpoint {path} cannot be used: {other}. {advice}") from other
         except _Damaged as damage:
             damages.append(f"checkpoint {path} cannot be used: {damage}")
             continue
@@ -172,7 +180,7 @@ def _write(target: Path, step: int, tensors: Mapping[str, Tensors], texts: Mappi
             write_atomic(partial / name, text)
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": files, "aliases": aliases}
-        write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1))
+        write_atomic(partial / "manifest.json", json.dumps(manifest | {"sha256": _own_digest(manifest)}, indent=1))
         _put_in_place(partial, target)
     except OSError as error:
         raise cannot_write(target, error, needed) from error
@@ -225,16 +233,38 @@ def _unshare(tensors: Tensors) -> tuple[dict[str, torch.Tensor], dict[str, str]]
 
 
 def _open(path: Path) -> Checkpoint:
-    manifest = _read_json(path / "manifest.json")
-    found = manifest.get("schema_version")
-    if found != SCHEMA_VERSION:
-        raise _Damaged(f"its format has version {found}, and this groupwise reads version {SCHEMA_VERSION}")
+    manifest = _read_manifest(path / "manifest.json")
     try:
-        for name, expected in manifest["files"].items():
+        step, files = manifest["step"], manifest["files"]
+        for name, expected in files.items():
             _check(path / name, expected["bytes"], expected["sha256"])
-        return Checkpoint(path, int(manifest["step"]), _read_json(path / "state.json"), dict(manifest["aliases"]))
+        aliases = {stem: dict(manifest["aliases"][stem]) for stem in manifest["aliases"]}
     except (LookupError, TypeError, AttributeError) as error:
         raise _Damaged("manifest.json is not a manifest") from error
+    state = _read_json(path / "state.json")
+    # A folder that was renamed, or files that were put together from several checkpoints, are whole one by one.
+    said = {"its folder's name": _number(path) if _NAME.fullmatch(path.name) else step}
+    said["state.json"] = state.get("step", step)
+    for where, other in said.items():
+        if other != step:
+            raise _Damaged(f"manifest.json is of step {step}, and {where} of step {other}")
+    return Checkpoint(path, step, state, aliases)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = _read_json(path)
+    version, digest = manifest.get("schema_version"), manifest.pop("sha256", None)
+    whole = digest == _own_digest(manifest)
+    if isinstance(version, int) and version != SCHEMA_VERSION and (whole or digest is None):
+        raise _OtherVersion(f"its format has version {version}, and this groupwise reads version {SCHEMA_VERSION}")
+    if not whole:
+        raise _Damaged("manifest.json is not what was saved: its own SHA-256 differs")
+    return manifest
+
+
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+    """Of what a manifest says, not of how it is laid out."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _check(file: Path, size: int, digest: str) -> None:

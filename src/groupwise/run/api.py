@@ -108,8 +108,6 @@ def resume(
     with folder.lock():
         start = _start(folder, changed, forked=False)
         _refuse_other_iterations(old, new, start.saved)
-        done = start.saved.state.get("rounds", {}).get("done", 0) if start.saved else 0
-        folder.cut_back(start.saved.step if start.saved else None, done)
         return run_job(new, folder, given, show, clock, start)
 
 

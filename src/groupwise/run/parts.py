@@ -56,8 +56,7 @@ from groupwise.run.settings import (
 from groupwise.run.warmup import ensure_warm
 from groupwise.seeds import stable_hash
 from groupwise.types import Group, Prompt
-from groupwise.watch.events import EventsFile, RolloutsFile, Sink
-from groupwise.watch.terminal import Terminal
+from groupwise.watch.events import EventsFile, RolloutsFile
 
 TRAINING_QUESTIONS = 8192
 """How many of the built-in questions are an epoch."""
@@ -213,17 +212,15 @@ def open_engine(job: Job, model: Model, closing: ExitStack) -> Engine:
     return engine
 
 
-def open_watch(job: Job, folder: RunFolder, terminal: Terminal, last_step: int | None, closing: ExitStack) -> Watch:
-    """What writes events and rollouts, after those of `last_step` where a run is resumed."""
-    sinks: list[Sink] = [EventsFile(folder.events)]
+def open_sinks(watch: Watch, job: Job, folder: RunFolder, last_step: int | None, closing: ExitStack) -> None:
+    """Give `watch` its files: events and rollouts, after those of `last_step` where a run is resumed."""
+    closing.callback(watch.close)
+    watch.sinks.append(EventsFile(folder.events))
     if job.watch.tensorboard:
         from groupwise.watch.tensorboard import TensorBoardSink
 
-        sinks.append(TensorBoardSink(folder.tensorboard, last_step))
-    rollouts = RolloutsFile(folder.rollouts, job.watch.rollouts_max_bytes) if job.watch.rollouts else None
-    watch = Watch(sinks, terminal, rollouts)
-    closing.callback(watch.close)
-    return watch
+        watch.sinks.append(TensorBoardSink(folder.tensorboard, last_step))
+    watch.rollouts = RolloutsFile(folder.rollouts, job.watch.rollouts_max_bytes) if job.watch.rollouts else None
 
 
 def build(

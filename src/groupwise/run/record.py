@@ -35,7 +35,7 @@ class Watch:
     """Writes what a step leaves behind: events, rollouts, terminal."""
 
     def __init__(self, sinks: Sequence[Sink], terminal: Terminal, rollouts: RolloutsFile | None) -> None:
-        self.sinks, self.terminal, self.rollouts = sinks, terminal, rollouts
+        self.sinks, self.terminal, self.rollouts = list(sinks), terminal, rollouts
         self._carried: dict[str, Any] = {}
 
     @contextmanager

@@ -166,13 +166,12 @@ def resume_reward_model(
     with folder.lock():
         warnings: list[str] = []
         saved = checkpoint.latest(folder.checkpoints, warnings.append)
-        folder.cut_back(saved.step if saved else None)
-        return _run(new, folder, given, show, clock, saved, warnings=warnings)
+        return _run(new, folder, given, show, clock, saved, resumed=True, warnings=warnings)
 
 
 def _run(
     job: RewardModelJob, folder: RunFolder, given: RewardData, show: Mode, clock: Clock, saved: Checkpoint | None,
-    *, warnings: Sequence[str] = (),
+    *, resumed: bool = False, warnings: Sequence[str] = (),
 ) -> RewardResult:  # fmt: skip
     transformers.utils.logging.disable_progress_bar()
     train, held_out = _examples(job, given)
@@ -191,18 +190,22 @@ def _run(
             terminal.warn(warning)
         if encoded.dropped:
             terminal.warn(f"{encoded.dropped} examples were left out, the first because: {encoded.reason}")
-        folder.write_job(tomlkit.dumps(job.model_dump(exclude_none=True)))
-        watch = Watch([EventsFile(folder.events)], terminal, None)
+        watch = Watch([], terminal, None)
         closing.callback(watch.close)
         session = _Session(job, folder, learner, encoded.examples, held_out, progress, clock, watch)
         terminal.say(_line(session))
+        if saved is not None:
+            session.restore(saved)
+        if resumed:
+            # Only what was read whole, and found to be of this run, takes the place of what came after it.
+            folder.cut_back(saved.step if saved else None)
+        folder.write_job(tomlkit.dumps(job.model_dump(exclude_none=True)))
+        watch.sinks.append(EventsFile(folder.events))
         return _rest(session, saved, terminal)
 
 
 def _rest(session: _Session, saved: Checkpoint | None, terminal: Terminal) -> RewardResult:
     """What is left of a run, to its result."""
-    if saved is not None:
-        session.restore(saved)
     try:
         with StopSignals(session.progress, terminal.say):
             if saved is None and session.held_out:
@@ -273,7 +276,7 @@ def settings_of(job: RewardModelJob, examples: int, device: torch.device) -> Rew
 
 
 def _history(folder: RunFolder, saved: Checkpoint | None) -> list[dict[str, Any]]:
-    return list(events.read(folder.events)) if saved else []
+    return [event for event, _ in events.read_to(folder.events, saved.step)] if saved else []
 
 
 def _line(session: _Session) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -19,8 +20,9 @@ from groupwise.run import loop
 from groupwise.run.fit import settle
 from groupwise.run.folder import RunFolder, git_commit
 from groupwise.run.given import Given
-from groupwise.run.parts import build, open_watch
+from groupwise.run.parts import build, open_sinks
 from groupwise.run.progress import StopSignals
+from groupwise.run.record import Watch
 from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.run.settings import total_steps
 from groupwise.watch import events
@@ -61,11 +63,17 @@ class Start:
     notes: Sequence[str] = ()
     warnings: Sequence[str] = ()
 
+    @property
+    def rounds_done(self) -> int:
+        """The rounds of a reward model that were over at the checkpoint."""
+        return int(self.saved.state.get("rounds", {}).get("done", 0)) if self.saved else 0
+
 
 def run_job(job: Job, folder: RunFolder, given: Given, show: Mode, clock: Clock, start: Start) -> Result:
     """Run the steps that are left of a job in its locked folder. Raises GroupwiseError."""
-    resumed = start.saved is not None and not start.forked
-    history = list(events.read(folder.events)) if resumed else []
+    history: Sequence[Mapping[str, Any]] = ()
+    if start.saved is not None and not start.forked:
+        history = [event for event, _ in events.read_to(folder.events, start.saved.step, start.rounds_done)]
     terminal = make_terminal(show, total_steps=total_steps(job), title=str(folder.path), history=history)
     try:
         for note in start.notes:
@@ -82,12 +90,17 @@ def run_job(job: Job, folder: RunFolder, given: Given, show: Mode, clock: Clock,
 def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: Clock, start: Start) -> Result:
     job = settle(job, given, terminal.say)
     with ExitStack() as closing:
-        if not start.forked:
+        if start.saved is None:
             folder.write_job(to_toml(job))
-        watch = open_watch(job, folder, terminal, start.saved.step if start.saved else None, closing)
+        watch = Watch([], terminal, None)
         parts, stateful, saver = build(job, folder, given, watch, clock, closing)
         if start.saved is not None:
             _take_up(start.saved, start.forked, stateful, saver)
+        if not start.forked:
+            # Only what was read whole, and found to be of this run, takes the place of what came after it.
+            folder.cut_back(start.saved.step if start.saved else None, start.rounds_done)
+            folder.write_job(to_toml(job))
+        open_sinks(watch, job, folder, start.saved.step if start.saved else None, closing)
         parts.rollouts.load_weights(parts.learner)
         try:
             with StopSignals(parts.progress, terminal.say):

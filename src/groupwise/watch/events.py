@@ -211,16 +211,20 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return dict(event)
 
 
+def read_to(path: Path, step: int, rounds: int | None = None) -> Iterator[tuple[dict[str, Any], int]]:
+    """The objects up to those of `step`, each with the offset of the byte after its line; of lines about rounds of a
+    reward model (numbered from 0) those of the first `rounds`. None where the file does not exist."""
+    for event, after in _lines(path) if path.exists() else ():
+        if event["step"] > step or (rounds is not None and event.get(ROUND, -1) >= rounds):
+            return
+        yield event, after
+
+
 def truncate_to(path: Path, step: int, rounds: int | None = None) -> None:
-    """Drop every line after `step`, and a half-written last line; of lines about rounds of a reward model (numbered
-    from 0) all but those of the first `rounds`. A file that does not exist is fine."""
+    """Drop every line after those of `read_to`, and a half-written last line. A file that does not exist is fine."""
     if not path.exists():
         return
-    end = 0
-    for event, after in _lines(path):
-        if event["step"] > step or (rounds is not None and event.get(ROUND, -1) >= rounds):
-            break
-        end = after
+    end = max((after for _, after in read_to(path, step, rounds)), default=0)
     if end == path.stat().st_size:
         return
     try:
