@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from groupwise.config import BUILTIN, PRESET_JOB_DEFAULTS, SCHEMA_VERSION, Job, knobs, section_type
 from groupwise.errors import ConfigError
 from groupwise.jobfile.checks import REASONS, check
+from groupwise.jobfile.elsewhere import ELSEWHERE
 from groupwise.jobfile.phrases import advice, as_toml, choices, found, suggestion, wanted
 
 OPTIONS = {
@@ -198,17 +199,33 @@ def _flatten(table: Mapping[str, Any], origin: str, prefix: str = "") -> Iterato
         if key in knobs():
             yield Setting(key, value, origin)
         elif section_type(key) is None:
-            raise ConfigError(f"{origin}: there is no key `{key}`.{suggestion(key, _names_like(key, value))}")
+            raise ConfigError(f"{origin}: {_unknown(key, value)}")
         elif isinstance(value, dict):
             yield from _flatten(value, origin, prefix=f"{key}.")
         else:
             raise ConfigError(f"{origin}: `{key}` is a section, so it takes a table of keys; found {found(value)}.")
 
 
-def _names_like(key: str, value: Any) -> list[str]:
-    """What an unknown key may have meant: a section if it holds a table, else any knob."""
-    at_top = isinstance(value, dict) and "." not in key
-    return [name for name in Job.model_fields if section_type(name)] if at_top else list(knobs())
+def _unknown(key: str, value: Any) -> str:
+    """What to say of a key that no section has: of a table, of what in it other trainers have, or what is near."""
+    leaves = list(_leaves(key, value))
+    own = {known.rpartition(".")[2] for known in knobs()}
+    foreign = next((leaf for leaf in leaves if leaf.rpartition(".")[2] in ELSEWHERE), None)
+    if foreign is None and isinstance(value, dict):
+        near = suggestion(key, [name for name in Job.model_fields if section_type(name)])
+        if near:
+            return f"there is no key `{key}`.{near}"
+    meant = foreign or next((leaf for leaf in leaves if leaf.rpartition(".")[2] in own), key)
+    return f"there is no key `{meant}`.{suggestion(meant, list(knobs()), ELSEWHERE)}"
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    """The dotted keys within a value: `rollout.n` of `rollout = {"n": 8}`."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    else:
+        yield key
 
 
 def _validated(values: Mapping[str, Any], origins: Mapping[str, str]) -> Job:

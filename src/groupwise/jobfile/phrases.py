@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import tomlkit
 from pydantic.fields import FieldInfo
-
-ELSEWHERE = {  # what other trainers call it
-    "max_steps": "train.steps",
-    "mu": "train.num_iterations",
-    "lr": "train.learning_rate",
-    "output_dir": "run",
-    "model_name_or_path": "model.path",
-    "reward_funcs": "reward.functions",
-    "reward_weights": "reward.weights",
-    "step_rewards": "reward.step_functions",
-    "loss_type": "objective.preset",
-    "group_size": "sampling.num_generations",
-    "max_new_tokens": "sampling.max_completion_length",
-}
 
 _KINDS: dict[Any, str] = {
     bool: "true or false",
@@ -35,6 +21,10 @@ _KINDS: dict[Any, str] = {
     list[float]: "a list of numbers",
 }
 _BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
+_ALIKE = 0.74
+"""How alike a typing error leaves two names: below it stand words of another meaning, as `save_steps` and `steps`."""
+_RARE = "reward_model."
+"""A reward model is trained in few jobs: its keys are meant where they are named in full."""
 _FEW = 2**32
 """Bounds beyond this only keep a value inside its machine type: not worth a reader's time."""
 
@@ -92,22 +82,27 @@ def advice(field: FieldInfo, value: Any) -> str:
     return ""
 
 
-def suggestion(key: str, known: Sequence[str]) -> str:
-    """`" Did you mean ...?"` with the nearest known name, in whichever section it lives; empty if none is near."""
+def suggestion(key: str, known: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> str:
+    """`" Did you mean ...?"` with the nearest known name, in whichever section it lives; empty if none is near.
+
+    `elsewhere` says what other trainers' names are here: a known name, or a sentence, which is the answer then.
+    """
     name = _last(key)
-    near = [other for other in known if _last(other) == name or other == ELSEWHERE.get(name)]
+    answer = None if key.startswith(_RARE) else (elsewhere or {}).get(name.lower().replace("-", "_"))
+    if answer is not None and answer not in known:
+        return f" {answer}"
+    near = [answer] if answer else [other for other in known if _last(other) == name]
     if not near:
         best = max(known, key=lambda other: _likeness(key, other), default="")
-        near = [best] if _likeness(key, best) >= 0.65 else []
+        near = [best] if _likeness(key, best) >= _ALIKE else []
     return f" Did you mean {' or '.join(f'`{other}`' for other in near)}?" if near else ""
 
 
 def _likeness(key: str, other: str) -> float:
     """How alike the last parts are, from 0 to 1; the same section breaks a tie."""
     same_section = key.rpartition(".")[0] == other.rpartition(".")[0]
-    # A reward model is trained in few jobs: its keys are meant where they are named in full.
-    rare = other.startswith("reward_model.")
-    return SequenceMatcher(None, _last(key), _last(other)).ratio() + 0.01 * same_section - 0.005 * rare
+    ratio = SequenceMatcher(None, _last(key), _last(other)).ratio()
+    return ratio + 0.01 * same_section - 0.005 * other.startswith(_RARE)
 
 
 def _last(key: str) -> str:

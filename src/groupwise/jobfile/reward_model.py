@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from groupwise.config import Section, is_resumable
 from groupwise.errors import ConfigError
+from groupwise.jobfile.elsewhere import OF_REWARD_MODELS
 from groupwise.jobfile.load import parse_override
 from groupwise.jobfile.phrases import advice, as_toml, choices, found, suggestion, wanted
 
@@ -93,7 +94,7 @@ def load_reward_job(
     known = list(RewardModelJob.model_fields)
     for key in values:
         if key not in known:
-            raise ConfigError(f"A reward model's job has no key `{key}`.{suggestion(key, known)}")
+            raise ConfigError(f"A reward model's job has no key `{key}`.{suggestion(key, known, OF_REWARD_MODELS)}")
     missing = [name for name in ("kind", "model", "data") if name not in values]
     if missing:
         raise ConfigError(f"Training a reward model needs --{missing[0]}.")
