@@ -79,6 +79,8 @@ class DataSection(Section):
     """The column with the prompt: a string, or a list of messages (rendered by the chat template)."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Options handed to the chat template, such as `enable_thinking`."""
+    date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$", examples=["2026-12-01"])
+    """The day that a chat template is told it is. Default: that on which the run starts; it stands in the run's job."""
     max_prompt_length: int | None = Field(None, ge=1)
     """Longest prompt in tokens; default: what the context leaves beside `max_completion_length`."""
     long_prompts: Literal["drop", "error"] = "drop"

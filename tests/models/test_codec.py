@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 
@@ -60,6 +61,12 @@ def test_template_options_and_tools_reach_the_template() -> None:
     tool = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
     codec = Codec(byte_level(CHAT_TEMPLATE), chat_template_kwargs={"mood": "calm", "tools": [tool, tool]})
     assert codec.render(QUESTION).endswith("<end>\ntools:2\nmood:calm\n<|assistant|>")
+
+
+def test_a_template_that_asks_a_clock_is_told_the_day_of_the_job() -> None:
+    dated = byte_level("{{ strftime_now('%d %b %Y, %H:%M') }}: {{ messages[0].content }}")
+    assert Codec(dated, date="2024-02-29").render(QUESTION) == "29 Feb 2024, 00:00: Add."
+    assert Codec(dated).render(QUESTION) == f"{date.today():%d %b %Y}, 00:00: Add."
 
 
 def test_a_template_can_be_given_as_an_option() -> None:

@@ -326,7 +326,8 @@ def test_a_model_without_end_tokens_is_a_warning(patient: Patient, monkeypatch: 
 
 
 OPEN = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-ONCE = "{{ strftime_now('%f') }}"
+DATED = "{{ strftime_now('%c') }}"
+ONCE = "{{ range(99999) | random }}{{ range(99999) | random }}"
 TWO_BOS = "<bos><bos>" + CHAT_TEMPLATE
 MISTRAL = "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content + '<end>' }}{% endfor %}"
 THINKING = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
@@ -336,6 +337,7 @@ THINKING = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><thin
     "template, fault",
     [
         (CHAT_TEMPLATE, ""),
+        (DATED + CHAT_TEMPLATE, ""),
         (MISTRAL, ""),
         (THINKING, ""),
         ("<bos>" + CHAT_TEMPLATE, ""),

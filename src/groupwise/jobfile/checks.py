@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from datetime import date
 from math import inf
 
 from groupwise.config import (
@@ -51,6 +52,14 @@ def problems(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
     yield from _data(job)
     yield from _train(job.train, job.sampling)
     yield from _eval(job)
+
+
+def day_problems(key: str, day: str | None) -> Iterator[str]:
+    """The reason why a text is no day of the calendar."""
+    try:
+        date.fromisoformat(day or "2000-01-01")
+    except ValueError as error:
+        yield f'`{key}` = "{day}" is no day: {error}. Write it as in {key} = "2026-12-01".'
 
 
 def _sampling(sampling: SamplingSection) -> Iterator[str]:
@@ -224,6 +233,7 @@ def _absent(value: object) -> str:
 
 
 def _data(job: Job) -> Iterator[str]:
+    yield from day_problems("data.date", job.data.date)
     given = (
         ("model", "revision", job.model.path, job.model.revision),
         ("data", "revision", job.data.path, job.data.revision),

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from groupwise.config import Section, is_resumable
 from groupwise.errors import ConfigError
+from groupwise.jobfile.checks import day_problems
 from groupwise.jobfile.elsewhere import OF_REWARD_MODELS
 from groupwise.jobfile.load import parse_override
 from groupwise.jobfile.phrases import advice, as_toml, choices, found, suggestion, wanted
@@ -57,6 +58,8 @@ class RewardModelJob(Section):
     separator: str | None = None
     """For `process`: what follows each step; its last token is judged. Default: as stored with `model`, else a line
     break."""
+    date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$", examples=["2026-12-01"])
+    """The day that a chat template is told it is. Default: that on which the run starts; it stands in the run's job."""
     max_length: int | None = Field(None, ge=1)
     """Longest example in tokens; longer ones are counted and left out. Default: the model's context."""
     epochs: int = Field(1, ge=1)
@@ -102,6 +105,8 @@ def load_reward_job(
         job = RewardModelJob.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_complaint(str(error.errors()[0]["loc"][0]), values)) from None
+    for problem in day_problems("date", job.date):
+        raise ConfigError(problem)
     if job.kind == "outcome" and job.separator is not None:
         raise ConfigError("`separator` has no effect with --kind outcome, which judges no steps. Remove it.")
     return job

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from groupwise.errors import ConfigError, DataError, ModelError
 from groupwise.models import tokenizer_check, tokenizer_files
+from groupwise.models.clock import start_of, stopped
 from groupwise.types import Message
 from groupwise.wording import one_line, shown
 
@@ -42,12 +43,15 @@ class Codec:
         *,
         end_token_ids: Iterable[int] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: str | None = None,
         source: Path | None = None,
         skip_special_tokens: bool = False,
     ) -> None:
         """Own `tokenizer`; its eos token joins `end_token_ids`. `source` is the folder that its files came from.
 
-        Raises ConfigError for template options that are the codec's own business.
+        `date` (`"2026-12-01"`) is what templates are told is today; default: the day on which this codec was made, so
+        that what it renders does not change at midnight. Raises ConfigError for template options that are the codec's
+        own business.
         """
         own_end = tokenizer.eos_token_id
         self.tokenizer = tokenizer
@@ -57,6 +61,7 @@ class Codec:
         self.skip_special_tokens = skip_special_tokens
         self._silent_ids = special if skip_special_tokens else special - self.special_token_ids
         self._template_options = dict(chat_template_kwargs or {})
+        self._today = start_of(date)
         self._source = source
         self._pieces: dict[int, str] = {}
         if taken := sorted(SET_BY_CODEC & self._template_options.keys()):
@@ -73,6 +78,7 @@ class Codec:
         revision: str | None = None,
         trust_remote_code: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: str | None = None,
         eos_token_ids: Iterable[int] | None = None,
         skip_special_tokens: bool = False,
     ) -> Codec:
@@ -85,7 +91,7 @@ class Codec:
         source = tokenizer_files.source_folder(path, revision)
         ends = tokenizer_files.configured_end_ids(source) if eos_token_ids is None else eos_token_ids
         return cls(
-            tokenizer, end_token_ids=ends, chat_template_kwargs=chat_template_kwargs, source=source,
+            tokenizer, end_token_ids=ends, chat_template_kwargs=chat_template_kwargs, date=date, source=source,
             skip_special_tokens=skip_special_tokens,
         )  # fmt: skip
 
@@ -134,15 +140,16 @@ class Codec:
                 " chat_template.jinja into the model's folder, or give the prompts as plain strings."
             )
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages),
-                    tokenize=False,
-                    add_generation_prompt=asked,
-                    continue_final_message=left_open,
-                    **self._template_options,
+            with stopped(self._today):
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        list(messages),
+                        tokenize=False,
+                        add_generation_prompt=asked,
+                        continue_final_message=left_open,
+                        **self._template_options,
+                    )
                 )
-            )
         except Exception as error:  # a template is somebody's program: it may raise anything
             raise DataError(f"The chat template refuses the messages {shown(messages)}: {one_line(error)}") from error
 

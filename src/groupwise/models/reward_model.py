@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -55,11 +55,12 @@ _NAMED: Final = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt2",
 
 @dataclass(frozen=True)
 class Source:
-    """Where a reward model comes from, and whether code in its folder may run."""
+    """Where a reward model comes from, whether code in its folder may run, and what day its template is told it is."""
 
     path: str
     revision: str | None = None
     trust_remote_code: bool = False
+    date: str | None = None
 
 
 class RewardModel:
@@ -183,7 +184,7 @@ def _resolved(source: Source) -> Source:
     """A run folder of `groupwise reward-model train` stands for its `model` folder."""
     inner = Path(source.path) / "model"
     if (inner / "config.json").is_file() and not (Path(source.path) / "config.json").is_file():
-        return Source(str(inner), None, source.trust_remote_code)
+        return replace(source, path=str(inner), revision=None)
     return source
 
 
@@ -269,7 +270,9 @@ def _check_backbone(path: str, config: PreTrainedConfig, kind: Kind) -> None:
 
 
 def _codec(source: Source, model: PreTrainedModel) -> Codec:
-    codec = Codec.load(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    codec = Codec.load(
+        source.path, revision=source.revision, trust_remote_code=source.trust_remote_code, date=source.date
+    )
     rows = int(model.config.get_text_config().vocab_size)
     if codec.vocab_size > rows:
         raise ModelError(

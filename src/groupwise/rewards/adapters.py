@@ -43,12 +43,14 @@ DEAD_STEPS = 3  # so many steps in a row without a single value are no accident
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How reward models are opened: where they compute, in what, and `tag, right, wrong` of causal ones."""
+    """How reward models are opened: where they compute, in what, `tag, right, wrong` of causal ones, and what day their
+    templates are told it is."""
 
     device: str = "auto"
     dtype: str = "auto"
     step_tags: Sequence[str] | None = None
     trust_remote_code: bool = False
+    date: str | None = None
 
 
 @dataclass
@@ -239,7 +241,7 @@ def open_reward_model(spec: str, kind: Kind, options: ModelOptions) -> RewardMod
     from groupwise.models.load import choose_device, choose_dtype
     from groupwise.models.reward_model import Source, load_reward_model
 
-    source = Source(spec.removeprefix(MODEL), trust_remote_code=options.trust_remote_code)
+    source = Source(spec.removeprefix(MODEL), trust_remote_code=options.trust_remote_code, date=options.date)
     dtype = choose_dtype(options.dtype, choose_device(options.device))
     tags = Tags(*options.step_tags) if options.step_tags else None
     return load_reward_model(source, kind, device=options.device, dtype=dtype, tags=tags)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import cycle, islice
-from typing import Any
 
 import torch
 
@@ -62,18 +60,17 @@ def end_token(patient: Patient) -> list[Finding]:
 def chat_template(patient: Patient) -> list[Finding]:
     """What the template makes of prompts that are messages: the assistant's turn is open, and BOS comes once."""
     codec = patient.model.codec
-    options = patient.job.data.chat_template_kwargs
     prompts = [prompt for prompt in _first(patient) if not isinstance(prompt.content, str)]
     if not prompts:
         return [Finding("chat template", "not used", words="the prompts are strings")]
-    faults = [_template_fault(codec, prompt, options) for prompt in prompts]
+    faults = [_template_fault(codec, prompt) for prompt in prompts]
     found = [fault for fault in faults if fault]
     words = f"prompts end in {codec.render(prompts[0].content)[-40:]!r}"
     fault = f"{next(iter(found), '')}, in {len(found)} of {len(prompts)} prompts: correct the tokenizer's chat template"
     return [measured("chat template", float(len(found)), 0.0, words=words, fault=fault)]
 
 
-def _template_fault(codec: Codec, prompt: Prompt, options: Mapping[str, Any]) -> str:
+def _template_fault(codec: Codec, prompt: Prompt) -> str:
     """What is wrong with a prompt of messages; empty where nothing is."""
     assert not isinstance(prompt.content, str)
     messages, bos = list(prompt.content), codec.tokenizer.bos_token_id
@@ -82,10 +79,10 @@ def _template_fault(codec: Codec, prompt: Prompt, options: Mapping[str, Any]) ->
         return "It renders differently the second time"
     if bos is not None and prompt.token_ids[:2] == (bos, bos):
         return "The prompt begins with two BOS tokens"
-    return "" if _is_open(codec, messages, text, options) else "The prompt does not end where the assistant begins"
+    return "" if _is_open(codec, messages, text) else "The prompt does not end where the assistant begins"
 
 
-def _is_open(codec: Codec, messages: list[Message], text: str, options: Mapping[str, Any]) -> bool:
+def _is_open(codec: Codec, messages: list[Message], text: str) -> bool:
     """Whether an answer may follow `text` directly.
 
     Either the template adds something when it is asked to (a generation prompt), or an answered conversation is the
@@ -95,13 +92,9 @@ def _is_open(codec: Codec, messages: list[Message], text: str, options: Mapping[
     if messages and messages[-1].get("role") == "assistant":
         return text.rstrip().endswith(str(messages[-1].get("content", "")).rstrip())
 
-    def rendered(conversation: list[Message]) -> str:
-        return str(codec.tokenizer.apply_chat_template(conversation, tokenize=False, **options))
-
-    closed = rendered(messages)
-    if text != closed:
+    if text != codec.render_whole(messages):
         return True
-    answered = rendered([*messages, {"role": "assistant", "content": "yes"}])
+    answered = codec.render_whole([*messages, {"role": "assistant", "content": "yes"}])
     return answered.startswith(text) and answered[len(text) :].lstrip().startswith("yes")
 
 

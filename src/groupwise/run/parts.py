@@ -87,7 +87,8 @@ def open_model(job: Job, given: Given, say: Callable[[str], None], *, training: 
     )  # fmt: skip
     codec = Codec.load(
         source, revision=section.revision, trust_remote_code=given.trust_remote_code,
-        chat_template_kwargs=job.data.chat_template_kwargs, skip_special_tokens=job.sampling.skip_special_tokens,
+        chat_template_kwargs=job.data.chat_template_kwargs, date=job.data.date,
+        skip_special_tokens=job.sampling.skip_special_tokens,
     )  # fmt: skip
     rows = int(loaded.policy.model.config.get_text_config().vocab_size)
     if codec.vocab_size > rows:

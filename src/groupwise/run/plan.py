@@ -232,7 +232,7 @@ def _codec(job: Job, given: Given) -> Codec:
         return Codec(character_tokenizer(ALPHABET))
     return Codec.load(
         job.model.path, revision=job.model.revision, trust_remote_code=given.trust_remote_code,
-        chat_template_kwargs=job.data.chat_template_kwargs,
+        chat_template_kwargs=job.data.chat_template_kwargs, date=job.data.date,
     )  # fmt: skip
 
 

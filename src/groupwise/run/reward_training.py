@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +175,12 @@ def _run(
     *, resumed: bool = False, warnings: Sequence[str] = (),
 ) -> RewardResult:  # fmt: skip
     transformers.utils.logging.disable_progress_bar()
+    job = job.model_copy(update={"date": job.date or date.today().isoformat()})
     train, held_out = _examples(job, given)
     keep_freed_memory(choose_device(job.device))
     model = new_reward_model(
-        Source(job.model, job.revision, given.trust_remote_code), job.kind, seed=job.seed, separator=job.separator,
-        device=job.device, max_length=job.max_length,
+        Source(job.model, job.revision, given.trust_remote_code, job.date), job.kind, seed=job.seed,
+        separator=job.separator, device=job.device, max_length=job.max_length,
     )  # fmt: skip
     encoded = encode_examples(model, train)
     learner = RewardLearner(model, settings_of(job, len(encoded.examples), model.device))

@@ -56,7 +56,7 @@ def open_functions(
     limits: dict[str, Any] = {"timeout": section.timeout, "output_timeout": section.output_timeout}
     limits["log"] = folder.rewards_log if folder else None
     limits["models"] = ModelOptions(
-        section.device or job.model.device, job.model.dtype, section.step_tags, given.trust_remote_code
+        section.device or job.model.device, job.model.dtype, section.step_tags, given.trust_remote_code, job.data.date
     )
     option = ("verifier", "verifier") if given.judges else ("reward function", "reward")
     named = _named_or_handed(section.functions, given.rewards, *option)
@@ -152,7 +152,7 @@ def open_trained(job: Job, policy: str, given: Given) -> RewardModel:
     section = job.reward_model
     revision = job.model.revision if section.path is None else section.revision
     return new_reward_model(
-        Source(section.path or policy, revision, given.trust_remote_code),
+        Source(section.path or policy, revision, given.trust_remote_code, job.data.date),
         "outcome" if TRAINED in job.reward.functions else "process",
         seed=job.seed, device=job.reward.device or job.model.device, has_head=section.first_prompts == 0,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import date
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def run_job(job: Job, folder: RunFolder, given: Given, show: Mode, clock: Clock,
 
 
 def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: Clock, start: Start) -> Result:
-    job = settle(job, given, terminal.say)
+    job = _dated(settle(job, given, terminal.say))
     with ExitStack() as closing:
         if start.saved is None:
             folder.write_job(to_toml(job))
@@ -119,6 +120,12 @@ def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: C
     if result.stopped_by is None:
         folder.write_result(asdict(result))
     return result
+
+
+def _dated(job: Job) -> Job:
+    """The job with a day for chat templates to write, whenever its steps are computed."""
+    day = job.data.date or date.today().isoformat()
+    return job.model_copy(update={"data": job.data.model_copy(update={"date": day})})
 
 
 def _take_up(saved: Checkpoint, forked: bool, stateful: Stateful, saver: Saver) -> None:
