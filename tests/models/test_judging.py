@@ -50,6 +50,35 @@ def test_messages_go_through_the_chat_template() -> None:
         OutputEncoder(CODEC)(Output(asked, "2"))
 
 
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|assistant|>"
+    "{{ m.content.split('</think>')[-1] | trim }}<end>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+"""DeepSeek-R1's way: what an answer says before `</think>` is not part of the conversation."""
+
+
+@pytest.mark.parametrize("reasoning", ["12 is 10 + 2", "", "so </think> it is"])
+def test_what_a_template_drops_of_an_output_is_judged_all_the_same(reasoning: str) -> None:
+    codec = Codec(byte_level(R1))
+    encode, asked = OutputEncoder(codec), [{"role": "user", "content": "10+2?"}]
+    text = f"<think>{reasoning}</think>\n\nThe answer is 12."
+    whole, cut = (
+        codec.decode(encode(Output(asked, text, finished)).token_ids, skip_special_tokens=False)
+        for finished in (True, False)
+    )
+    assert whole == f"<|user|>10+2?<|assistant|>{text}<end>\n"
+    assert cut == f"<|user|>10+2?<|assistant|>{text}"
+    plain = codec.decode(encode(Output(asked, " 12 ")).token_ids, skip_special_tokens=False)
+    assert plain == "<|user|>10+2?<|assistant|>12<end>\n", "what the template writes otherwise stays as it is"
+
+
+def test_an_output_that_a_template_does_not_write_is_not_judged() -> None:
+    codec = Codec(byte_level("{% for m in messages %}{{ m.content if m.role == 'user' else 'said' }}{% endfor %}"))
+    with pytest.raises(DataError, match="leaves out part of the output"):
+        OutputEncoder(codec)(Output([{"role": "user", "content": "a"}], "b"))
+
+
 def test_a_tokenizer_of_pairs_joins_them_as_its_own() -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MambaConfig, OPTConfig
+from transformers import AutoModelForSequenceClassification, MambaConfig, OPTConfig, XLNetConfig
 
 from groupwise.errors import DataError, ModelError
-from groupwise.models.judging import Output, Steps, Tags
-from groupwise.models.reward_model import CARD
+from groupwise.models.judging import Judged, Output, StepEncoder, Steps, Tags
+from groupwise.models.reward_model import CARD, Kind
 from groupwise.models.scorer import scores_of
 from groupwise.models.small import character_tokenizer
 from tests.tiny_judges import ALPHABET, judge, pupil, save_judge, stock_logits
+from tests.tiny_models import randomized
 
 TEXTS = ["b", "abcdefgh abc", "", "gh gh"]
 OUTPUTS = [Output("ab ", text) for text in TEXTS]
@@ -22,15 +23,68 @@ TOKENIZER = character_tokenizer(ALPHABET)
 END = TOKENIZER.eos_token_id
 
 
-@pytest.mark.parametrize("pad", [0, None, END])
-def test_an_outputs_score_is_the_stock_models_on_its_row_alone(tmp_path: Path, pad: int | None) -> None:
-    """Also where padding is unknown, or is the end token."""
+def score_at(folder: Path, token_ids: list[int], place: int = -1) -> float:
+    """What body and head say at one token of a row, whatever the stock class takes for padding."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return float(model.score(model.model(input_ids=torch.tensor([token_ids])).last_hidden_state)[0, place, 0])
+
+
+@pytest.mark.parametrize("pad", [0, None, END, TOKENIZER("a")["input_ids"][0]])
+def test_an_output_is_scored_at_the_last_token_of_its_row(tmp_path: Path, pad: int | None) -> None:
+    """Also where padding is unknown, is the end token, or is a token that texts have."""
     folder = save_judge(tmp_path, "outcome", pad_token_id=pad)
-    found, unread = scores_of(judge(folder, "outcome"), OUTPUTS)
-    expected = [stock_logits(folder, "outcome", [*TOKENIZER("ab " + text)["input_ids"], END]) for text in TEXTS]
+    outputs = [*OUTPUTS, *(Output("ab ", text, finished=False) for text in TEXTS), Output("", "aa", finished=False)]
+    found, unread = scores_of(judge(folder, "outcome"), outputs)
+    rows = [[*TOKENIZER("ab " + text)["input_ids"]] for text in TEXTS]
+    rows = [*([*row, END] for row in rows), *rows, TOKENIZER("aa")["input_ids"]]
     assert unread == {}
-    assert torch.tensor(found) == pytest.approx(torch.stack(expected).numpy(), abs=1e-5)
-    assert len({round(score, 3) for [score] in found}) == len(TEXTS)
+    assert [score for [score] in found] == pytest.approx([score_at(folder, row) for row in rows], abs=1e-5)
+    assert len({round(score, 3) for [score] in found}) == len(outputs), "a finished output is not one that was cut off"
+
+
+def test_a_model_that_others_trained_with_the_end_as_padding_is_remarked_on(tmp_path: Path) -> None:
+    folder = save_judge(tmp_path, "outcome", pad_token_id=END)
+    assert f"names as padding the token that its rows end with ({END})" in judge(folder, "outcome").remark
+    learner = pupil(folder, "outcome")
+    assert "names as padding" in learner.remark
+    assert learner.model.config.pad_token_id == TOKENIZER.pad_token_id, "stock classes score what is saved as we do"
+    learner.write_card(folder)
+    assert judge(folder, "outcome").remark == "", "this one was trained here"
+    assert judge(save_judge(tmp_path / "own", "outcome"), "outcome").remark == ""
+
+
+@pytest.mark.parametrize("kind", ["outcome", "process"])
+def test_rows_that_have_every_token_are_scored_alone(tmp_path: Path, kind: Kind) -> None:
+    """There is none left to pad with."""
+    tokenizer = character_tokenizer("ab")
+    model = judge(save_judge(tmp_path, kind, tokenizer, pad_token_id=END), kind)
+    texts = ["ab", "b", "abba"]
+    judged: list[Judged] = [Output(text, "") if kind == "outcome" else Steps("", (text, "a")) for text in texts]
+    if kind == "process":
+        model.encoder = StepEncoder(model.codec, "b")
+    together, _ = scores_of(model, judged)
+    alone = [scores_of(model, [one])[0][0] for one in judged]
+    assert [x for one in together for x in one or ()] == pytest.approx(
+        [x for one in alone for x in one or ()], abs=1e-5
+    )
+
+
+def test_a_class_that_looks_at_the_end_of_the_padding_gets_none(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer(ALPHABET)
+    config = XLNetConfig(
+        vocab_size=len(tokenizer), d_model=32, n_layer=1, n_head=2, d_inner=32, num_labels=1, pad_token_id=0,
+        eos_token_id=END,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = randomized(AutoModelForSequenceClassification.from_config(config))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found, _ = scores_of(judge(tmp_path, "outcome"), OUTPUTS)
+    rows = [[*TOKENIZER("ab " + text)["input_ids"], END] for text in TEXTS]
+    expected = [stock_logits(tmp_path, "outcome", row).item() for row in rows]
+    assert [score for [score] in found] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_steps_score_is_the_probability_of_label_1_at_its_last_token(tmp_path: Path) -> None:

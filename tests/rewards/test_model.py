@@ -109,6 +109,16 @@ def test_a_truncated_output_has_no_end_token(tmp_path: Path) -> None:
     assert flat(reward([one], listening()[0])) == pytest.approx([expected], abs=1e-5)
 
 
+def test_what_is_remarkable_about_a_model_is_said_once(tmp_path: Path) -> None:
+    reward = ModelReward(judge(save_judge(tmp_path / "theirs", "outcome", pad_token_id=END), "outcome"))
+    context, told = listening()
+    for _ in range(2):
+        reward(GROUPS, context)
+    [warning] = told
+    assert warning.startswith("reward model `theirs`: ")
+    assert f"names as padding the token that its rows end with ({END})" in warning
+
+
 def test_steps_keep_their_characters_under_another_tokenizer(tmp_path: Path) -> None:
     """A token of the policy lies across the end of the first step; the reward model's rows know nothing of it."""
     folder, policy = save_judge(tmp_path / "prm", "process"), spanning()

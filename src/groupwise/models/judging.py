@@ -9,13 +9,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from groupwise.errors import DataError, ModelError
 from groupwise.models.codec import Codec
 from groupwise.types import Message
 
 Content = str | list[Message]
+_ANSWER: Final = "AnyAnswerWhatever"
+"""An answer that every chat template writes as it is, and that no prompt has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ class OutputEncoder:
     """Whole outputs: messages as the chat template says, texts as prompt, output and end token.
 
     A tokenizer with `[CLS]` and `[SEP]` joins prompt and output as its own pairs. An output that did not finish has no
-    end token, and no end of its message.
+    end token, and no end of its message. All of an output is in its row, also where the template leaves part of it out,
+    as those of DeepSeek-R1's family do with what stands before `</think>`.
     """
 
     codec: Codec
@@ -92,13 +95,43 @@ class OutputEncoder:
         assert isinstance(judged, Output)
         codec, tokenizer = self.codec, self.codec.tokenizer
         if not isinstance(judged.prompt, str):
-            messages = [*judged.prompt, {"role": "assistant", "content": judged.text}]
-            return Row(codec.encode_text((codec.render_whole if judged.finished else codec.render)(messages)))
+            return Row(codec.encode_text(self._conversation(judged.prompt, judged.text, judged.finished)))
         if tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
             return Row(tuple(tokenizer(judged.prompt, judged.text, verbose=False)["input_ids"]))
         ids = codec.encode_prompt(judged.prompt) + codec.encode_text(judged.text)
         end = tokenizer.eos_token_id
         return Row(ids + ((end,) if judged.finished and end is not None else ()))
+
+    def _conversation(self, prompt: list[Message], text: str, finished: bool) -> str:
+        """The text of a conversation that the output ends: the template's, where that has all of the output."""
+        try:
+            rendered = self._rendered(prompt, text, finished)
+        except DataError:
+            # Of an answer that is left open a template must write the last part as it is, or it is refused.
+            rendered = ""
+        if "".join(text.split()) in "".join(rendered.split()):  # templates may strip blanks
+            return rendered
+        before, found, after = self._rendered(prompt, _ANSWER, finished=True).rpartition(_ANSWER)
+        if not found:
+            raise DataError(
+                "The reward model's chat template leaves out part of the output, which would not be judged."
+            )
+        return before + text + (after if finished else "")
+
+    def _rendered(self, prompt: list[Message], text: str, finished: bool) -> str:
+        messages = [*prompt, {"role": "assistant", "content": text}]
+        return self.codec.render_whole(messages) if finished else self.codec.render(messages)
+
+    def last_tokens(self) -> frozenset[int]:
+        """The tokens that rows of finished outputs end with, of texts and of conversations."""
+        found: set[int] = set()
+        prompts: tuple[Content, ...] = ("", [{"role": "user", "content": "a"}])
+        for prompt in prompts:
+            try:
+                found.update(self(Output(prompt, "a")).token_ids[-1:])
+            except (DataError, ModelError):
+                continue  # no such rows: there is no chat template, or the tokenizer has not these letters
+        return frozenset(found)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
     limits = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
-    return min([limit for limit in [longest, *limits] if limit is not None], default=None)
+    return min([limit for limit in [longest, *limits] if limit is not None and limit > 0], default=None)
 
 
 def choose_layout(asked: str, findings: Findings, path: str) -> LayoutName:

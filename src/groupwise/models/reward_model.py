@@ -37,6 +37,7 @@ from groupwise.models.load import (
 from groupwise.models.policy import silence_dropout
 from groupwise.models.precision import wide
 from groupwise.models.size import parameter_count
+from groupwise.models.tokenizer_files import special_ids
 from groupwise.wording import one_line
 
 Kind = Literal["outcome", "process"]
@@ -67,17 +68,20 @@ class RewardModel:
     """A classifier with its tokenizer, which judges outputs or steps. Dropout is off, in training too.
 
     `version` counts its rounds of training; 0 was never trained here. `limit` is the longest row in tokens,
-    `stored_dtype` what its source was stored in.
+    `stored_dtype` what its source was stored in. `remark` is what whoever uses it should be told, or nothing.
     """
 
     def __init__(
         self, model: PreTrainedModel, codec: Codec, kind: Kind, encoder: Encoder, *, source: str, version: int = 0,
-        limit: int | None = None, stored_dtype: torch.dtype = torch.float32,
+        limit: int | None = None, stored_dtype: torch.dtype = torch.float32, remark: str = "",
     ) -> None:  # fmt: skip
         self.model, self.codec, self.kind, self.encoder = model.eval(), codec, kind, encoder
         self.source, self.version, self.limit, self.stored_dtype = source, version, limit, stored_dtype
+        self.remark, self._special = remark, special_ids(codec.tokenizer)
         self._plain = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         silence_dropout(model)
+        self._takes_padding = True
+        self._takes_padding = self._is_unmoved_by_padding()
 
     @property
     def device(self) -> torch.device:
@@ -96,8 +100,15 @@ class RewardModel:
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """One number per row, or per step of the rows in their order: the raw logit of an output, the log-odds of a
-        right step. With gradient; in float32 or wider."""
-        ids, mask, pad = self._padded(rows)
+        right step. With gradient; in float32 or wider.
+
+        An output is scored at the last token of its row. Stock classes look for it by comparing with the padding, so
+        rows are padded with a token that none of them has, also where the model's own padding is an end token.
+        """
+        pad = self._padding(rows)
+        if len(rows) > 1 and (pad is None or not self._takes_padding):
+            return torch.cat([self.logits([row]) for row in rows])
+        ids, mask = self._padded(rows, pad or 0)
         config = self.model.config.get_text_config()
         own, config.pad_token_id = config.pad_token_id, pad
         try:
@@ -112,23 +123,42 @@ class RewardModel:
         picked = wide(found[row_K, place_K][:, [wrong, right]])
         return picked[:, 1] - picked[:, 0]
 
-    def _padded(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, int]:
-        """Rows side by side, filled up at their right ends.
+    def _padding(self, rows: Sequence[Row]) -> int | None:
+        """A token to pad with that no row has: the model's own, or an ordinary one; None where rows have every one."""
+        text, taken = self.model.config.get_text_config(), {token for row in rows for token in row.token_ids}
+        own: int | None = text.pad_token_id
+        if own is not None and own not in taken and own not in self.codec.end_token_ids:
+            return own
+        taken |= self._special  # which a class may look for, as BART's does for the end token
+        return next((token for token in range(int(text.vocab_size)) if token not in taken), None)
 
-        The stock class looks for the last token that is not padding, so a model that names no padding gets a token
-        that no row has: then its score is that of the row alone.
+    @torch.no_grad()
+    def _is_unmoved_by_padding(self) -> bool:
+        """Whether a short row scores beside a long one as it does alone: some classes look at the end of the padding.
+
+        Raises ModelError where the class cannot compute such rows at all.
         """
-        pad = self.model.config.get_text_config().pad_token_id
-        if pad is None:
-            taken = {token for row in rows for token in row.token_ids}
-            pad = next(token for token in range(len(taken) + 1) if token not in taken)
+        ids = sorted(self.codec.tokenizer.get_vocab().values())
+        words = [token for token in ids if token not in self._special][:8]
+        end = self.codec.tokenizer.eos_token_id
+        tokens = [(*words[:length], *([] if end is None else [end])) for length in (2, 8)]
+        short, long = (Row(found, (len(found) - 1,) if self.kind == "process" else ()) for found in tokens)
+        try:
+            return torch.allclose(self.logits([short, long])[:1], self.logits([short]), rtol=1e-3, atol=1e-5)
+        except Exception as error:
+            # Named boundary: whatever a class raises, it is of no use as a reward model.
+            name = type(self.model).__name__
+            raise ModelError(f"{self.source} ({name}) cannot score rows of text: {one_line(error, 300)}") from error
+
+    def _padded(self, rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor]:
+        """Rows side by side, filled up at their right ends, and which of their tokens are their own."""
         longest = max(len(row.token_ids) for row in rows)
         ids = torch.full((len(rows), longest), pad, dtype=torch.long)
         mask = torch.zeros((len(rows), longest), dtype=torch.long)
         for index, row in enumerate(rows):
             ids[index, : len(row.token_ids)] = torch.tensor(row.token_ids)
             mask[index, : len(row.token_ids)] = 1
-        return ids.to(self.device), mask.to(self.device), int(pad)
+        return ids.to(self.device), mask.to(self.device)
 
     def write_card(self, folder: Path) -> None:
         """Write beside saved weights what loading them needs."""
@@ -164,10 +194,13 @@ def load_reward_model(
     encoder: Encoder = OutputEncoder(codec)
     if kind == "process":
         encoder = TagEncoder(codec, tags) if tagged and tags else StepEncoder(codec, card.get("separator", SEPARATOR))
-    for parameter in nn.Module.to(model, choose_device(device)).requires_grad_(False).parameters():
-        parameter.data = parameter.data.to(dtype)  # buffers such as rotary frequencies would lose too much
+    nn.Module.to(model, choose_device(device)).requires_grad_(False)
     limit, version = context_length(model.config), int(card.get("version", 0))
-    return RewardModel(model, codec, kind, encoder, source=source.path, version=version, limit=limit)
+    remark = "" if tagged or card else _remark(source.path, model, codec, kind)
+    made = RewardModel(model, codec, kind, encoder, source=source.path, version=version, limit=limit, remark=remark)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # buffers such as rotary frequencies would lose too much
+    return made
 
 
 def parameters_of(source: Source, kind: Kind) -> int:
@@ -215,12 +248,9 @@ def new_reward_model(
             "from random numbers. Is it whole?"
         )
     codec = _codec(source, model)
-    text = model.config.get_text_config()
-    if text.pad_token_id is None:  # stored with the model, since the stock class needs it for more than one row
-        text.pad_token_id = codec.tokenizer.pad_token_id
-        if text.pad_token_id is None:
-            text.pad_token_id = codec.tokenizer.eos_token_id
     card = _card(source)
+    remark = _remark(source.path, model, codec, kind) if _is_of(config, kind) and not card else ""
+    model.config.get_text_config().pad_token_id = _padding_apart(model, codec)
     separator = card.get("separator", SEPARATOR) if separator is None else separator
     encoder: Encoder = OutputEncoder(codec) if kind == "outcome" else StepEncoder(codec, separator)
     limits = [limit for limit in (max_length, context_length(config)) if limit is not None]
@@ -228,7 +258,27 @@ def new_reward_model(
     return RewardModel(
         model, codec, kind, encoder, source=source.path,
         version=int(card.get("version", 0)), limit=min(limits, default=None), stored_dtype=source_dtype(config),
+        remark=remark,
     )  # fmt: skip
+
+
+def _padding_apart(model: PreTrainedModel, codec: Codec) -> int | None:
+    """The padding that is stored with a model: a stock class takes a row's last token that is not padding for its last
+    one, so a token that ends rows cannot be it. None where there is no other: then stock classes take one row alone."""
+    known = (model.config.get_text_config().pad_token_id, codec.tokenizer.pad_token_id)
+    ends = codec.end_token_ids | OutputEncoder(codec).last_tokens()
+    return next((int(token) for token in known if token is not None and token not in ends), None)
+
+
+def _remark(path: str, model: PreTrainedModel, codec: Codec, kind: Kind) -> str:
+    """What is worth knowing about a model that others trained, whose padding is a token that rows end with."""
+    pad = model.config.get_text_config().pad_token_id
+    if kind != "outcome" or pad not in codec.end_token_ids | OutputEncoder(codec).last_tokens():
+        return ""
+    return (
+        f"{path} names as padding the token that its rows end with ({pad}), which stock classes pass over; here an "
+        "output is scored at its last token, the end token included. If it was trained otherwise, scores may be off"
+    )
 
 
 def _is_of(config: PreTrainedConfig, kind: Kind) -> bool:

@@ -31,13 +31,16 @@ class _Judge:
     def __init__(self, model: RewardModel, name: str = "", budget: int = BUDGET) -> None:
         """Score with `model` as it is at each call, so that one in training is always met at its latest version."""
         self.model, self.name, self._budget = model, name or name_of(model), budget
-        self._told = False
+        self._told = self._remarked = False
 
     def _scores(
         self, groups: Sequence[Group], judged: Sequence[Judged], context: RewardContext
     ) -> list[list[float] | None]:
         found, unread = scores_of(self.model, judged, self._budget)
         own, version = f"{self.place}/{self.name}", self.model.version
+        if self.model.remark and not self._remarked:
+            self._remarked = True
+            context.warn(f"reward model `{self.name}`: {self.model.remark}")
         context.metrics |= {f"{own}/version": float(version), f"{own}/unread": float(len(unread))}
         context.extras[f"{self.name}/version"] = [version] * len(judged)
         if unread and not self._told:

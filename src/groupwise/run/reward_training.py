@@ -190,6 +190,8 @@ def _run(
         closing.callback(terminal.close)
         for warning in warnings:
             terminal.warn(warning)
+        if model.remark:
+            terminal.warn(model.remark)
         if encoded.dropped:
             terminal.warn(f"{encoded.dropped} examples were left out, the first because: {encoded.reason}")
         watch = Watch([], terminal, None)
