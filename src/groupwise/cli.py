@@ -240,11 +240,16 @@ def plan(
 
 
 @app.command()
-def init(path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write.")] = Path("job.toml")) -> None:
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write.")] = Path("job.toml"),
+    model: Model = None, data: Data = None, reward: Rewards = None,
+    step_reward: StepRewards = None, eval_data: EvalData = None, run: Run = None,
+) -> None:  # fmt: skip
     """Write a commented job file to start from."""
+    text = template(str(path), _options(model, data, reward, step_reward, eval_data, run))
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(template())
+            file.write(text)
     except OSError as error:
         raise ConfigError(f"The job file {path} cannot be written: {error.strerror}. Name another one.") from error
     typer.echo(f"wrote {path}; edit it, look at it with `groupwise show {path}`, run it with `groupwise train {path}`")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from groupwise.config import Job, knobs
+from groupwise.config import BUILTIN, Job, knobs
+from groupwise.errors import ConfigError
 from groupwise.jobfile import json_schema, load_job, reference, show, template, to_toml
 from groupwise.jobfile.describe import batch_arithmetic
 
@@ -28,7 +29,8 @@ def test_show_gives_every_knob_with_its_origin_in_one_column():
     assert re.search(r"^num_generations = 64 +# preset deepseekmath$", text, re.MULTILINE)
     assert re.search(r"^steps = 7 +# --set$", text, re.MULTILINE)
     assert re.search(r'^path = "m" +# --model$', text, re.MULTILINE)
-    assert re.search(r"^# beta: as the preset says +# default$", text, re.MULTILINE)
+    assert re.search(r"^beta = 0.04 +# preset deepseekmath$", text, re.MULTILINE)
+    assert re.search(r"^# dual_clip: not set +# default$", text, re.MULTILINE)
 
 
 def test_a_long_value_does_not_push_the_column_out():
@@ -49,20 +51,44 @@ def test_the_batch_arithmetic_is_said_in_words():
     assert "\n# 8 prompts x 8 outputs" in show(load_job(options=OWN))
 
 
-def test_the_template_loads_as_the_defaults(tmp_path):
+def test_the_template_is_the_embedded_job(tmp_path):
+    """Which learns: the defaults suit a model a thousand times as large, and would teach this one nothing."""
     file = tmp_path / "job.toml"
-    file.write_text(template(), encoding="utf-8")
-    assert load_job(file).job == Job()
+    file.write_text(template("job.toml"), encoding="utf-8")
+    assert load_job(file).job == load_job("arithmetic", ["run=runs/job"]).job
 
 
-def test_the_template_has_every_knob_and_its_default(tmp_path):
-    """Uncommented, it is the default job again: no key is missing, none is misspelt."""
-    active = re.sub(r"^#(\w+ = )", r"\1", template(), flags=re.MULTILINE)
-    assert Job.model_validate(tomllib.loads(active)) == Job()
+def test_lines_that_only_the_embedded_model_wants_are_marked(tmp_path):
+    """Without them, and with the names exchanged, it is the job of one's own that starts from the defaults."""
+    lines = template("job.toml").splitlines()
+    kept = "\n".join(line for line in lines if "# embedded" not in line)
+    file = tmp_path / "job.toml"
+    file.write_text(
+        kept.replace('path = "builtin:arithmetic"', 'path = "m"', 1)
+        .replace('path = "builtin:arithmetic"', 'path = "d.jsonl"', 1)
+        .replace('["builtin:arithmetic"]', '["r.py:f"]')
+    )
+    assert load_job(file).job == load_job(options=OWN | {"run": "runs/job"}).job
+
+
+def test_a_template_for_ones_own_holds_what_the_options_name(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(template("mine.toml", OWN), encoding="utf-8")
+    assert load_job(file).job == load_job(options=OWN | {"run": "runs/mine"}).job
+    assert "embedded" not in file.read_text().replace("the embedded", "")
+
+
+@pytest.mark.parametrize("options", [None, OWN])
+def test_the_template_has_every_knob_and_its_default(options):
+    """With every other line active it is the same job: no key is missing, none is misspelt, each is at its default."""
+    text = template("job.toml", options)
+    active = re.sub(r"^#(\w+ = )", r"\1", text, flags=re.MULTILINE)
+    chosen = Job.model_validate(tomllib.loads(text))
+    assert Job.model_validate(tomllib.loads(active)) == chosen
     for key, field in knobs().items():
         name = key.rpartition(".")[2]
-        assert re.search(rf"^#?{name} =", template(), re.MULTILINE), field
-    assert all(len(line) <= 120 for line in template().splitlines())
+        assert re.search(rf"^#?{name} =", text, re.MULTILINE), field
+    assert all(len(line) <= 120 for line in text.splitlines())
 
 
 def test_every_knob_says_what_it_does():
@@ -96,6 +122,15 @@ def test_committed_pages_are_what_the_code_says(page):
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
     written = (ROOT / "docs" / page).read_text(encoding="utf-8")
     assert written == pages[page](), "run `make docs`"
+
+
+def test_a_model_without_data_is_refused():
+    """It would be trained on the sums that are made for the built-in model."""
+    with pytest.raises(ConfigError, match=r"no data is named, .* Name prompts and a reward"):
+        load_job(options={"model": "m"})
+    with pytest.raises(ConfigError, match="no data is named"):
+        load_job("arithmetic", ["model.path=m"])
+    assert load_job(options={"model": "m", "data": BUILTIN}).job.model.path == "m"
 
 
 def test_saving_and_showing_agree():

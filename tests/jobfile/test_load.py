@@ -39,9 +39,14 @@ def refusal(*args, **kwargs):
     return str(caught.value)
 
 
+OPTIONS = {"steps": 20, "model": "gpt", "data": BUILTIN, "run": None}
+
+
 def test_later_layers_win_and_each_value_knows_its_origin(write):
     source = write('[objective]\npreset = "deepseekmath"\n[train]\nsteps = 10\nprompts_per_step = 2\n')
-    resolved = load_job(source, ["train.steps=30", "seed=7"], {"steps": 20, "model": "gpt", "run": None})
+    resolved = load_job(
+        source, ["train.steps=30", "seed=7"], {"steps": 20, "model": "gpt", "data": BUILTIN, "run": None}
+    )
     job, origins = resolved.job, resolved.origins
     assert (job.train.steps, origins["train.steps"]) == (30, "--set")
     assert (job.model.path, origins["model.path"]) == ("gpt", "--model")
@@ -63,7 +68,7 @@ def test_without_a_file_the_embedded_recipe_is_used():
     assert load_job(options={"reward": "rewards.py:score"}).job.train.steps == 40
 
 
-@pytest.mark.parametrize("options", [{"model": "my-model"}, OWN])
+@pytest.mark.parametrize("options", [{"model": "my-model", "data": BUILTIN}, OWN])
 def test_a_job_of_ones_own_starts_from_the_defaults(options):
     assert load_job(options=options).job.train == Job().train
 
@@ -85,7 +90,10 @@ def test_a_preset_brings_its_job_defaults_wherever_it_is_chosen(write):
 
 def test_a_preset_that_is_overridden_brings_nothing(write):
     source = write('objective.preset = "deepseekmath"')
-    assert load_job(source, ["objective.preset=rloo"]).job == Job(objective={"preset": "rloo"})
+    assert (
+        load_job(source, ["objective.preset=rloo"]).job
+        == load_job(overrides=["objective.preset=rloo"], source=write("")).job
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +113,7 @@ def test_a_preset_that_is_overridden_brings_nothing(write):
     ],
 )
 def test_set_takes_toml_values_and_bare_words(text, section, name, expected):
-    value = getattr(getattr(load_job(overrides=[text]).job, section), name)
+    value = getattr(getattr(load_job(overrides=[text], options={"data": BUILTIN}).job, section), name)
     assert value == expected
     assert type(value) is type(expected)
 
@@ -117,7 +125,7 @@ def test_tables_merge_over_the_layers(write):
 
 
 def test_python_options_may_be_paths_tuples_and_dotted_keys():
-    job = load_job(options={"model": Path("a/b"), "reward": ("x.py:f", "y.py:g"), "eval.every": 5}).job
+    job = load_job(options={"model": Path("a/b"), "reward": ("x.py:f", "y.py:g"), "eval.every": 5, "data": BUILTIN}).job
     assert job.model.path == "a/b"
     assert job.reward.functions == ["x.py:f", "y.py:g"]
     assert job.eval.every == 5

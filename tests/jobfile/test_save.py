@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from groupwise.config import Job, knobs
 from groupwise.jobfile import Difference, differences, load_job, resumable_keys, to_toml
+from groupwise.jobfile.presets import VALUES
 
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 
@@ -26,6 +27,7 @@ def test_what_is_saved_is_what_was_resolved(tmp_path):
 def test_any_text_and_number_survives(tmp_path_factory, stop, path, rate, options):
     job = Job(
         model={"path": path},
+        objective=VALUES["grpo"],
         sampling={"stop": stop},
         train={"learning_rate": rate},
         data={"chat_template_kwargs": options},

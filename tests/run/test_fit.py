@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from groupwise.config import Job
+from groupwise.config import BUILTIN, Job
 from groupwise.errors import ModelError
 from groupwise.jobfile import load_job
 from groupwise.run import fit
@@ -40,7 +40,7 @@ def settled(monkeypatch: pytest.MonkeyPatch, folder: Path, plan: Plan | None, *c
     monkeypatch.setattr(plans, "plan_of", lambda *_, **__: plan or pytest.fail("it planned"))
     if plan is not None:
         monkeypatch.setattr(fit, "available_memory", lambda device: 0)
-    job = load_job(None, changes, {"model": str(folder)}).job
+    job = load_job(None, changes, {"model": str(folder), "data": BUILTIN}).job
     return fit.settle(job, Given(), said.append), said
 
 
@@ -88,7 +88,7 @@ def test_what_cannot_fit_is_refused(
 
 def test_a_plan_is_that_of_the_numbers_that_would_be_taken(folder: Path) -> None:
     """No weights are read: a real plan of the tiny model settles it."""
-    job = load_job(None, ["sampling.max_completion_length=16"], {"model": str(folder)}).job
+    job = load_job(None, ["sampling.max_completion_length=16"], {"model": str(folder), "data": BUILTIN}).job
     plan = plans.plan_of(job, memory_only=True)
     assert (plan.seconds, plan.activations) == ({}, {})
     assert (plan.tokens_per_micro_batch, plan.gradient_checkpointing, plan.verdict) == (BUDGET, False, "fits")

@@ -49,7 +49,7 @@ def problems(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
     yield from reward_model_checks.problems(job)
     yield from _credit(job)
     yield from _segmenter(job.process, bool(job.reward.step_functions))
-    yield from _data(job)
+    yield from _data(job, origins)
     yield from _train(job.train, job.sampling)
     yield from _eval(job)
 
@@ -117,9 +117,7 @@ def _reward(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
         ("step_functions", section.step_functions, "--step-reward rewards.py:score_steps"),
         ("verifier", section.verifier, "--set reward.verifier=rewards.py:score"),
     ):
-        origin = origins.get(f"reward.{key}", "default")
-        nobody_said = origin == "default" or origin.startswith("recipe ")
-        if job.data.path != BUILTIN and BUILTIN in functions and nobody_said:
+        if job.data.path != BUILTIN and BUILTIN in functions and _nobody_said(f"reward.{key}", origins):
             yield (
                 f'`data.path` = "{job.data.path}" needs a reward of its own: the built-in one checks sums. '
                 f'Name a function, as in {option} or `{key} = ["{option.split()[1]}"]` under [reward].'
@@ -138,6 +136,12 @@ def _reward(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
         if weights is not None and len(weights) != len(functions):
             named = ", ".join(functions) or "that `reward` names: none"
             yield f"`reward.{name}` has {len(weights)} values for the functions {named}. Give one weight to each."
+
+
+def _nobody_said(key: str, origins: Mapping[str, str]) -> bool:
+    """Whether a value is only a default, or that of a shipped recipe."""
+    origin = origins.get(key, "default")
+    return origin == "default" or origin.startswith("recipe ")
 
 
 def _reward_models(section: RewardSection) -> Iterator[str]:
@@ -232,7 +236,13 @@ def _absent(value: object) -> str:
     return "not set" if value is None else "empty"
 
 
-def _data(job: Job) -> Iterator[str]:
+def _data(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
+    if job.model.path != BUILTIN and job.data.path == BUILTIN and _nobody_said("data.path", origins):
+        yield (
+            f'`model.path` = "{job.model.path}", but no data is named, and the built-in sums suit the built-in model. '
+            "Name prompts and a reward, as in --data prompts.jsonl --reward rewards.py:score; if sums are meant, say "
+            f"--data {BUILTIN}."
+        )
     yield from day_problems("data.date", job.data.date)
     given = (
         ("model", "revision", job.model.path, job.model.revision),

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
 from groupwise.config import Job, is_resumable, knobs, section_type
-from groupwise.jobfile.load import Resolved
+from groupwise.jobfile.load import Resolved, load_job
 from groupwise.jobfile.phrases import as_toml, choices, wanted
 from groupwise.jobfile.save import value
 
+_OPEN = "as the preset says"
 _STARTERS = ("run", "model.path", "data.path", "reward.functions", "objective.preset")
+"""What is active in a template even at its default."""
 
 _TEMPLATE_HEAD = """\
-# A job for groupwise. `groupwise train job.toml` runs it, `groupwise show job.toml` says what it amounts to.
-# Every key is here with its meaning. What most jobs set is active; the rest is commented out, at its default.
+# A job for groupwise. `groupwise train {path}` runs it, `groupwise show {path}` says what it amounts to.
+# Every key is here with its meaning. What the job sets is active; the rest is commented out, at its default.
+"""
+_EMBEDDED_HEAD = """\
+#
+# As it stands it trains the embedded model to add, in some minutes on two cores, and downloads nothing. For a model of
+# your own name it in model.path, with data.path and reward.functions, and delete every line that is marked "embedded":
+# those values suit a model of a million parameters and harm a large one. Or have the file written for your own:
+# groupwise init my.toml --model ID --data prompts.jsonl --reward rewards.py:score
 """
 
 _REFERENCE_HEAD = """\
@@ -61,18 +72,35 @@ def batch_arithmetic(job: Job) -> list[str]:
     ]
 
 
-def template() -> str:
-    """A job file with every knob, its meaning and its default, for `groupwise init`."""
-    lines = [_TEMPLATE_HEAD]
+def template(path: str = "job.toml", options: Mapping[str, Any] | None = None) -> str:
+    """A job file with every knob, its meaning and its default, for `groupwise init`.
+
+    What `options` name, as `load_job` takes them, is active; without any, the values of the embedded job are, so that
+    the file learns as it stands. Raises ConfigError where the job could not run.
+    """
+    named = {name: given for name, given in (options or {}).items() if given is not None}
+    own = "model" in named or "data" in named
+    resolved = load_job(None, (), {"run": f"runs/{Path(path).stem}"} | named)
+    said = [key for key, origin in resolved.origins.items() if not origin.startswith(("default", "preset "))]
+    set_ = {key: value(resolved.job, key) for key in said}
+    lines = [(_TEMPLATE_HEAD if own else _TEMPLATE_HEAD + _EMBEDDED_HEAD).format(path=path)]
     for section, fields in _sections().items():
         lines += [f"# {_doc(section)}", f"[{section}]", ""] if section else []
         for key, field in fields.items():
             default = field.get_default(call_default_factory=True)
             takes = f" Takes {wanted(field)}." if default is None or choices(field) or field.examples else ""
             lines += textwrap.wrap(_sentence(field) + takes, 118, initial_indent="# ", subsequent_indent="# ")
-            text = f"{_name(key)} ={'' if default is None else f' {as_toml(default)}'}"
-            lines += [text if key in _STARTERS else f"#{text}", ""]
+            lines += [_template_line(key, default, set_, own), ""]
     return "\n".join(lines)
+
+
+def _template_line(key: str, default: Any, set_: Mapping[str, Any], own: bool) -> str:
+    """The line of a key in a template: active where it is set, with a mark where only the embedded model wants it."""
+    given = set_.get(key, default)
+    text = f"{_name(key)} ={'' if given is None else f' {as_toml(given)}'}"
+    if key in set_ and not own and given != default and key != "run":
+        return f"{text}  # embedded; default: {_unset(key) if default is None else as_toml(default)}"
+    return text if key in set_ or key in _STARTERS else f"#{text}"
 
 
 def json_schema() -> dict[str, Any]:
@@ -105,7 +133,8 @@ def _sections() -> dict[str, dict[str, FieldInfo]]:
 def _shown(job: Job, key: str) -> str:
     given = value(job, key)
     if given is None:
-        return f"# {_name(key)}: {_unset(key)}"
+        # A resolved job has what its preset says: what is still open is not read by it.
+        return f"# {_name(key)}: {'not used' if _unset(key) == _OPEN else _unset(key)}"
     return f"{_name(key)} = {as_toml(given)}"
 
 
@@ -117,7 +146,7 @@ def _default(key: str, field: FieldInfo) -> str:
 def _unset(key: str) -> str:
     if key in ("objective.outcome_weight", "objective.process_weight"):
         return "1 where it is scored, else 0"
-    return "as the preset says" if key.startswith("objective.") else "not set"
+    return _OPEN if key.startswith("objective.") and key != "objective.dual_clip" else "not set"
 
 
 def _sentence(field: FieldInfo) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from groupwise.errors import ConfigError
 from groupwise.jobfile.checks import REASONS, check
 from groupwise.jobfile.elsewhere import ELSEWHERE
 from groupwise.jobfile.phrases import advice, as_toml, choices, found, suggestion, wanted
+from groupwise.jobfile.presets import filled, is_of
 
 OPTIONS = {
     "model": "model.path",
@@ -64,7 +66,7 @@ def load_job(
     the options name another model or other data. An option of None was not given. Raises ConfigError.
     """
     given = [*_from_options(options or {}), *(one for text in overrides for one in _from_override(text))]
-    settings = [*_from_source(source, given), *given]
+    settings = _exchanged([*_from_source(source, given), *given])
     preset = next((one.value for one in reversed(settings) if one.key == "objective.preset"), None)
     brought = PRESET_JOB_DEFAULTS.get(preset, {}) if isinstance(preset, str) else {}
     values: dict[str, Any] = {}
@@ -78,7 +80,19 @@ def load_job(
         origins["reward.functions"] = origins["reward.step_functions"]
     job = _validated(values, origins)
     check(job, origins)
-    return Resolved(job, origins)
+    return Resolved(*filled(job, origins))
+
+
+def _exchanged(settings: Sequence[Setting]) -> list[Setting]:
+    """The settings without what an earlier preset said, where a later one takes its place: a run folder's job has the
+    values of its preset written out, and a fork may choose another."""
+    presets = [index for index, one in enumerate(settings) if one.key == "objective.preset"]
+    kept = list(settings)
+    for index, later in pairwise(presets):
+        if settings[index].value != settings[later].value:
+            gone = [one for one in settings[:later] if is_of(settings[index].value, one.key, one.value)]
+            kept = [one for one in kept if one not in gone]
+    return kept
 
 
 def _steps_alone(values: Mapping[str, Any], origins: Mapping[str, str]) -> bool:
