@@ -171,7 +171,7 @@ PHASES = {
     "while an iteration's outputs are labelled": ("groupwise.run.label_sources", "", "LABELS", 2),
     "after labels, before replay is drawn": ("groupwise.learn.replay", "ReplayStore", "draw", 2),
     "in the updates of an iteration's round": (LEARNER, "RewardLearner", "_update", 5),
-    "before it is tried": (LEARNER, "RewardLearner", "evaluate", 4),
+    "before it is tried": (LEARNER, "RewardLearner", "evaluate_encoded", 4),
     "before the store takes the new examples": ("groupwise.learn.replay", "ReplayStore", "add", 2),
     "before the model is written": (ROUNDS, "", "save_reward_model", 2),
     "after the event, before the round is saved": ("groupwise.run.saving", "Saver", "round_over", 2),

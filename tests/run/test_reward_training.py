@@ -289,6 +289,35 @@ def test_bad_input_is_one_paragraph(bench: Path, monkeypatch: pytest.MonkeyPatch
     refused(call("reward-model", "train", *options(), "--run", "refused", *more), *said)
 
 
+@pytest.mark.parametrize("held_out, left", [(["a" * 99], 0), (["a" * 99, "a"], 1)])
+def test_held_out_examples_that_cannot_be_read_are_counted_and_left_out(
+    bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: list[str], left: int
+) -> None:
+    monkeypatch.chdir(bench)
+    save_rows(tmp_path / "held.jsonl", [{"prompt": text, "completion": "b", "label": 1} for text in held_out])
+    given = options(eval_data=str(tmp_path / "held.jsonl"), max_length=40)
+    ended = call("reward-model", "train", *given, "--run", str(tmp_path / "run"))
+    assert ended.status == 0, ended.err
+    [warning] = [line for line in ended.err.splitlines() if "left out" in line]
+    assert "1 held-out examples were left out, the first because: " in warning
+    assert "at most 40 fit" in warning
+    assert ("none is left: nothing tells how good the model is" in warning) == (left == 0)
+    assert f"{left} held out" in ended.out + ended.err
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert bool(result["after"]) == bool(left)
+
+
+@pytest.mark.parametrize(
+    "more", [["--set", "max_length=2"], ["--model", "nowhere/at/all"], ["--data", "nothing.jsonl"]]
+)
+def test_what_is_refused_leaves_no_folder(
+    bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    monkeypatch.chdir(bench)
+    assert call("reward-model", "train", *options(), "--run", str(tmp_path / "run"), *more).status == 2
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_may_not_change_when_it_is_resumed(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bench)
     refused(call("resume", "whole", "--set", "learning_rate=1.0"), "with another learning_rate")

@@ -14,7 +14,7 @@ import pytest
 from groupwise.config import RewardModelSection
 from groupwise.data.stream import PromptStream
 from groupwise.errors import DataError, RewardError
-from groupwise.models.judging import Example, Row
+from groupwise.models.judging import Row
 from groupwise.objective import objective_named
 from groupwise.run import loop, rounds
 from groupwise.run.collected import Collected
@@ -60,7 +60,7 @@ class Pupil:
     def check(self) -> None:
         """Every update was applied."""
 
-    def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
+    def evaluate_encoded(self, examples: Sequence[Any]) -> dict[str, float]:
         self.log.append(("try", len(examples), f"version {self.version}"))
         return {"accuracy": 0.5 + 0.1 * self.version}
 
@@ -418,3 +418,23 @@ def test_a_file_is_read_anew_in_each_round(tmp_path: Path) -> None:
     assert not any(entry[1].startswith("reward_model/") for entry in bench.log if entry[0] == "sample")
     new = [event["reward_model/new"] for event in bench.told]
     assert new[1] == 3 * new[0] == 3 * (len(LETTERS) - len(HELD_OUT))
+
+
+def test_held_out_examples_that_cannot_be_read_are_no_reason_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said once, and rounds go on without an evaluation."""
+
+    def encode(judged: Any) -> Row:
+        if judged.prompt in HELD_OUT:
+            raise DataError("Prompt and output have 99 tokens, and at most 40 fit.")
+        return Row((1, 2))
+
+    bench = Bench(tmp_path)
+    bench.watch.terminal = make_terminal("plain", total_steps=2, title="")
+    bench.pupil.model.encode = encode
+    loop.train(bench.parts)
+    assert not [entry for entry in bench.log if entry[0] == "try"]
+    assert len(bench.told) == 2
+    said = capsys.readouterr().err
+    assert said.count("nothing of this round is held out that can be read (Prompt and output have 99 tokens") == 1

@@ -70,10 +70,17 @@ class EncodedSet(NamedTuple):
 
 
 def encode_examples(model: RewardModel, examples: Sequence[Example]) -> EncodedSet:
-    """Examples as rows; those too long for the model, refused by its tokenizer or without any label are left out.
+    """Examples as `encode_readable` gives them. Raises DataError where nothing is left."""
+    encoded = encode_readable(model, examples)
+    if not encoded.examples:
+        n = encoded.dropped
+        why = f" All {n} examples were left out, the first because: {encoded.reason}" if n else ""
+        raise DataError(f"There is nothing for a reward model to learn from, or to be tried on.{why}")
+    return encoded
 
-    Raises DataError where nothing is left.
-    """
+
+def encode_readable(model: RewardModel, examples: Sequence[Example]) -> EncodedSet:
+    """Examples as rows; those too long for the model, refused by its tokenizer or without any label are left out."""
     kept: list[Encoded] = []
     reasons: list[str] = []
     for example in examples:
@@ -86,9 +93,6 @@ def encode_examples(model: RewardModel, examples: Sequence[Example]) -> EncodedS
             kept.append(encoded)
         else:
             reasons.append("None of its steps has a label.")
-    if not kept:
-        why = f" All {len(reasons)} examples were left out, the first because: {reasons[0]}" if reasons else ""
-        raise DataError(f"There is nothing for a reward model to learn from, or to be tried on.{why}")
     return EncodedSet(kept, len(reasons), reasons[0] if reasons else "")
 
 
@@ -158,7 +162,10 @@ class RewardLearner:
 
         Raises DataError where nothing is left of the examples, ModelError where a score is not finite.
         """
-        encoded = encode_examples(self.model, examples).examples
+        return self.evaluate_encoded(encode_examples(self.model, examples).examples)
+
+    def evaluate_encoded(self, encoded: Sequence[Encoded]) -> Metrics:
+        """The same of examples that are rows already, at least one."""
         rows = [row for one in encoded for row in one.rows]
         found = self.room.run(lambda: logits_of(self.model, rows, self.room.budget))
         logits = self._by_example(found, encoded)

@@ -34,15 +34,25 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:
-        """Make a new run's folder.
+        """Make a new run's folder. Raises RunFolderError where it cannot be made, or where `free` says so."""
+        folder = cls.free(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        return folder
 
-        Raises RunFolderError where it cannot be made, is not empty, or holds a run that has begun. A job that failed
-        before its first event leaves nothing to lose: its folder serves again.
+    @classmethod
+    def free(cls, path: Path) -> RunFolder:
+        """The folder of a run that may begin there; it need not be there, and nothing is made.
+
+        Raises RunFolderError where it is not empty, or holds a run that has begun. A job that failed before its first
+        event leaves nothing to lose: its folder serves again.
         """
         folder = cls(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            found = {entry.name for entry in path.iterdir() if entry.is_dir() or entry.stat().st_size}
+            there = path.iterdir() if path.exists() else ()
+            found = {entry.name for entry in there if entry.is_dir() or entry.stat().st_size}
         except OSError as error:
             raise cannot_write(path, error) from error
         if found <= {place.name for place in (folder.job, folder.lock_file, folder.rewards_log, folder.tensorboard)}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -24,16 +24,18 @@ from groupwise.learn.checkpoint import Checkpoint
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reward_learner import (
     Encoded,
+    EncodedSet,
     RewardLearner,
     RewardLearnerSettings,
     encode_examples,
+    encode_readable,
     updates_in,
 )
 from groupwise.learn.reward_metrics import PREFIX
 from groupwise.models.heap import keep_freed_memory
 from groupwise.models.judging import Example, prompt_of
 from groupwise.models.load import choose_device, choose_dtype
-from groupwise.models.reward_model import Source, new_reward_model
+from groupwise.models.reward_model import RewardModel, Source, new_reward_model
 from groupwise.run.export import save_reward_model
 from groupwise.run.folder import RunFolder, git_commit
 from groupwise.run.progress import Progress, StopSignals
@@ -92,7 +94,7 @@ class _Session:
     folder: RunFolder
     learner: RewardLearner
     train: list[Encoded]
-    held_out: list[Example]
+    held_out: list[Encoded]
     progress: Progress
     clock: Clock
     watch: Watch
@@ -117,7 +119,7 @@ class _Session:
         if not self.held_out:
             return
         with record.time("eval"):
-            self.after = self.learner.evaluate(self.held_out)
+            self.after = self.learner.evaluate_encoded(self.held_out)
         self.before = self.before or self.after
         record.metrics |= {f"{PREFIX}eval/{name}": value for name, value in self.after.items()}
 
@@ -146,9 +148,11 @@ def train_reward_model(job: RewardModelJob, *, given: RewardData = NOTHING, show
     Raises GroupwiseError where the job cannot be run.
     """
     clock = Clock()
+    RunFolder.free(Path(job.run))
+    prepared = _prepared(job, given)  # which may refuse the job: there is no folder yet
     folder = RunFolder.create(Path(job.run))
     with folder.lock():
-        return _run(job, folder, given, show, clock, None)
+        return _run(prepared, folder, show, clock, None)
 
 
 def resume_reward_model(
@@ -167,13 +171,30 @@ def resume_reward_model(
     with folder.lock():
         warnings: list[str] = []
         saved = checkpoint.latest(folder.checkpoints, warnings.append)
-        return _run(new, folder, given, show, clock, saved, resumed=True, warnings=warnings)
+        return _run(_prepared(new, given), folder, show, clock, saved, resumed=True, warnings=warnings)
 
 
-def _run(
-    job: RewardModelJob, folder: RunFolder, given: RewardData, show: Mode, clock: Clock, saved: Checkpoint | None,
-    *, resumed: bool = False, warnings: Sequence[str] = (),
-) -> RewardResult:  # fmt: skip
+@dataclass(frozen=True)
+class _Prepared:
+    """What is ready before a run has a folder: the model, and examples that it can read."""
+
+    job: RewardModelJob
+    model: RewardModel
+    train: EncodedSet
+    held_out: EncodedSet
+
+    def remarks(self) -> Iterator[str]:
+        """What the user should know beforehand."""
+        if self.model.remark:
+            yield self.model.remark
+        for name, found in (("examples", self.train), ("held-out examples", self.held_out)):
+            if found.dropped:
+                none = "" if found.examples else ", and none is left: nothing tells how good the model is"
+                yield f"{found.dropped} {name} were left out, the first because: {found.reason.rstrip('.')}{none}"
+
+
+def _prepared(job: RewardModelJob, given: RewardData) -> _Prepared:
+    """Load the data and the model. Raises GroupwiseError where they cannot be used, or nothing is left to learn."""
     transformers.utils.logging.disable_progress_bar()
     job = job.model_copy(update={"date": job.date or date.today().isoformat()})
     train, held_out = _examples(job, given)
@@ -182,21 +203,24 @@ def _run(
         Source(job.model, job.revision, given.trust_remote_code, job.date), job.kind, seed=job.seed,
         separator=job.separator, device=job.device, max_length=job.max_length,
     )  # fmt: skip
-    encoded = encode_examples(model, train)
-    learner = RewardLearner(model, settings_of(job, len(encoded.examples), model.device))
-    progress = Progress(1, updates_in(len(encoded.examples), learner.settings))
+    return _Prepared(job, model, encode_examples(model, train), encode_readable(model, held_out))
+
+
+def _run(
+    prepared: _Prepared, folder: RunFolder, show: Mode, clock: Clock, saved: Checkpoint | None, *,
+    resumed: bool = False, warnings: Sequence[str] = (),
+) -> RewardResult:  # fmt: skip
+    job, train = prepared.job, prepared.train.examples
+    learner = RewardLearner(prepared.model, settings_of(job, len(train), prepared.model.device))
+    progress = Progress(1, updates_in(len(train), learner.settings))
     terminal = make_terminal(show, total_steps=progress.total, title=str(folder.path), history=_history(folder, saved))
     with ExitStack() as closing:
         closing.callback(terminal.close)
-        for warning in warnings:
+        for warning in (*warnings, *prepared.remarks()):
             terminal.warn(warning)
-        if model.remark:
-            terminal.warn(model.remark)
-        if encoded.dropped:
-            terminal.warn(f"{encoded.dropped} examples were left out, the first because: {encoded.reason}")
         watch = Watch([], terminal, None)
         closing.callback(watch.close)
-        session = _Session(job, folder, learner, encoded.examples, held_out, progress, clock, watch)
+        session = _Session(job, folder, learner, train, prepared.held_out.examples, progress, clock, watch)
         terminal.say(_line(session))
         if saved is not None:
             session.restore(saved)

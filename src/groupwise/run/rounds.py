@@ -15,7 +15,7 @@ from groupwise.data.labelled import load_examples
 from groupwise.errors import DataError, RewardError, RunFolderError
 from groupwise.learn.optimizer import REFUSED
 from groupwise.learn.replay import ReplayStore
-from groupwise.learn.reward_learner import EncodedSet, RewardLearner, encode_examples
+from groupwise.learn.reward_learner import EncodedSet, RewardLearner, encode_examples, encode_readable
 from groupwise.learn.reward_metrics import PREFIX, against_verifier
 from groupwise.models.judging import Example, prompt_of
 from groupwise.run.collected import Collected, distinct
@@ -235,13 +235,16 @@ class RewardModelRounds:
         return self.task.verifier(groups, Record(self.task.progress.step))
 
     def _tried(self, rows: Sequence[Row]) -> dict[str, float]:
-        if not rows and not self._told:
+        learner = self.task.learner
+        found = encode_readable(learner.model, _examples(rows, learner))
+        if not found.examples and not self._told:
             self._told = True
+            why = f" that can be read ({found.reason.rstrip('.')})" if rows else ""
             self.task.watch.terminal.warn(
-                "nothing of this round is held out, so nothing tells how good the reward model is: raise "
+                f"nothing of this round is held out{why}, so nothing tells how good the reward model is: raise "
                 "reward_model.held_out_share or reward_model.prompts_per_round"
             )
-        return self.task.learner.evaluate(_examples(rows, self.task.learner)) if rows else {}
+        return learner.evaluate_encoded(found.examples) if found.examples else {}
 
     def _guard(self) -> None:
         """Hold what the last round came to against the bound; after a resume too, which may have changed it."""
