@@ -29,7 +29,7 @@ from groupwise.models.codec import Codec
 from groupwise.models.head import HeadShape
 from groupwise.models.small import character_tokenizer
 from groupwise.run import doctor, doctor_inputs, parts
-from groupwise.run.doctor_numbers import BFLOAT16, FLOAT32, bounds
+from groupwise.run.doctor_numbers import Bounds, bounds
 from groupwise.run.given import Given
 from groupwise.run.patient import Patient, Room, open_patient
 from groupwise.run.report import Finding, Report, measured, print_report
@@ -491,8 +491,8 @@ def test_a_number_that_is_none_never_passes() -> None:
 
 
 def test_narrow_types_have_wide_bounds() -> None:
-    assert bounds(torch.float32) == bounds(torch.float64) == FLOAT32
-    assert bounds(torch.bfloat16) == BFLOAT16
+    assert bounds(torch.float32) == Bounds(token=1e-3, mean=1e-4, gradient=1e-3)
+    assert bounds(torch.bfloat16) == Bounds(token=1.0, mean=0.05, gradient=0.15)
 
 
 def test_the_report_as_a_table_and_as_json() -> None:

@@ -78,7 +78,7 @@ def draw(logits_RV: Tensor, uniform_R: Tensor, filters: Filters) -> tuple[Tensor
     if filters.tempered:
         logits_RV.div_(torch.where(filters.temperature_R == 0, 1.0, filters.temperature_R)[:, None])
     if filters.cut:
-        logits_RV = _cut(logits_RV, filters)
+        logits_RV = cut(logits_RV, filters)
     # Each pass over the vocabulary counts: the largest logit is taken out of all, and the sum serves the draw as well.
     relative = logits_RV.sub_(logits_RV.amax(-1, keepdim=True))
     token_R, total_R = inverse_cdf(exp(relative), uniform_R)
@@ -87,8 +87,9 @@ def draw(logits_RV: Tensor, uniform_R: Tensor, filters: Filters) -> tuple[Tensor
     return token_R, relative.gather(-1, token_R[:, None])[:, 0] - total_R.log().to(relative.dtype)
 
 
-def _cut(scaled_RV: Tensor, filters: Filters) -> Tensor:
-    """Keep the top k, then the smallest set that holds top p, then what has min p of the likeliest's probability."""
+def cut(scaled_RV: Tensor, filters: Filters) -> Tensor:
+    """The logits, `-inf` where a token is cut: the top k stay, of them the smallest set that holds top p, and of that
+    what has min p of the likeliest's probability."""
     ordered, order = scaled_RV.sort(dim=-1, descending=True, stable=True)
     probs = torch.softmax(ordered, -1)
     rank = torch.arange(scaled_RV.shape[-1], device=scaled_RV.device)

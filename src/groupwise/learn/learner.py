@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groupwise.learn.agreement import Difference, Guard, NoGuard, is_stray
 from groupwise.learn.forward import lay_out, score_outputs
 from groupwise.learn.lanes import Twins, at_once, deal
 from groupwise.learn.memory import Room, peak_memory
@@ -24,6 +25,7 @@ from groupwise.seeds import stable_hash
 from groupwise.types import Scored
 
 Metrics = dict[str, float]
+_DIFFERENCE = "sampling/logp_difference"
 ADVICE = (
     "Lower train.tokens_per_micro_batch, set model.gradient_checkpointing to true, or shorten prompts or outputs; "
     "`groupwise plan` tells what fits."
@@ -47,10 +49,16 @@ class LearnerSettings:
 
 
 class Learner:
-    """Holds the policy's master weights and optimizer, and turns batches into updates."""
+    """Holds the policy's master weights and optimizer, and turns batches into updates.
 
-    def __init__(self, policy: Policy, objective: Objective, settings: LearnerSettings) -> None:
+    `guard` judges, before any update from a batch, whether the batch was sampled from this policy.
+    """
+
+    def __init__(
+        self, policy: Policy, objective: Objective, settings: LearnerSettings, guard: Guard | None = None
+    ) -> None:
         self.policy, self.objective, self.settings = policy, objective, settings
+        self.guard = guard or NoGuard()
         self.optimizer = MasterOptimizer(policy.model, settings.optimizer, settings.compute_dtype)
         self.twins = Twins(policy, self.optimizer)
         self._tally = _Tally()
@@ -87,7 +95,8 @@ class Learner:
     def update(self, batch: Batch, passes_done: int = 0) -> Metrics:
         """One pass over the batch in `updates_per_batch` optimizer updates; `passes_done` were made before.
 
-        Returns the metrics of all passes over this batch so far.
+        Returns the metrics of all passes over this batch so far. Raises ModelError where the guard ends the run: the
+        weights are as they were then.
         """
         groups = sorted({output.group for output in batch.outputs})
         seed = stable_hash(self.settings.seed, "updates", self.optimizer.update, passes_done)
@@ -122,6 +131,8 @@ class Learner:
         for tally in self.room.run(accumulate, drop):
             self._tally.join(tally)
         self.twins.gather()
+        if first_pass:
+            self.guard.check(self._tally.difference(), "In the outputs of this step")
         self._tally.updated(*self.optimizer.step())
         if first_pass:
             self._tally.tokens_skipped += sum(len(batch.outputs[m].token_ids) for m in set(members) - set(live))
@@ -151,7 +162,8 @@ class Learner:
             trained_T = batch.trained_T[place]
             tally.add(loss, losses, trained_T)
             if entropy_T is not None:
-                tally.add_first_pass(entropy_T, (old_T - batch.sampled_logprobs_T[place]).abs(), trained_T)
+                difference_T = (old_T - batch.sampled_logprobs_T[place]).abs()
+                tally.add_first_pass(entropy_T, difference_T, is_stray(difference_T, policy.dtype), trained_T)
         return tally
 
     def _losses(self, batch: Batch, place: Tensor, logprobs_T: Tensor, old_T: Tensor) -> TokenLosses:
@@ -245,12 +257,23 @@ class _Tally:
         if losses.kl_T is not None:
             self._mean("kl", losses.kl_T, trained_T)
 
-    def add_first_pass(self, entropy_T: Tensor, difference_T: Tensor, trained_T: Tensor) -> None:
+    def add_first_pass(self, entropy_T: Tensor, difference_T: Tensor, stray_T: Tensor, trained_T: Tensor) -> None:
         """Count what only the first pass can tell: what the sampling policy was like, and how far the sampler is."""
         self._mean("entropy", entropy_T, trained_T)
-        self._mean("sampling/logp_difference/mean", difference_T, trained_T)
-        self._max("sampling/logp_difference/max", difference_T, trained_T)
+        self._mean(f"{_DIFFERENCE}/mean", difference_T, trained_T)
+        self._max(f"{_DIFFERENCE}/max", difference_T, trained_T)
+        self._mean(f"{_DIFFERENCE}/stray", stray_T, trained_T)
         _add(self.sums, "tokens/trained", trained_T.sum())
+
+    def difference(self) -> Difference:
+        """How far the sampler is from the policy, of the updates of the first pass so far."""
+        count = self.counts.get(f"{_DIFFERENCE}/mean")
+        if count is None:
+            return Difference(0, 0.0, 0.0, 0.0)
+        mean, stray = (self.sums[f"{_DIFFERENCE}/{name}"] / count.clamp(min=1) for name in ("mean", "stray"))
+        worst = self.greatest[f"{_DIFFERENCE}/max"]
+        tokens, *values = torch.stack([value.double() for value in (count, mean, worst, stray)]).tolist()
+        return Difference(int(tokens), *values)
 
     def updated(self, norm: float, rate: float) -> None:
         """Count one optimizer update."""

@@ -79,8 +79,7 @@ class Policy(nn.Module):
         `slope_T`, where given, promises the gradient that will arrive at them: see `chunked_logprobs`.
         """
         if self.head is None:
-            logits = self._body_call(self.model, stream).logits.flatten(0, 1)[stream.predictor_T]
-            logprobs_T, entropy_T = dense_logprobs(logits, stream.target_T, temperature)
+            logprobs_T, entropy_T = dense_logprobs(self.token_logits(stream), stream.target_T, temperature)
             return LogProbs(logprobs_T, entropy_T if entropy else None)
         weight, bias = self.head_parameters()
         return LogProbs(
@@ -89,6 +88,12 @@ class Policy(nn.Module):
                 shape=self.head, temperature=temperature, entropy=entropy, slope_T=slope_T,
             )
         )  # fmt: skip
+
+    def token_logits(self, stream: Stream) -> Tensor:
+        """Logits `[T, V]` that predict each output token, in float32 or wider where the head is a matrix: large."""
+        if self.head is None:
+            return self._body_call(self.model, stream).logits.flatten(0, 1)[stream.predictor_T]  # type: ignore[no-any-return]
+        return self.head.apply(wide(nn.functional.linear(self._predicting(stream), *self.head_parameters())))
 
     def _predicting(self, stream: Stream) -> Tensor:
         """The hidden state that predicts each output token, `[T, D]`."""

@@ -22,7 +22,8 @@ from groupwise.run.evaluate import Evaluation
 from groupwise.run.export import model_card, write_folder
 from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given
-from groupwise.run.parts import Model, narrow, open_engine, open_evaluation, open_model
+from groupwise.run.guarded import GuardedEngine
+from groupwise.run.parts import Model, narrow, open_engine, open_evaluation, open_guard, open_model
 from groupwise.run.record import Record
 from groupwise.run.report import Report
 from groupwise.run.saving import Clock, check_shapes
@@ -126,7 +127,9 @@ def evaluate(
     judged, given = as_judged(job, given)
     with ExitStack() as closing:
         scorer = scorer_of(judged, open_functions(judged, given, None, closing), model.codec, _to_stderr)
-        evaluation = open_evaluation(job, model, given, open_engine(job, model, closing), scorer)
+        guard = open_guard(job, model, _to_stderr)
+        engine = GuardedEngine(open_engine(job, model, closing), guard, "In held-out outputs")
+        evaluation = open_evaluation(job, model, given, engine, scorer)
         if not isinstance(evaluation, Evaluation):
             raise ConfigError("There is nothing to evaluate on: name held-out prompts with --data, or in eval.data.")
         evaluation.run(Record(saved.step if saved else 0))

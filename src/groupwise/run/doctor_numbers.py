@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from groupwise.errors import ModelError
+from groupwise.learn import agreement
 from groupwise.learn.learner import Learner
 from groupwise.learn.pack import Batch
 from groupwise.learn.reference import NoReference
@@ -40,20 +41,16 @@ class Bounds:
     gradient: float
 
 
-FLOAT32 = Bounds(token=1e-3, mean=1e-4, gradient=1e-3)
-"""24 bits: a logit of 30 is known to 30 * 2**-24 = 2e-6, and sums over some thousand terms in tens of layers, taken in
-another order, differ by about a hundred such roundings: 2e-4. Five times that for the worst of many tokens, half of it
-on average. Gradients pass through the same sums twice. The faults that are looked for move either by 1e-2 and more."""
-BFLOAT16 = Bounds(token=1.0, mean=0.05, gradient=0.15)
-"""8 bits: a logit between 16 and 32 is a multiple of 1/8, so that the head alone moves a log-prob by 1/16, and two
-passes apart by 1/8; hidden states, rounded in tens of layers, add a few times that for the worst token. Most logits
-that matter are smaller: on average a tenth. A product's relative error is up to 2**-8 = 0.4 %, over tens of layers and
-back some percent of a gradient, and what cancels between good and bad outputs makes that larger."""
+_GRADIENT = {4: 1e-3, 2: 0.15}
+"""By bytes of a number. Gradients pass through the same sums as log-probs twice; the faults that are looked for move
+them by 1e-2 and more. In bfloat16 a matmul's relative error is up to 2**-8 = 0.4 %, over tens of layers and back some
+percent of a gradient, and what cancels between good and bad outputs makes that larger."""
 
 
 def bounds(dtype: torch.dtype) -> Bounds:
-    """The bounds for what is computed in `dtype`."""
-    return BFLOAT16 if dtype.itemsize < torch.float32.itemsize else FLOAT32
+    """The bounds for what is computed in `dtype`: of log-probs, those that a run is held to."""
+    allowed = agreement.bounds(dtype)
+    return Bounds(allowed.token, allowed.mean, _GRADIENT[min(4, dtype.itemsize)])
 
 
 def shared_is_plain(patient: Patient) -> list[Finding]:

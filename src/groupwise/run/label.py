@@ -20,10 +20,12 @@ from torch import nn
 from groupwise.config import Job, ProcessSection
 from groupwise.data.files import PromptSet
 from groupwise.errors import ConfigError, DataError
+from groupwise.learn.agreement import Guard
 from groupwise.models.codec import Codec
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.folder import RunFolder
 from groupwise.run.given import Given
+from groupwise.run.guarded import GuardedEngine
 from groupwise.run.label_file import COUNTED, LabelFile
 from groupwise.run.monte_carlo import Completer, MonteCarlo, read_by
 from groupwise.run.parts import Model, encoded_prompts, open_engine
@@ -164,7 +166,8 @@ def write_labels(
     with ExitStack() as closing:
         functions = open_functions(job, given, None, closing)
         scorer = Scorer(functions.rewards, job.reward.weights, 1, say)
-        engine, codec = open_engine(job, model, closing), model.codec
+        guard, codec = Guard(model.loaded.policy, say), model.codec
+        engine = GuardedEngine(open_engine(job, model, closing), guard, "In outputs and continuations")
         labeller = MonteCarlo(
             engine, lambda groups: scorer(groups, Record(0)), codec, segmenter_of(process, codec, functions.segmenter),
             Completer(ask.n, sampling_of(job), job.seed, model.loaded.context),

@@ -20,6 +20,7 @@ from groupwise.engines.base import Engine
 from groupwise.engines.native import NativeEngine
 from groupwise.engines.pool import PooledEngine
 from groupwise.errors import ConfigError, DataError, GroupwiseError, ModelError
+from groupwise.learn.agreement import Guard
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
 from groupwise.learn.reward_learner import RewardLearner
@@ -34,6 +35,7 @@ from groupwise.run.collected import Collected
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given, Rows
+from groupwise.run.guarded import GuardedEngine
 from groupwise.run.label_sources import FileLabels, LabelSource, MonteCarloLabels, VerifierLabels, VerifierPairs
 from groupwise.run.loop import Parts
 from groupwise.run.monte_carlo import Completer, MonteCarlo
@@ -213,6 +215,11 @@ def open_engine(job: Job, model: Model, closing: ExitStack) -> Engine:
     return engine
 
 
+def open_guard(job: Job, model: Model, warn: Callable[[str], None]) -> Guard:
+    """What judges whether the sampler draws from the model that is trained."""
+    return Guard(model.loaded.policy, warn, corrected=job.objective.importance_sampling != "none")
+
+
 def open_sinks(watch: Watch, job: Job, folder: RunFolder, last_step: int | None, closing: ExitStack) -> None:
     """Give `watch` its files: events and rollouts, after those of `last_step` where a run is resumed."""
     closing.callback(watch.close)
@@ -241,9 +248,9 @@ def build(
     judge = scorer_of(judged, judges, model.codec, warn)
     prompts = training_prompts(job, model, given)
     _check_prompts(prompts, model.codec, warn)
-    engine = open_engine(job, model, closing)
-    evaluation = open_evaluation(job, model, given, engine, judge)
-    learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype))
+    engine, guard = open_engine(job, model, closing), open_guard(job, model, warn)
+    evaluation = open_evaluation(job, model, given, GuardedEngine(engine, guard, "In held-out outputs"), judge)
+    learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype), guard)
     reference = Reference(learner.policy) if objective.needs_reference else NoReference()
     penalty = (
         RewardPenalty(learner, reference, objective.beta)
@@ -255,9 +262,10 @@ def build(
     progress = Progress(job.train.iterations, job.train.steps)
     rounds: Rounds = NoRounds()
     if trains_reward_model(job):
+        first = GuardedEngine(engine, guard, "In outputs for the reward model")
         verifier = Scorer(judges.rewards, None, total_steps(job), warn) if job.reward.verifier else None
         rounds = _open_rounds(
-            _Opened(job, given, folder, watch, model, prompts.prompts, engine, progress), trained(), verifier,
+            _Opened(job, given, folder, watch, model, prompts.prompts, first, progress), trained(), verifier,
             functions.segmenter,
         )  # fmt: skip
     stateful = Stateful(progress, stream, learner, reference, evaluation, clock, rounds)
@@ -337,8 +345,10 @@ def _open_labeller(
         job = job.model_copy(update={"model": own})
     completer = open_model(job, opened.given, lambda line: None, training=False)
     narrow(completer)
+    guard = Guard(completer.loaded.policy, opened.watch.terminal.warn)
+    engine = GuardedEngine(open_engine(job, completer, closing), guard, "In continuations")
     labeller = MonteCarlo(
-        open_engine(job, completer, closing), lambda groups: verifier(groups, Record(step)), completer.codec,
+        engine, lambda groups: verifier(groups, Record(step)), completer.codec,
         segmenter_of(job.process, completer.codec, segmenter),
         Completer(section.continuations, sampling_of(job), job.seed, completer.loaded.context),
         soft=section.soft_labels, threshold=job.eval.threshold,

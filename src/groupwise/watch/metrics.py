@@ -73,6 +73,7 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
     "Sampling": (
         Metric("sampling/logp_difference/mean", "nats", "Mean distance of sampler and trainer in log-probs."),
         Metric("sampling/logp_difference/max", "nats", "Largest distance of sampler and trainer in log-probs."),
+        Metric("sampling/logp_difference/stray", "share", "Tokens whose distance is more than rounding, see below."),
     ),
     "Tokens": (
         Metric("tokens/sampled", "tokens", "Output tokens sampled in this step."),
@@ -186,8 +187,18 @@ different rewards: nothing is learned in that step, and the terminal says so.
 **`frac_reward_zero_std` near 1 for long.** The prompts are all too easy or all too hard for the policy. More outputs
 per prompt, prompts of another difficulty or a finer reward help.
 
-**`sampling/logp_difference/max`.** Sampler and trainer compute the same numbers in different ways. In float32 they
-agree to about 1e-5; much more than that means that the two do not see the same weights, tokens or temperature.
+**`sampling/logp_difference/*`.** Sampler and trainer compute the same numbers in different ways. In float32 they agree
+to about 1e-5; much more than that means that the two do not see the same weights, tokens or temperature. Before the
+updates of a step are made, and at every evaluation (of a few outputs), the difference is judged by the type that is
+computed in:
+
+| type | warned of: mean, worst | ends the run: mean, or a tenth of the tokens beyond (`stray`) |
+|---|---|---|
+| float32 | 1e-4, 1e-3 | 0.01, 0.02 |
+| float16 | 0.01, 0.25 | 0.1, 0.25 |
+| bfloat16 | 0.05, 1 | 0.3, 1 |
+
+With `objective.importance_sampling` a sampler that differs is meant: then it is only warned of.
 
 **`clip_ratio/*` of 0.** The clip cannot bind in the first update of a batch, where the ratio is 1.
 """
