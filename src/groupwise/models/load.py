@@ -16,6 +16,7 @@ from transformers.utils import logging as hf_logging
 from groupwise.errors import ModelError
 from groupwise.models.attention import NAME
 from groupwise.models.hub import NOT_HERE, check_within_reach
+from groupwise.models.lora import check_no_adapter
 from groupwise.models.policy import LayoutName, Policy
 from groupwise.models.probe import Findings, probe
 from groupwise.models.tokenizer_files import looks_local
@@ -41,6 +42,7 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     if (looks_local(path) or Path(path).exists()) and not Path(path).is_dir():
         raise ModelError(f"The model {path} is no folder: give an existing folder, or a hub id as 'org/name'.")
     check_within_reach(path, revision, f"The model {path}")
+    check_no_adapter(path, revision)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
