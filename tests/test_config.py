@@ -18,7 +18,7 @@ KNOBS = {
     "train": "iterations steps prompts_per_step num_iterations updates_per_batch learning_rate lr_scheduler_type"
     " warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm tokens_per_micro_batch",
     "eval": "data split every limit num_generations temperature top_p top_k max_completion_length threshold",
-    "checkpoint": "every keep best",
+    "checkpoint": "every minutes keep best",
     "watch": "tensorboard rollouts rollouts_max_bytes",
 }
 

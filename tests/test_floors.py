@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from tests.source import imports, modules
 
 FLOORS = {
-    0: {"types", "config", "errors", "jobfile", "seeds", "disk", "wording"},
+    0: {"types", "config", "errors", "jobfile", "seeds", "disk", "streams", "wording"},
     1: {"objective", "models"},
     2: {"data", "engines", "rewards", "learn", "watch"},
     3: {"run"},

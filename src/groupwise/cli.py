@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from groupwise.errors import ConfigError, GroupwiseError
 from groupwise.jobfile import json_schema, load_job, template
 from groupwise.jobfile import show as show_job
 from groupwise.jobfile.reward_model import is_reward_model_run, load_reward_job
+from groupwise.streams import Output, kept
 
 if TYPE_CHECKING:
     from groupwise.watch.terminal import Mode
@@ -134,6 +136,8 @@ def sample(
     """Continue a prompt with a run's weights."""
     from groupwise.run import api
 
+    if prompt == "-" and sys.stdin is None:
+        raise ConfigError("The prompt is - for standard input, which is closed. Give it as an argument.")
     text = sys.stdin.read() if prompt == "-" else prompt
     outputs = api.sample(
         target, text, n=n, temperature=temperature, seed=seed, which=which, overrides=set_ or (),
@@ -310,10 +314,38 @@ def _is_idle() -> bool:
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend end with one paragraph and status 2."""
+    """Run the command line; errors that a user can mend end with one paragraph and status 2.
+
+    Where standard output is lost the status says so: 0 or that of the run where a run goes on without the reader who
+    has gone, 1 where its output could not be written, 141 (as by SIGPIPE) where a command's reader has gone, and 2
+    where a command's output could not be written.
+    """
     os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS[_is_idle()]))  # read when torch is first imported
+    with kept() as (out, _):
+        status = _status()
+        out.flush()
+        if status == 0 and out.lost is not None:
+            status = _status_without(out)
+    sys.exit(status)
+
+
+def _status() -> int:
     try:
         app(prog_name="groupwise")
     except GroupwiseError as error:
         typer.echo(" ".join([f"groupwise: {error}", *getattr(error, "__notes__", ())]), err=True)
-        sys.exit(2)
+        return 2
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return 0
+
+
+def _status_without(out: Output) -> int:
+    """The exit status of a command that went well, but for what it wrote to `out`."""
+    if out.left:
+        return 128 + signal.SIGPIPE if out.is_all else 0
+    if not out.is_all:
+        return 1  # the terminal has said it
+    advice = "Send it to a file on a disk with room, or to another program."
+    typer.echo(f"groupwise: Cannot write to {out.name}: {out.lost}. {advice}", err=True)
+    return 2

@@ -296,7 +296,10 @@ class CheckpointSection(Section):
     """What is saved, and how much of it is kept."""
 
     every: int = _resumable(50, ge=0)
-    """Steps between checkpoints; 0: only at the end and when interrupted."""
+    """Steps between checkpoints; 0: none by their number."""
+    minutes: float = _resumable(10.0, ge=0)
+    """A step that ends so many minutes after the last checkpoint makes one too, whatever `every` says; 0: none by time.
+    There is always one at the end and when a run is interrupted."""
     keep: int = _resumable(2, ge=1)
     """How many of the latest are kept (the one before the last serves when the last is damaged)."""
     best: bool = _resumable(True)

@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_is_passed_over(bench: Path) -> None:
     assert_same_run(run, bench / "whole")
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_lets_the_step_finish_and_saves_it(bench: Path, number: signal.Signals, status: int) -> None:
     run = bench / f"stopped-{status}"
     command = train(bench, run.name, "--set", "checkpoint.every=0")
@@ -203,6 +203,8 @@ def test_a_second_signal_stops_at_once(bench: Path, number: signal.Signals, stat
     command.end(status)
     assert time.monotonic() - start < 10
     assert "Traceback" not in command.error
+    assert "warning: stopped at once; no step is lost; " in command.error, "it was the evaluation before the first"
+    assert command.error.strip().endswith(f"go on with: groupwise resume at-once-{status}")
 
 
 def test_without_a_checkpoint_a_run_starts_over(bench: Path) -> None:

@@ -171,6 +171,17 @@ def test_a_signal_lets_the_update_finish_and_saves_it(bench: Path) -> None:
     assert_same_run(run, bench / "whole")
 
 
+def test_checkpoints_come_by_time_too(bench: Path) -> None:
+    """So short a time that every update takes longer; what is trained is the same."""
+    run = bench / "by-time"
+    knobs = options(checkpoint_every=0, checkpoint_minutes=1e-9)
+    command = Command(bench, "reward-model", "train", *knobs, "--run", run.name, before=KillAt(30))
+    command.process.join()
+    assert len(list(run.glob("checkpoints/step-????????"))) >= 1
+    Command(bench, "resume", run.name).end()
+    assert_same_run(run, bench / "whole")
+
+
 def test_a_finished_run_that_is_resumed_stays_as_it_is(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bench)
     shutil.copytree(bench / "whole", bench / "again")

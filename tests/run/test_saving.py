@@ -57,7 +57,9 @@ class Bench:
         self.progress, self.evaluation, self.sink = Progress(1, 10), Evaluations(), MemorySink()
         self.watch = Watch([self.sink], make_terminal("quiet", total_steps=10, title=""), None)
         self.counter = Counter()
-        parts: Any = (self.progress, Prompts(), self.counter, Nothing(), self.evaluation, Clock(), NoRounds())
+        self.minutes = 0.0
+        clock = Clock(now=lambda: 60 * self.minutes)
+        parts: Any = (self.progress, Prompts(), self.counter, Nothing(), self.evaluation, clock, NoRounds())
         self.stateful = Stateful(*parts)
         self.saver = Saver(self.folder, CheckpointSection(**schedule), self.stateful, self.watch)
 
@@ -79,6 +81,47 @@ def test_checkpoints_come_by_the_schedule_and_at_the_end(tmp_path: Path) -> None
     assert bench.saved == [3, 6]
     bench.saver.finish()
     assert bench.saved == [3, 6, 7]
+
+
+def test_checkpoints_come_by_time_too(tmp_path: Path) -> None:
+    """So many minutes after the last one, whatever made it."""
+    bench = Bench(tmp_path, every=5, minutes=10, keep=9)
+    for number, minutes in enumerate((9, 11, 19, 20.5, 25, 30, 34.9, 35), start=1):
+        bench.minutes = minutes
+        bench.step(number, evaluated=False)
+    assert bench.saved == [2, 5, 8]
+
+
+def test_a_run_that_is_resumed_counts_its_time_from_there(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, every=0, minutes=10, keep=9)
+    bench.minutes = 25  # loading took long
+    bench.saver.resumed(a_checkpoint({}, step=3))
+    assert bench.saver.unsaved() is None
+    bench.step(4, evaluated=False)
+    bench.minutes = 30
+    assert bench.saver.unsaved() == "step 4, about 5 min 0 s of work"
+    bench.step(5, evaluated=False)
+    assert bench.saver.unsaved() == "steps 4 to 5, about 5 min 0 s of work"
+    bench.minutes = 35
+    bench.step(6, evaluated=False)
+    assert bench.saved == [6]
+    assert bench.saver.unsaved() is None
+
+
+def test_minutes_of_0_save_nothing_by_time(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, every=0, minutes=0)
+    bench.minutes = 1e6
+    bench.step(1, evaluated=False)
+    bench.saver.round_over()
+    assert bench.saved == []
+
+
+def test_by_default_an_hour_of_long_steps_is_not_all_lost(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, keep=9)
+    for number in (1, 2, 3):
+        bench.minutes += 20
+        bench.step(number, evaluated=False)
+    assert bench.saved == [1, 2, 3]
 
 
 def test_what_is_saved_is_not_saved_again(tmp_path: Path) -> None:

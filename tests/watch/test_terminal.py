@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from groupwise.streams import OUT, Output
 from groupwise.watch.panel import Progress, draw_svg, panel
 from groupwise.watch.terminal import JsonLines, LivePanel, Mode, Plain, Quiet, eval_table, make_terminal
 
@@ -163,7 +164,7 @@ def test_plain_survives_a_stream_without_unicode() -> None:
     out = io.TextIOWrapper(raw, encoding="ascii")
     terminal = make_terminal("plain", total_steps=2, title="demo", console=Console(file=out))
     terminal.say("accuracy 0.27 → 0.83")
-    assert raw.getvalue() == b"accuracy 0.27 ? 0.83\n"
+    assert raw.getvalue() == b"accuracy 0.27 \\u2192 0.83\n"
 
 
 def test_quiet_shows_warnings_and_the_last_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,13 +276,13 @@ def test_steps_are_told_where_they_are_scored() -> None:
 
 def capture_plain(event: dict[str, Any]) -> list[str]:
     out = io.StringIO()
-    Plain(out, 120).write(event)
+    Plain(Output(out, OUT), 120).write(event)
     return out.getvalue().splitlines()
 
 
 def test_an_evaluation_tells_of_steps() -> None:
     out = io.StringIO()
-    Plain(out, 120).write(BASELINE | {"eval/step_accuracy": 0.52, "eval/right_by_luck": 0.125})
+    Plain(Output(out, OUT), 120).write(BASELINE | {"eval/step_accuracy": 0.52, "eval/right_by_luck": 0.125})
     assert "accuracy 0.270  right_by_luck 0.125  step_accuracy 0.520  length 30.1" in out.getvalue()
 
 

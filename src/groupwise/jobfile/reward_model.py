@@ -79,7 +79,10 @@ class RewardModelJob(Section):
     tokens_per_micro_batch: int = Field(16384, ge=1)
     """Tokens of a forward and backward pass, padding included; less takes less memory and changes no gradient."""
     checkpoint_every: int = _resumable(50, ge=0)
-    """Updates between checkpoints; 0: only at the end and when interrupted."""
+    """Updates between checkpoints; 0: none by their number."""
+    checkpoint_minutes: float = _resumable(10.0, ge=0)
+    """An update that ends so many minutes after the last checkpoint makes one too; 0: none by time. There is always one
+    at the end and when interrupted."""
 
 
 def load_reward_job(

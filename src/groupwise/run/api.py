@@ -30,6 +30,7 @@ from groupwise.run.saving import Clock, check_shapes
 from groupwise.run.scoring import as_judged, open_functions, scorer_of
 from groupwise.run.session import Result, Start, run_job
 from groupwise.run.settings import eval_sampling_of
+from groupwise.streams import ERR, output
 from groupwise.types import Completion, Message, Request
 from groupwise.watch.terminal import Mode
 
@@ -317,5 +318,4 @@ def _load(model: Model, saved: Checkpoint) -> None:
 
 
 def _to_stderr(message: str) -> None:
-    sys.stderr.write(f"{message}\n")
-    sys.stderr.flush()
+    output(sys.stderr, ERR).put(message)

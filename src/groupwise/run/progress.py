@@ -5,10 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-STOPPING = "stopping after this step; once more to stop at once, back to the last checkpoint"
+from groupwise.watch.terminal import Terminal
+from groupwise.watch.words import duration
+
+STOPPING = "stopping after this step; once more to stop at once"
 
 
 class Progress:
@@ -34,25 +38,54 @@ class Progress:
 
 
 class StopSignals:
-    """While active, Ctrl-C and SIGTERM let the step under way finish; a second one ends it at once."""
+    """While active, Ctrl-C, SIGTERM and SIGHUP let the step under way finish; a further Ctrl-C or SIGTERM ends it at
+    once. A signal that whoever started us has had ignored, as nohup does, stays ignored.
 
-    def __init__(self, progress: Progress, say: Callable[[str], None]) -> None:
-        self.progress, self.say = progress, say
+    `unsaved` tells what ending at once would lose, as in `step 3, about 2 min of work`; None: nothing.
+    """
+
+    def __init__(
+        self, progress: Progress, terminal: Terminal, unsaved: Callable[[], str | None], run: str | Path
+    ) -> None:
+        self.progress, self.terminal, self.unsaved, self.run = progress, terminal, unsaved, run
         self._before: dict[signal.Signals, Any] = {}
+        self._at_once = False
 
     def __enter__(self) -> StopSignals:
         # Elsewhere than in the main thread Python takes no handlers: whoever runs us there has their own.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                before = signal.getsignal(number)
+                if before not in (signal.SIG_IGN, None):  # None: it is not Python's to give back
+                    self._before[number] = before
+                    signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._at_once:
+            lost = self.unsaved()
+            found = "no step is lost" if lost is None else f"lost: {lost}"
+            self.terminal.warn(f"stopped at once; {found}; go on with: groupwise resume {self.run}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.progress.stopped:
+        if self.progress.stopped is None:
+            self.progress.stopped = signal.Signals(number)
+            # The signal may have come in the middle of a line, or of a lock that the terminal holds.
+            threading.Thread(target=self._say, daemon=True).start()
+        elif number != signal.SIGHUP:  # a terminal that closes often sends several, and means nothing by it
+            self._at_once = True
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        self.progress.stopped = signal.Signals(number)
-        # The signal may have come in the middle of a line, or of a lock that the terminal holds.
-        threading.Thread(target=self.say, args=(STOPPING,), daemon=True).start()
+
+    def _say(self) -> None:
+        lost = self.unsaved()
+        self.terminal.say(STOPPING + ("" if lost is None else f", which loses {lost}"))
+
+
+def unsaved_steps(first: int, last: int, seconds: float) -> str | None:
+    """The work that no checkpoint has, in words; None where `first` is after `last`."""
+    if first > last:
+        return None
+    steps = f"step {first}" if first == last else f"steps {first} to {last}"
+    return f"{steps}, about {duration(seconds)} of work"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from groupwise.learn.optimizer import refusal
 from groupwise.learn.pack import Credit
+from groupwise.run.folder import RunFolder
 from groupwise.types import Scored
 from groupwise.watch.events import RolloutsFile, Sink
 from groupwise.watch.terminal import Terminal
@@ -49,6 +51,8 @@ class Watch:
         seconds = record.metrics["time/step"]
         if "tokens/sampled" in record.metrics:
             record.metrics["tokens/per_second"] = record.metrics["tokens/sampled"] / seconds
+        if self.terminal.lost:
+            record.metrics["terminal/lost"] = len(self.terminal.lost)
         # A reward may log a metric under any name, but the step is the step.
         event = {"step": step} | record.metrics | {"step": step}
         for sink in (*self.sinks, self.terminal):
@@ -85,3 +89,29 @@ def warn_of_refused(metrics: Mapping[str, float], watch: Watch, of: str = "") ->
     said = refusal(metrics)
     if said:
         watch.terminal.warn(of + said)
+
+
+class Ended(Protocol):
+    """What a run came to, as a frozen dataclass with a field `lost_output`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that ended it before its last step."""
+
+
+R = TypeVar("R", bound=Ended)
+
+
+def with_lost_output(result: R, folder: RunFolder, terminal: Terminal) -> R:
+    """`result` with the streams that `terminal` lost, also in its file: the last line may be what could not be written.
+
+    Raises RunFolderError where the file cannot be written.
+    """
+    if not terminal.lost:
+        return result
+    result = replace(result, lost_output=tuple(terminal.lost))
+    if result.stopped_by is None:
+        folder.write_result(asdict(result))
+    return result

@@ -38,8 +38,8 @@ from groupwise.models.load import choose_device, choose_dtype
 from groupwise.models.reward_model import RewardModel, Source, new_reward_model
 from groupwise.run.export import save_reward_model
 from groupwise.run.folder import RunFolder, git_commit
-from groupwise.run.progress import Progress, StopSignals
-from groupwise.run.record import Record, Watch, warn_of_refused
+from groupwise.run.progress import Progress, StopSignals, unsaved_steps
+from groupwise.run.record import Record, Watch, warn_of_refused, with_lost_output
 from groupwise.run.saving import Clock
 from groupwise.seeds import stable_hash
 from groupwise.watch import events
@@ -57,6 +57,7 @@ class RewardResult:
     """What training came to. `before` and `after` are held-out metrics; empty where nothing was held out.
 
     `model` is the folder of the trained model, None where the run was stopped before its end, by `stopped_by`.
+    `lost_output` is that of `Result`.
     """
 
     run: str
@@ -71,6 +72,7 @@ class RewardResult:
     machine: str
     version: str
     stopped_by: int | None = None
+    lost_output: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class _Session:
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     saved_step: int = 0
+    saved_seconds: float = 0.0
     _whole: tuple[int, int] = (0, 0)
 
     def whole(self) -> None:
@@ -129,7 +132,17 @@ class _Session:
         state = {"learner": counters, "seconds": self.clock.seconds, "before": self.before, "after": self.after}
         checkpoint.save(self.folder.checkpoints, self.progress.step, tensors=tensors, state=state)
         checkpoint.prune(self.folder.checkpoints, KEEP)
-        self.saved_step = self.progress.step
+        self.saved_step, self.saved_seconds = self.progress.step, self.clock.seconds
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be made after this update."""
+        every, minutes = self.job.checkpoint_every, self.job.checkpoint_minutes
+        long_ago = 0 < minutes <= (self.clock.seconds - self.saved_seconds) / 60
+        return (every > 0 and step % every == 0) or long_ago
+
+    def unsaved(self) -> str | None:
+        """What no checkpoint has, the update under way included, in words; None where that is nothing."""
+        return unsaved_steps(self.saved_step + 1, self.progress.step, self.clock.seconds - self.saved_seconds)
 
     def restore(self, saved: Checkpoint) -> None:
         """Take up where `saved` left off."""
@@ -137,6 +150,7 @@ class _Session:
         self.learner.load_state_dict(tensors, saved.state["learner"])
         self.progress.step = self.saved_step = saved.step
         self.clock.before = saved.state["seconds"]
+        self.saved_seconds = self.clock.seconds
         self.before, self.after = saved.state["before"], saved.state["after"]
         self.whole()
         self.watch.terminal.say(f"resumed after update {saved.step} of {self.progress.total}")
@@ -235,7 +249,7 @@ def _run(
 def _rest(session: _Session, saved: Checkpoint | None, terminal: Terminal) -> RewardResult:
     """What is left of a run, to its result."""
     try:
-        with StopSignals(session.progress, terminal.say):
+        with StopSignals(session.progress, terminal, session.unsaved, session.folder.path):
             if saved is None and session.held_out:
                 with session.watch.step(0) as record:
                     session.evaluate(record)
@@ -249,7 +263,7 @@ def _rest(session: _Session, saved: Checkpoint | None, terminal: Terminal) -> Re
     if result.stopped_by is None:
         session.folder.write_result(asdict(result))
     terminal.close(_closing_line(result, session.progress.total))
-    return result
+    return with_lost_output(result, session.folder, terminal)
 
 
 def _train(session: _Session) -> None:
@@ -264,7 +278,7 @@ def _train(session: _Session) -> None:
             record.metrics |= {f"{PREFIX}{name}": value for name, value in metrics.items()}
             if step == progress.total or (job.eval_every > 0 and step % job.eval_every == 0):
                 session.evaluate(record)
-        if job.checkpoint_every > 0 and step % job.checkpoint_every == 0:
+        if session.due(step):
             session.save()
         session.whole()
         learner.check(progress.total)

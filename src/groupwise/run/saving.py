@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +18,21 @@ from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.run.evaluate import Evaluator
 from groupwise.run.folder import RunFolder
-from groupwise.run.progress import Progress
+from groupwise.run.progress import Progress, unsaved_steps
 from groupwise.run.record import Watch
 from groupwise.run.rounds import Rounds
 
 
 class Clock:
-    """Seconds of the whole run: this process's and those of the processes before it."""
+    """Seconds of the whole run: this process's and those of the processes before it. `now` tells the time."""
 
-    def __init__(self, before: float = 0.0, start: float | None = None) -> None:
-        self.before, self.start = before, time.perf_counter() if start is None else start
+    def __init__(self, before: float = 0.0, now: Callable[[], float] = time.perf_counter) -> None:
+        self.before, self.now, self.start = before, now, now()
 
     @property
     def seconds(self) -> float:
         """So far."""
-        return self.before + time.perf_counter() - self.start
+        return self.before + self.now() - self.start
 
 
 @dataclass
@@ -119,6 +119,7 @@ class Saver:
         self.folder, self.schedule, self.stateful, self.watch = folder, schedule, stateful, watch
         self.saved_step = 0
         self.saved_rounds = stateful.rounds.state()
+        self.saved_seconds = stateful.clock.seconds
         self._whole: dict[str, Any] | None = None
 
     def maybe(self, step: int) -> None:
@@ -126,7 +127,7 @@ class Saver:
         start = time.perf_counter()
         self._best(step)
         every = self.schedule.every
-        if every > 0 and step % every == 0:
+        if (every > 0 and step % every == 0) or self._long_ago():
             self.save(step)
             self.watch.carry({"time/checkpoint": time.perf_counter() - start})
         self._whole = self.stateful.tensors()[1]
@@ -155,8 +156,23 @@ class Saver:
 
     def round_over(self) -> None:
         """See `Saving`: what a round made is not to be made again."""
-        if self.schedule.every > 0:
+        if self.schedule.every > 0 or self._long_ago():
             self.save(self.stateful.progress.step)
+
+    def resumed(self, saved: Checkpoint) -> None:
+        """What `saved` has is saved."""
+        self.saved_step, self.saved_rounds = saved.step, saved.state.get("rounds", {})
+        self.saved_seconds = self.stateful.clock.seconds
+
+    def unsaved(self) -> str | None:
+        """What no checkpoint has, the step under way included, in words; None where that is nothing."""
+        now = self.stateful.clock.seconds
+        return unsaved_steps(self.saved_step + 1, self.stateful.progress.step, now - self.saved_seconds)
+
+    def _long_ago(self) -> bool:
+        """Whether so much time has passed that another checkpoint is due."""
+        minutes = self.schedule.minutes
+        return 0 < minutes <= (self.stateful.clock.seconds - self.saved_seconds) / 60
 
     def save(self, step: int) -> None:
         """Save now."""
@@ -167,6 +183,7 @@ class Saver:
         checkpoint.save(self.folder.checkpoints, step, tensors=tensors, state=state, texts=texts)
         checkpoint.prune(self.folder.checkpoints, self.schedule.keep)
         self.saved_step, self.saved_rounds = step, state["rounds"]
+        self.saved_seconds = self.stateful.clock.seconds
 
     def _best(self, step: int) -> None:
         evaluation = self.stateful.evaluation

@@ -23,7 +23,7 @@ from groupwise.run.folder import RunFolder, git_commit
 from groupwise.run.given import Given
 from groupwise.run.parts import build, open_sinks
 from groupwise.run.progress import StopSignals
-from groupwise.run.record import Watch
+from groupwise.run.record import Watch, with_lost_output
 from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.run.settings import total_steps
 from groupwise.watch import events
@@ -35,7 +35,8 @@ from groupwise.watch.words import duration
 class Result:
     """What a run came to. Accuracies are shares of held-out outputs whose reward is at least `eval.threshold`.
 
-    `stopped_by` is the signal that ended the run before its last step, or None.
+    `stopped_by` is the signal that ended the run before its last step, or None. `lost_output` names the streams that
+    could not be written to the end, each with the reason.
     """
 
     run: str
@@ -50,6 +51,7 @@ class Result:
     machine: str
     version: str
     stopped_by: int | None = None
+    lost_output: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def run_job(job: Job, folder: RunFolder, given: Given, show: Mode, clock: Clock,
             terminal.warn(warning)
         result = _run(job, folder, given, terminal, clock, start)
         terminal.close(_closing_line(result, total_steps(job)))
-        return result
+        return with_lost_output(result, folder, terminal)
     finally:
         terminal.close()
 
@@ -104,7 +106,7 @@ def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: C
         open_sinks(watch, job, folder, start.saved.step if start.saved else None, closing)
         parts.rollouts.load_weights(parts.learner)
         try:
-            with StopSignals(parts.progress, terminal.say):
+            with StopSignals(parts.progress, terminal, saver.unsaved, folder.path):
                 if start.saved is None or start.forked:
                     parts.evaluation.baseline(watch, parts.progress.step)
                 if start.forked:
@@ -134,7 +136,7 @@ def _take_up(saved: Checkpoint, forked: bool, stateful: Stateful, saver: Saver) 
         stateful.fork(saved)
     else:
         stateful.restore(saved)
-        saver.saved_step, saver.saved_rounds = saved.step, saved.state.get("rounds", {})
+        saver.resumed(saved)
     saver.watch.terminal.say(f"{word} after step {saved.step} of {stateful.progress.total}")
 
 

@@ -92,6 +92,7 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
         Metric("time/reward_model", "seconds", "Training the reward model in a round."),
         Metric("time/eval", "seconds", "The evaluation."),
         Metric("time/checkpoint", "seconds", "Writing the checkpoint before this event."),
+        Metric("terminal/lost", "streams", "Of standard output and error, those that cannot be written any more."),
         Metric(
             "memory/peak_bytes", "bytes", "Most memory that this process has held: allocated on CUDA, else resident."
         ),

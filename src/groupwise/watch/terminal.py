@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Protocol, TextIO
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from groupwise.streams import ERR, OUT, Output, output
 from groupwise.watch.events import encode
 from groupwise.watch.panel import Progress, panel
 from groupwise.watch.words import ROUND, duration, is_round, is_step, number, of_reward_model, percent, why
@@ -20,7 +21,14 @@ Mode = Literal["auto", "plain", "quiet", "json"]
 
 
 class Terminal(Protocol):
-    """A sink that also shows sentences. Warnings go to standard error, but above the panel where there is one."""
+    """A sink that also shows sentences. Warnings go to standard error, but above the panel where there is one.
+
+    It raises nothing where a stream is lost, such as a pipe whose reader has gone. It says so on the other one.
+    """
+
+    @property
+    def lost(self) -> Sequence[str]:
+        """The streams that could not be written any more, each with the reason."""
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Show one event: a step, an evaluation, or both in one."""
@@ -52,23 +60,63 @@ def make_terminal(
     line of JSON, and nothing else there. `history` holds the events of a run that is resumed: the panel goes on from
     them. `console` stands in for standard output.
     """
-    out: TextIO = console.file if console else sys.stdout  # type: ignore[assignment]
-    console = console or Console()
+    out = output(console.file if console else sys.stdout, OUT)  # type: ignore[arg-type]
+    if console is None:
+        console = Console()
+        console.file = out  # type: ignore[assignment]
     if mode == "json":
         return JsonLines(out)
     if mode == "quiet":
         return Quiet(out, total_steps)
     # rich also takes a pipe for a terminal where FORCE_COLOR is set; a panel that moves has no place there.
     if mode == "auto" and out.isatty() and console.is_interactive and "utf" in console.encoding.lower():
-        return LivePanel(console, total_steps, title, history)
+        return LivePanel(console, out, total_steps, title, history)
     return Plain(out, total_steps)
 
 
-class Plain:
+class _Streams:
+    """Standard output and error as one terminal uses them."""
+
+    def __init__(self, out: Output) -> None:
+        self._out, self._err = out, output(sys.stderr, ERR)
+        self._out.is_all = False  # all of it is in the run folder
+        self._told: set[str] = set()
+
+    @property
+    def lost(self) -> Sequence[str]:
+        """See `Terminal`."""
+        return [f"{one.name}: {one.lost}" for one in (self._out, self._err) if one.lost is not None]
+
+    def _put(self, line: str) -> bool:
+        """Write a line to standard output, and tell whether it went out."""
+        out = self._out.put(line)
+        self._tell()
+        return out
+
+    def _put_warning(self, message: str) -> bool:
+        out = self._err.put(f"warning: {message}")
+        self._tell()
+        return out
+
+    def _tell(self) -> None:
+        """Say once of each lost stream that it is lost, where that can still be said."""
+        for one, other in ((self._out, self._err), (self._err, self._spare())):
+            if one.lost is not None and one.name not in self._told:
+                self._told.add(one.name)
+                kept = "what it would show is in events.jsonl" if one is self._out else "so do its warnings, here"
+                if other is not None:
+                    other.put(f"warning: {one.name} was lost ({one.lost}); the run goes on, and {kept}")
+
+    def _spare(self) -> Output | None:
+        """Where warnings go when standard error is lost."""
+        return self._out
+
+
+class Plain(_Streams):
     """One line per step, in columns that stay where they are."""
 
-    def __init__(self, out: TextIO, total_steps: int) -> None:
-        self._out = out
+    def __init__(self, out: Output, total_steps: int) -> None:
+        super().__init__(out)
         self._total_steps = total_steps
         self._teaches_nothing = False
 
@@ -88,12 +136,14 @@ class Plain:
             self._put(reward_model_eval_line(event) if of_reward_model(event) else eval_line(event))
 
     def say(self, message: str) -> None:
-        """Write a sentence."""
-        self._put(message)
+        """Write a sentence; where standard output is lost, to standard error."""
+        if not self._put(message):
+            self._err.put(message)
 
     def warn(self, message: str) -> None:
-        """Write a warning to standard error."""
-        _put(sys.stderr, f"warning: {message}")
+        """Write a warning to standard error; where that is lost, to standard output."""
+        if not self._put_warning(message):
+            self._out.put(f"warning: {message}")
 
     def sample(self, text: str, reward: float | None = None) -> None:
         """Samples are left to `rollouts.jsonl`: lines stay one per step."""
@@ -103,14 +153,11 @@ class Plain:
         if message is not None:
             self.say(message)
 
-    def _put(self, line: str) -> None:
-        _put(self._out, line)
-
 
 class Quiet(Plain):
     """Warnings, and one last line."""
 
-    def __init__(self, out: TextIO, total_steps: int) -> None:
+    def __init__(self, out: Output, total_steps: int) -> None:
         super().__init__(out, total_steps)
         self._last: str | None = None
 
@@ -127,26 +174,23 @@ class Quiet(Plain):
         """Write the last line, once."""
         super().close(message)
         if self._last is not None:
-            self._put(self._last)
+            super().say(self._last)
         self._last = None
 
 
-class JsonLines:
+class JsonLines(_Streams):
     """Events as JSON lines, for programs."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Write one event."""
-        _put(self._out, encode(event))
+        self._put(encode(event))
 
     def say(self, message: str) -> None:
         """Sentences are for people."""
 
     def warn(self, message: str) -> None:
         """Write a warning to standard error."""
-        _put(sys.stderr, f"warning: {message}")
+        self._put_warning(message)
 
     def sample(self, text: str, reward: float | None = None) -> None:
         """Samples are in `rollouts.jsonl`."""
@@ -154,13 +198,18 @@ class JsonLines:
     def close(self, message: str | None = None) -> None:
         """Nothing is held."""
 
+    def _spare(self) -> None:
+        """Standard output is for events."""
 
-class LivePanel:
+
+class LivePanel(_Streams):
     """A panel that is drawn over itself; sentences and warnings scroll above it, and so does what others print."""
 
     def __init__(
-        self, console: Console, total_steps: int, title: str, history: Iterable[Mapping[str, Any]] = ()
+        self, console: Console, out: Output, total_steps: int, title: str, history: Iterable[Mapping[str, Any]] = ()
     ) -> None:
+        super().__init__(out)  # before rich puts something else in the place of standard error
+        console.file = out  # type: ignore[assignment]
         self._console = console
         self._progress = Progress(total_steps, title)
         for event in history:
@@ -182,14 +231,21 @@ class LivePanel:
         with self._lock:
             self._progress.take(event)
         self._live.refresh()
+        self._tell()
 
     def say(self, message: str) -> None:
         """Print a sentence above the panel, or below it once the panel is closed."""
-        self._console.print(Text(message))
+        self._print(Text(message))
 
     def warn(self, message: str) -> None:
         """Print a warning above the panel."""
-        self._console.print(Text.assemble(("warning: ", "bold yellow"), (message, "yellow")))
+        self._print(Text.assemble(("warning: ", "bold yellow"), (message, "yellow")))
+
+    def _print(self, text: Text) -> None:
+        self._console.print(text)
+        self._tell()
+        if self._out.lost is not None:
+            self._err.put(text.plain)
 
     def sample(self, text: str, reward: float | None = None) -> None:
         """Show an output in the panel, from its next drawing on."""
@@ -283,10 +339,3 @@ def eval_table(found: Mapping[str, float]) -> str:
 
 def _interval(half_width: float | None) -> str:
     return "" if half_width is None else f" +- {number(half_width)}"
-
-
-def _put(out: TextIO, line: str) -> None:
-    # A log in another encoding loses a character where it must, rather than the run.
-    encoding = getattr(out, "encoding", None) or "utf-8"
-    out.write(line.encode(encoding, "replace").decode(encoding) + "\n")
-    out.flush()
