@@ -16,6 +16,7 @@ from groupwise.errors import ConfigError, GroupwiseError
 from groupwise.jobfile import json_schema, load_job, template
 from groupwise.jobfile import show as show_job
 from groupwise.jobfile.reward_model import is_reward_model_run, load_reward_job
+from groupwise.run import inputs
 from groupwise.streams import Output, kept
 
 if TYPE_CHECKING:
@@ -74,14 +75,15 @@ def train(
     quiet: Quiet = False, json_: Json = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Train a model; without arguments, the embedded job."""
-    # A job that cannot run is refused at once, not after the seconds that torch takes to be imported.
+    # What cannot run is refused at once, not after the seconds that torch takes to be imported.
     options = _options(model, data, reward, step_reward, eval_data, run)
-    load_job(job, set_ or (), options)
+    checked = load_job(job, set_ or (), options).job
+    mode = _mode(quiet, json_)
+    inputs.check_new_run(checked.run)
+    inputs.check_job(checked)
     from groupwise.run import api
 
-    result = api.train(
-        job, **options, overrides=set_ or (), show=_mode(quiet, json_), trust_remote_code=trust_remote_code
-    )
+    result = api.train(job, **options, overrides=set_ or (), show=mode, trust_remote_code=trust_remote_code)
     _exit(result.stopped_by)
 
 
@@ -101,11 +103,11 @@ def resume(
         found = reward_training.resume_reward_model(run, overrides=set_ or (), given=given, show=_mode(quiet, json_))
         _exit(found.stopped_by)
         return
+    mode = _mode(quiet, json_)
+    inputs.check_resume(run, set_ or (), fork)
     from groupwise.run import api
 
-    result = api.resume(
-        run, overrides=set_ or (), fork=fork, show=_mode(quiet, json_), trust_remote_code=trust_remote_code
-    )
+    result = api.resume(run, overrides=set_ or (), fork=fork, show=mode, trust_remote_code=trust_remote_code)
     _exit(result.stopped_by)
 
 
@@ -115,13 +117,12 @@ def evaluate(
     step_reward: StepRewards = None, set_: Sets = None, json_: JsonResult = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Evaluate weights: mean reward, accuracy, pass@k, intervals."""
+    options: dict[str, Any] = {"eval_data": data, "reward": reward or None, "step_reward": step_reward or None}
+    inputs.check_eval(target, which, set_ or (), options)
     from groupwise.run import api
     from groupwise.watch.terminal import eval_table
 
-    found = api.evaluate(
-        target, overrides=set_ or (), which=which, eval_data=data, reward=reward or None,
-        step_reward=step_reward or None, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    found = api.evaluate(target, overrides=set_ or (), which=which, **options, trust_remote_code=trust_remote_code)
     typer.echo(json.dumps(found) if json_ else eval_table(found))
 
 
@@ -134,6 +135,7 @@ def sample(
     which: Which = "latest", set_: Sets = None, json_: JsonResult = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Continue a prompt with a run's weights."""
+    inputs.check_target(target, which, set_ or ())
     from groupwise.run import api
 
     if prompt == "-" and sys.stdin is None:
@@ -165,11 +167,13 @@ def label(
     """Label the steps of outputs by Monte Carlo, to train a PRM."""
     if not output:
         raise ConfigError("Name the file that labels go to, as in --output labels.jsonl.")
+    options: dict[str, Any] = {"model": model, "data": data, "reward": reward or None}
+    inputs.check_label(target, which, set_ or (), options)
     from groupwise.run import api
 
     found = api.label(
-        target, output=output, model=model, data=data, reward=reward or None, n=n, soft=soft, pattern=pattern,
-        limit=limit, which=which, overrides=set_ or (), trust_remote_code=trust_remote_code,
+        target, output=output, **options, n=n, soft=soft, pattern=pattern, limit=limit, which=which,
+        overrides=set_ or (), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     out = f" ({found.left_out:,} left out)" if found.left_out else ""
     typer.echo(f"{found.output}: {found.outputs:,} outputs{out}, {found.steps:,} steps, {found.right:,} of them right")
@@ -181,6 +185,7 @@ def export(
     which: Which = "latest", trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Write a run's weights as a Hugging Face folder."""
+    inputs.check_export(run, folder, which)
     from groupwise.run import api
 
     typer.echo(f"exported to {api.export(run, folder, which=which, trust_remote_code=trust_remote_code)}")
@@ -211,7 +216,7 @@ def doctor(
 ) -> None:  # fmt: skip
     """Try on a job what the library promises. The exit status is 1 where something fails."""
     options = _options(model, data, reward, step_reward, eval_data)
-    load_job(job, set_ or (), options)
+    inputs.check_job(load_job(job, set_ or (), options).job)
     from groupwise.run import api
     from groupwise.run.report import print_report
 
@@ -235,7 +240,7 @@ def plan(
     if job is not None and Path(job).is_dir():
         job = str(Path(job) / "job.toml")
     options = _options(model, data, reward, step_reward, eval_data, run)
-    load_job(job, set_ or (), options)  # what cannot run is refused before torch is imported
+    inputs.check_job(load_job(job, set_ or (), options).job)
     from groupwise.run import api
     from groupwise.run.plan import in_text
 
@@ -277,6 +282,8 @@ def train_reward_model(
     """Train a reward model on labels or preferences."""
     options = {"kind": kind, "model": model, "data": data, "eval_data": eval_data, "run": run}
     job = load_reward_job(options, set_ or ())
+    inputs.check_new_run(job.run)
+    inputs.check_reward_model_job(job)
     from groupwise.run import reward_training
 
     given = reward_training.RewardData(trust_remote_code=trust_remote_code)

@@ -14,7 +14,7 @@ import torch
 from groupwise.config import Job
 from groupwise.engines.base import generate
 from groupwise.errors import ConfigError, DataError, RunFolderError
-from groupwise.jobfile import Difference, differences, load_job, recipe_names, resumable_keys
+from groupwise.jobfile import Difference, differences, load_job, resumable_keys
 from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.run.doctor import examine
@@ -23,6 +23,7 @@ from groupwise.run.export import model_card, write_folder
 from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given
 from groupwise.run.guarded import GuardedEngine
+from groupwise.run.inputs import check_job, check_weights
 from groupwise.run.parts import Model, narrow, open_engine, open_evaluation, open_guard, open_model
 from groupwise.run.record import Record
 from groupwise.run.report import Report
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
 Functions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None
-WHICH = ("latest", "best", "base")
-"""A run's weights: of the last checkpoint, of the best evaluation, or as they were before training."""
 
 
 def train(
@@ -60,6 +59,7 @@ def train(
     clock = Clock()
     given, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
     resolved = load_job(job, overrides, {"model": model, "run": run, **named, **options})
+    check_job(resolved.job)
     folder = RunFolder.create(Path(resolved.job.run))
     with folder.lock():
         return run_job(resolved.job, folder, given, show, clock, Start())
@@ -77,7 +77,9 @@ def plan(
     from groupwise.run.plan import plan_of  # what traces a model is not needed to train it
 
     given, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
-    return plan_of(load_job(job, overrides, {"model": model, "run": run, **named, **options}).job, given)
+    resolved = load_job(job, overrides, {"model": model, "run": run, **named, **options})
+    check_job(resolved.job)
+    return plan_of(resolved.job, given)
 
 
 def resume(
@@ -220,7 +222,9 @@ def doctor(
     cannot be opened at all.
     """
     given, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
-    return examine(load_job(job, overrides, {"model": model, **named, **options}).job, given, _to_stderr)
+    resolved = load_job(job, overrides, {"model": model, **named, **options})
+    check_job(resolved.job)
+    return examine(resolved.job, given, _to_stderr)
 
 
 def _hand_over(
@@ -287,14 +291,9 @@ def _opened(
 ) -> tuple[Job, Model, Checkpoint | None]:
     """A job (None: the embedded one) and its model, with a run's weights where the target is a run, and the checkpoint
     that they are from."""
-    if which not in WHICH:
-        raise ConfigError(f"There are no weights called {which!r}: name {', '.join(WHICH)}.")
-    if target is not None and not Path(target).exists() and str(target) not in recipe_names():
-        raise ConfigError(f"{target} is no run folder, no job file and no recipe ({', '.join(recipe_names())}).")
+    check_weights(None if target is None else str(target), which)
     in_run = target is not None and Path(target).is_dir()
     folder = RunFolder.open(Path(target or "")) if in_run else RunFolder(Path(target or ""))
-    if which == "best" and not in_run:
-        raise ConfigError(f"{target} is a job and no run, so it has no best weights.")
     job = load_job(folder.job if in_run else target, overrides, named).job
     saved = None
     if in_run and which != "base":

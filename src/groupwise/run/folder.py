@@ -22,7 +22,6 @@ import tomlkit
 
 from groupwise.disk import cannot_write, write_atomic
 from groupwise.errors import RunFolderError
-from groupwise.learn import checkpoint
 from groupwise.watch import events
 
 
@@ -137,6 +136,8 @@ class RunFolder:
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
             file.flush()
             if self.checkpoints.is_dir():
+                from groupwise.learn import checkpoint  # brings torch, which a wrong folder is told without
+
                 checkpoint.clear(self.checkpoints)
             yield
             file.truncate(0)
@@ -180,6 +181,8 @@ class RunFolder:
         `rounds` of a reward model were over then: the event of the next one, at the same step, goes too. Events and
         rollouts after it go, result.json too; later checkpoints, which are damaged, are set aside.
         """
+        from groupwise.learn import checkpoint
+
         last = -1 if step is None else step
         events.truncate_to(self.events, last, rounds)
         events.truncate_rollouts(self.rollouts, last)
