@@ -258,7 +258,7 @@ def test_they_are_compiled_once_per_processor_and_compiler(
     assert compiled() is not None
     assert [command[1:] for command in commands] == [["--version"]], "what is there is taken"
     compiled.cache_clear()
-    monkeypatch.setattr(kernels, "_processor", lambda: "another one, with the same home folder")
+    monkeypatch.setattr(kernels, "processor", lambda: "another one, with the same home folder")
     assert compiled() is not None
     assert len(list(not_yet_compiled.iterdir())) == 2
 

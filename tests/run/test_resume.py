@@ -104,7 +104,8 @@ def test_the_run_is_worth_comparing(bench: Path) -> None:
     whole = bench / "whole"
     assert [event["step"] for event in events(whole)] == list(range(STEPS + 1))
     assert {path.name for path in checkpoints(whole)[-1].iterdir()} == {
-        "manifest.json", "state.json", "model.safetensors", "optimizer.safetensors", "reference.safetensors",
+        "manifest.json", "state.json", "job.toml", "model.safetensors", "optimizer.safetensors",
+        "reference.safetensors",
     }  # fmt: skip
     first, *_, last = (load_file(path / "model.safetensors") for path in checkpoints(whole))
     assert not all(first[name].equal(last[name]) for name in first)

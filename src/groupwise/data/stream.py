@@ -25,7 +25,7 @@ class PromptStream:
         if not prompts:
             raise DataError("There are no prompts to draw from.")
         self.position = 0
-        self._prompts = prompts
+        self.prompts = self._prompts = prompts
         self._seed = seed
         self._shuffle = shuffle
         self._epoch, self._order = -1, list(range(len(prompts)))
@@ -42,16 +42,22 @@ class PromptStream:
         return self.position / len(self._prompts)
 
     def state_dict(self) -> dict[str, int | str]:
-        """What a checkpoint keeps: `{"position": 96, "prompts": 1000, "fingerprint": "9f2c41d07be3a856"}`."""
-        return {"position": self.position, "prompts": len(self._prompts), "fingerprint": self._fingerprint}
+        """What a checkpoint keeps: `{"position": 96, "prompts": 1000, "fingerprint": "9f2c41d07be3a856", ...}`."""
+        return {
+            "position": self.position, "prompts": len(self._prompts), "fingerprint": self._fingerprint,
+            "contents": self._contents,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises DataError where that was over other prompts."""
         if state["fingerprint"] != self._fingerprint:
+            same_texts = state["contents"] == self._contents
+            why = "their texts are the same, and their tokens are not: it is the tokenizer or its chat template"
             raise DataError(
                 f"The checkpoint was made on other prompts than these: {state['prompts']} of them (fingerprint"
-                f" {state['fingerprint']}), here are {len(self._prompts)} ({self._fingerprint}). Bring back the data,"
-                " tokenizer and length limit of the run, or start a new run from the checkpoint with --fork."
+                f" {state['fingerprint']}), here are {len(self._prompts)} ({self._fingerprint})"
+                f"{f'; {why}' if same_texts else ''}. Bring back the data, tokenizer and length limit of the run, or"
+                " start a new run from the checkpoint with --fork."
             )
         self.position = int(state["position"])
 
@@ -63,9 +69,43 @@ class PromptStream:
         return self._prompts[self._order[index]]
 
     @cached_property
+    def _contents(self) -> str:
+        return contents_digest(self._prompts)
+
+    @cached_property
     def _fingerprint(self) -> str:
         """Names the prompts by their ids and tokens, in order."""
         digest = blake2b(digest_size=8)
         for prompt in self._prompts:
             digest.update(json.dumps([prompt.prompt_id, prompt.token_ids]).encode())
         return digest.hexdigest()
+
+
+def contents_digest(prompts: Sequence[Prompt]) -> str:
+    """Names prompts by their ids and what they say, whatever a tokenizer makes of it."""
+    digest = blake2b(digest_size=8)
+    for prompt in prompts:
+        digest.update(_line([prompt.prompt_id, prompt.content]))
+    return digest.hexdigest()
+
+
+def columns_digest(prompts: Sequence[Prompt], name: str) -> dict[str, str]:
+    """Names what stands in each column of the data set `name`: `{"rows.jsonl, column 'answer'": "41d07be3a856"}`."""
+    digests = {column: blake2b(digest_size=8) for column in dict.fromkeys(key for p in prompts for key in p.row)}
+    for prompt in prompts:
+        for column, value in prompt.row.items():
+            digests[column].update(_line([prompt.prompt_id, value]))
+    return {f"{name}, column {column!r}": digest.hexdigest() for column, digest in digests.items()}
+
+
+def _line(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=_plain).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for: arrays as lists, dates and the like as they are written, anything else by its type."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, bytes):
+        return value.hex()
+    return str(value) if type(value).__module__ in ("datetime", "decimal", "uuid") else type(value).__name__

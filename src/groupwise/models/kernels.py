@@ -263,7 +263,7 @@ def _library(compiler: str, tuning: str) -> Path:
     """The shared library. Its name says source, compiler, flags and processor: who has another one makes anew."""
     command = shlex.split(compiler)
     told = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
-    made_from = (_SOURCE.read_text(), told, *_FLAGS, tuning, platform.machine(), _processor())
+    made_from = (_SOURCE.read_text(), told, *_FLAGS, tuning, platform.machine(), processor())
     name = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:24]
     file = cache_folder() / "kernels" / f"{name}.so"
     if not file.exists():
@@ -276,7 +276,7 @@ def _library(compiler: str, tuning: str) -> Path:
     return file
 
 
-def _processor() -> str:
+def processor() -> str:
     """What tells processors apart that have different instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -14,7 +14,7 @@ import torch
 from groupwise.config import Job
 from groupwise.engines.base import generate
 from groupwise.errors import ConfigError, DataError, RunFolderError
-from groupwise.jobfile import Difference, differences, load_job, resumable_keys
+from groupwise.jobfile import differences, load_job
 from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.run.doctor import examine
@@ -27,9 +27,10 @@ from groupwise.run.inputs import check_job, check_weights
 from groupwise.run.parts import Model, narrow, open_engine, open_evaluation, open_guard, open_model
 from groupwise.run.record import Record
 from groupwise.run.report import Report
+from groupwise.run.resuming import Start, refuse_changes, start_of
 from groupwise.run.saving import Clock, check_shapes
 from groupwise.run.scoring import as_judged, open_functions, scorer_of
-from groupwise.run.session import Result, Start, run_job
+from groupwise.run.session import Result, run_job
 from groupwise.run.settings import eval_sampling_of
 from groupwise.streams import ERR, output
 from groupwise.types import Completion, Message, Request
@@ -100,19 +101,16 @@ def resume(
     folder = RunFolder.open(Path(run))
     old = load_job(folder.job).job
     new = load_job(folder.job, overrides, {"run": str(fork or run)}).job
-    changed = differences(old, new)
     if fork is not None:
-        start = _start(folder, changed, forked=True)
+        start = start_of(folder, new, forked=True)
         if start.saved is None:
             raise RunFolderError(f"{run} has no checkpoint to fork from; start again with `groupwise train`.")
         forked = RunFolder.create(Path(fork))
         with forked.lock():
             return run_job(new, forked, given, show, clock, start)
-    _refuse_changes(changed)
+    refuse_changes(differences(old, new))  # what is typed is answered before checkpoints are read
     with folder.lock():
-        start = _start(folder, changed, forked=False)
-        _refuse_other_iterations(old, new, start.saved)
-        return run_job(new, folder, given, show, clock, start)
+        return run_job(new, folder, given, show, clock, start_of(folder, new, forked=False))
 
 
 def evaluate(
@@ -249,41 +247,6 @@ def _hand_over(
         handed["reward"], objects.get("data"), objects.get("eval_data"), trust, handed["step_reward"],
         handed["verifier"],
     ), named  # fmt: skip
-
-
-def _start(folder: RunFolder, changed: Sequence[Difference], forked: bool) -> Start:
-    """The last whole checkpoint, and what there is to say about it and about the changes."""
-    warnings: list[str] = []
-    saved = checkpoint.latest(folder.checkpoints, warnings.append)
-    notes = [_in_words(one) for one in changed if one.key != "run"]  # that one was typed just now
-    if saved is None:
-        notes.append("there is no checkpoint yet: starting over")
-    return Start(saved, forked, notes, warnings)
-
-
-def _in_words(one: Difference) -> str:
-    return f"{one.key}: {one.old!r} -> {one.new!r}"
-
-
-def _refuse_changes(changed: Sequence[Difference]) -> None:
-    fixed = [one for one in changed if not one.resumable]
-    if fixed:
-        raise ConfigError(
-            f"A resumed run would not be the same run with {', '.join(map(_in_words, fixed))}. Keys that may change: "
-            f"{', '.join(resumable_keys())}. Use --fork FOLDER to start a new run from the checkpoint."
-        )
-
-
-def _refuse_other_iterations(old: Job, new: Job, saved: Checkpoint | None) -> None:
-    """An iteration that is over, and the refresh of the reference after it, cannot move any more."""
-    before, after = old.train, new.train
-    several = max(before.iterations, after.iterations) > 1
-    if several and before.steps != after.steps and saved and saved.step > min(before.steps, after.steps):
-        raise ConfigError(
-            f"`train.steps` counts the steps of one iteration. This run is at step {saved.step}, so with {after.steps} "
-            f"instead of {before.steps} iterations that are over would have ended elsewhere. Change train.iterations, "
-            "or use --fork FOLDER."
-        )
 
 
 def _opened(

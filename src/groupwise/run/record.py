@@ -12,7 +12,7 @@ from groupwise.learn.optimizer import refusal
 from groupwise.learn.pack import Credit
 from groupwise.run.folder import RunFolder
 from groupwise.types import Scored
-from groupwise.watch.events import RolloutsFile, Sink
+from groupwise.watch.events import EventsFile, RolloutsFile, Sink
 from groupwise.watch.terminal import Terminal
 
 
@@ -69,6 +69,11 @@ class Watch:
     def carry(self, metrics: Mapping[str, Any]) -> None:
         """Put into the next event what happened between two steps."""
         self._carried |= metrics
+
+    def lines(self) -> dict[str, int]:
+        """The lines of each file that a resumed run goes on with: `{"events.jsonl": 12, "rollouts.jsonl": 96}`."""
+        files = [one for one in (*self.sinks, self.rollouts) if isinstance(one, EventsFile | RolloutsFile)]
+        return {file.path.name: file.lines for file in files}
 
     def close(self) -> None:
         """Close every file; the terminal stays for the last sentence."""

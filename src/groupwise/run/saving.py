@@ -19,6 +19,7 @@ from groupwise.learn.reference import NoReference, Reference
 from groupwise.run.evaluate import Evaluator
 from groupwise.run.folder import RunFolder
 from groupwise.run.progress import Progress, unsaved_steps
+from groupwise.run.provenance import JOB, Provenance
 from groupwise.run.record import Watch
 from groupwise.run.rounds import Rounds
 
@@ -121,6 +122,8 @@ class Saver:
         self.saved_rounds = stateful.rounds.state()
         self.saved_seconds = stateful.clock.seconds
         self._whole: dict[str, Any] | None = None
+        self.job = ""
+        self.made_by: Provenance | None = None
 
     def maybe(self, step: int) -> None:
         """See `Checkpoints`."""
@@ -130,7 +133,7 @@ class Saver:
         if (every > 0 and step % every == 0) or self._long_ago():
             self.save(step)
             self.watch.carry({"time/checkpoint": time.perf_counter() - start})
-        self._whole = self.stateful.tensors()[1]
+        self._whole = self._state()
 
     def rescue(self) -> None:
         """Save the last whole step before an error ends the run, where its weights are still there.
@@ -139,7 +142,7 @@ class Saver:
         taken when the last one was over, so that a resumed run begins the step anew.
         """
         whole, progress = self._whole, self.stateful.progress
-        now = self.stateful.tensors()[1]
+        now = self._state()
         if whole is None or whole["learner"]["update"] != now["learner"]["update"]:
             return
         if progress.step != whole["step"]:
@@ -176,10 +179,15 @@ class Saver:
 
     def save(self, step: int) -> None:
         """Save now."""
-        self._write(step, self.stateful.tensors()[1])
+        self._write(step, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        """What `state.json` would hold now: of the parts, of what made them, and of the files beside them."""
+        made_by = {"made_by": self.made_by.state()} if self.made_by else {}
+        return {**self.stateful.tensors()[1], **made_by, "lines": self.watch.lines()}
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
-        tensors, texts = self.stateful.tensors()[0], self.stateful.rounds.texts()
+        tensors, texts = self.stateful.tensors()[0], {JOB: self.job, **self.stateful.rounds.texts()}
         checkpoint.save(self.folder.checkpoints, step, tensors=tensors, state=state, texts=texts)
         checkpoint.prune(self.folder.checkpoints, self.schedule.keep)
         self.saved_step, self.saved_rounds = step, state["rounds"]

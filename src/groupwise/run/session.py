@@ -18,12 +18,16 @@ from groupwise.jobfile import to_toml
 from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.run import loop
+from groupwise.run.evaluate import Evaluation
 from groupwise.run.fit import settle
 from groupwise.run.folder import RunFolder, git_commit
 from groupwise.run.given import Given
+from groupwise.run.loop import Parts
 from groupwise.run.parts import build, open_sinks
 from groupwise.run.progress import StopSignals
+from groupwise.run.provenance import Provenance, check_resumed, provenance_of
 from groupwise.run.record import Watch, with_lost_output
+from groupwise.run.resuming import Start
 from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.run.settings import total_steps
 from groupwise.watch import events
@@ -54,24 +58,6 @@ class Result:
     lost_output: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: at nothing, at its own checkpoint or, as a fork, at that of another run.
-
-    `notes` and `warnings` are what there is to say about it.
-    """
-
-    saved: Checkpoint | None = None
-    forked: bool = False
-    notes: Sequence[str] = ()
-    warnings: Sequence[str] = ()
-
-    @property
-    def rounds_done(self) -> int:
-        """The rounds of a reward model that were over at the checkpoint."""
-        return int(self.saved.state.get("rounds", {}).get("done", 0)) if self.saved else 0
-
-
 def run_job(job: Job, folder: RunFolder, given: Given, show: Mode, clock: Clock, start: Start) -> Result:
     """Run the steps that are left of a job in its locked folder. Raises GroupwiseError."""
     history: Sequence[Mapping[str, Any]] = ()
@@ -97,13 +83,16 @@ def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: C
             folder.write_job(to_toml(job))
         watch = Watch([], terminal, None)
         parts, stateful, saver = build(job, folder, given, watch, clock, closing)
+        saver.job, saver.made_by = to_toml(job), _made_by(job, given, parts)
         if start.saved is not None:
             _take_up(start.saved, start.forked, stateful, saver)
         if not start.forked:
             # Only what was read whole, and found to be of this run, takes the place of what came after it.
             folder.cut_back(start.saved.step if start.saved else None, start.rounds_done)
-            folder.write_job(to_toml(job))
+            folder.write_job(saver.job)
         open_sinks(watch, job, folder, start.saved.step if start.saved else None, closing)
+        if start.saved is not None and not start.forked:
+            _say_missing(folder, start.saved, watch)
         parts.rollouts.load_weights(parts.learner)
         try:
             with StopSignals(parts.progress, terminal, saver.unsaved, folder.path):
@@ -112,7 +101,7 @@ def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: C
                 if start.forked:
                     # Only now is it a run: killed before, it must not be resumed from the base model.
                     saver.save(parts.progress.step)
-                    folder.write_job(to_toml(job))
+                    folder.write_job(saver.job)
                 loop.train(parts)
         except Exception as error:  # a boundary: whatever ends a run, its last whole step is saved first
             _rescue(saver, error)
@@ -130,12 +119,34 @@ def _dated(job: Job) -> Job:
     return job.model_copy(update={"data": job.data.model_copy(update={"date": day})})
 
 
+def _made_by(job: Job, given: Given, parts: Parts) -> Provenance:
+    model = parts.learner.policy.model
+    held_out = parts.evaluation.prompts if isinstance(parts.evaluation, Evaluation) else ()
+    commit = getattr(model.config, "_commit_hash", None)
+    return provenance_of(job, given, commit, model.device, parts.rollouts.prompts.prompts, held_out)
+
+
+def _say_missing(folder: RunFolder, saved: Checkpoint, watch: Watch) -> None:
+    """Lines that stood in a file when the checkpoint was written, and do not any more."""
+    now = watch.lines()
+    for name, before in saved.state["lines"].items():
+        if now.get(name, before) != before:
+            gone = events.missing_steps(folder.path / name, saved.step)
+            where = f" (nothing of {gone})" if gone else ""
+            watch.terminal.warn(
+                f"{name} has {now[name]} lines up to step {saved.step}, and had {before} when that was saved{where}: "
+                "lines were deleted or cut since"
+            )
+
+
 def _take_up(saved: Checkpoint, forked: bool, stateful: Stateful, saver: Saver) -> None:
     word = "forked" if forked else "resumed"
     if forked:
         stateful.fork(saved)
     else:
         stateful.restore(saved)
+        assert saver.made_by is not None
+        saver.made_by = check_resumed(saved, saver.made_by, saver.watch.terminal.warn)
         saver.resumed(saved)
     saver.watch.terminal.say(f"{word} after step {saved.step} of {stateful.progress.total}")
 

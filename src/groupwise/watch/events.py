@@ -56,7 +56,7 @@ class LineFile:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise cannot_write(path, error) from error
-        self.size = self._file.tell()
+        self.size, self.lines = self._file.tell(), count_lines(path)
 
     def append(self, line: str) -> None:
         """Write one line. What a full disk leaves of it is dropped when the file is next cut back."""
@@ -69,6 +69,7 @@ class LineFile:
         except OSError as error:
             raise cannot_write(self.path, error, len(data)) from error
         self.size += len(data)
+        self.lines += 1
 
     def close(self) -> None:
         """Close the file. Calling it twice is fine."""
@@ -79,8 +80,14 @@ class EventsFile:
     """The sink behind `events.jsonl`."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._lines = LineFile(path)
         self._step = 0
+
+    @property
+    def lines(self) -> int:
+        """How many the file has."""
+        return self._lines.lines
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Append one event. Raises RunFolderError where it cannot be written."""
@@ -97,8 +104,14 @@ class RolloutsFile:
     """Writes `rollouts.jsonl`: one line per group. At `max_bytes` it becomes `rollouts.1.jsonl`."""
 
     def __init__(self, path: Path, max_bytes: int) -> None:
+        self.path = path
         self._lines = LineFile(path)
         self._max_bytes = max_bytes
+
+    @property
+    def lines(self) -> int:
+        """How many the newest file has."""
+        return self._lines.lines
 
     def write(
         self,
@@ -211,6 +224,14 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return dict(event)
 
 
+def count_lines(path: Path) -> int:
+    """The whole lines of a file; none where it does not exist, or is a device."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
 def read_to(path: Path, step: int, rounds: int | None = None) -> Iterator[tuple[dict[str, Any], int]]:
     """The objects up to those of `step`, each with the offset of the byte after its line; of lines about rounds of a
     reward model (numbered from 0) those of the first `rounds`. None where the file does not exist."""
@@ -218,6 +239,20 @@ def read_to(path: Path, step: int, rounds: int | None = None) -> Iterator[tuple[
         if event["step"] > step or (rounds is not None and event.get(ROUND, -1) >= rounds):
             return
         yield event, after
+
+
+def missing_steps(path: Path, last: int) -> str:
+    """The steps between a file's first and `last` of which it has no line: `"steps 4 to 6, 9"`; empty for none."""
+    steps = {event["step"] for event in read(path)}
+    gone = [step for step in range(min(steps, default=1), last + 1) if step not in steps]
+    runs: list[list[int]] = []
+    for step in gone:
+        if runs and runs[-1][-1] == step - 1:
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    word = "step " if len(gone) == 1 else "steps "
+    return word + ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs) if runs else ""
 
 
 def truncate_to(path: Path, step: int, rounds: int | None = None) -> None:
