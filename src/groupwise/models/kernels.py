@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.disk import cache_folder
+from groupwise.models import kernels_torch as plain
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _COMPILERS = ("cc", "gcc", "clang")
@@ -38,7 +39,10 @@ _ALONE = 1 << 22
 LANES = 16
 """Widths have to be multiples of this: eight numbers are computed together, of heads those of either half."""
 _PLAIN = (Tensor, nn.Parameter)
-"""Not such as have a shape and no data."""
+"""Classes of tensors whose numbers lie where their pointer says; subclasses may have them elsewhere, or none."""
+_wrapped_by_functorch: Callable[[Tensor], bool] = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda x: False
+)
 
 
 class Look(NamedTuple):
@@ -79,8 +83,43 @@ _SIGNATURES = {
 }  # fmt: skip
 
 
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether code outside of torch can read and write all of these on the CPU: no subclasses, such as sharded tensors
+    and those without data, nothing that a transform wraps, and no gradient that would be lost."""
+    recording = torch.is_grad_enabled()
+    return all(
+        x is None
+        or (
+            type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided and not (recording and x.requires_grad)
+            and not (x.is_neg() or x._is_zerotensor() or _wrapped_by_functorch(x))
+        )
+        for x in tensors
+    )  # fmt: skip
+
+
+def _readable(*tensors: Tensor | None) -> bool:
+    """Whether the kernels' pointers can be trusted: plain tensors in float32."""
+    return is_plain(*tensors) and all(x is None or x.dtype == torch.float32 for x in tensors)
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Whether `[R, D]` or `[R, H, D]` has rows without gaps, of widths that the kernels take."""
+    *_, width = x.shape
+    whole = x.stride(-1) == 1 and width % LANES == 0 and width > 0
+    return whole and (x.dim() == 2 or (x.dim() == 3 and (x.stride(1) == width or x.shape[1] == 1)))
+
+
+def _is_whole(x: Tensor | None, count: int) -> bool:
+    """Whether a tensor has so many numbers, without gaps."""
+    return x is None or (x.numel() == count and x.is_contiguous())
+
+
 class Kernels:
-    """The compiled functions, over tensors in float32 on a CPU."""
+    """The compiled functions, over tensors in float32 on a CPU.
+
+    What C cannot read is computed by torch: a subclass of tensors, another type, gaps where none may be. So no call can
+    read or write memory that is not the tensors' own; only what `Parts` say is taken as it is.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._run = {name: getattr(library, f"groupwise_{name}") for name in _SIGNATURES}
@@ -90,6 +129,11 @@ class Kernels:
     def norm(self, x: Tensor, weight: Tensor, epsilon: float, factor: Tensor | None = None) -> Tensor:
         """`x` `[R, D]` or `[R, H, D]` over the root of its last dimension's mean square, times `weight` `[D]`. One over
         the root is put into `factor` where that is given, `[R, 1]` or `[R, H, 1]`."""
+        if not (
+            _readable(x, weight, factor) and _has_rows(x) and _is_whole(weight, x.shape[-1])
+            and _is_whole(factor, x.numel() // x.shape[-1])
+        ):  # fmt: skip
+            return plain.norm(x, weight, epsilon, factor)
         rows, *several, width = x.shape
         heads, out = several[0] if several else 1, x.new_empty(rows, *several, width)
         self._run["norm"](
@@ -99,8 +143,13 @@ class Kernels:
         return out
 
     def norm_back(self, x: Tensor, weight: Tensor, factor: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of `x` and of `weight`; `x` and `grad` without gaps."""
+        """Gradients of `x` and of `weight`."""
         width = x.shape[-1]
+        if not (
+            _readable(x, weight, factor, grad) and _is_whole(weight, width) and width % LANES == 0
+            and _is_whole(x, x.numel()) and _is_whole(grad, x.numel()) and _is_whole(factor, x.numel() // width)
+        ):  # fmt: skip
+            return plain.norm_back(x, weight, factor, grad)
         of_x, of_weight, room = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
         self._run["norm_back"](
             x.data_ptr(), weight.data_ptr(), factor.data_ptr(), grad.data_ptr(), x.numel() // width, width,
@@ -109,14 +158,25 @@ class Kernels:
         return of_x, of_weight
 
     def gate(self, gate: Tensor, up: Tensor) -> Tensor:
-        """`silu(gate) * up`, of one shape `[R, I]` and with one stride between rows."""
+        """`silu(gate) * up`, of one shape `[R, I]`."""
+        if not (
+            _readable(gate, up) and gate.dim() == 2 and gate.shape == up.shape and _has_rows(gate) and _has_rows(up)
+            and gate.stride(0) == up.stride(0)
+        ):  # fmt: skip
+            return plain.gate(gate, up)
         rows, width = gate.shape
         out = gate.new_empty(rows, width)
         self._run["gate"](gate.data_ptr(), up.data_ptr(), gate.stride(0), rows, width, out.data_ptr())
         return out
 
     def gate_back(self, gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of `gate` and `up`; all without gaps."""
+        """Gradients of `gate` and `up`."""
+        count = gate.numel()
+        if not (
+            _readable(gate, up, grad) and gate.shape == up.shape == grad.shape and count % LANES == 0
+            and all(_is_whole(x, count) for x in (gate, up, grad))
+        ):  # fmt: skip
+            return plain.gate_back(gate, up, grad)
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
         self._run["gate_back"](
             gate.data_ptr(), up.data_ptr(), grad.data_ptr(), gate.numel(), of_gate.data_ptr(), of_up.data_ptr()
@@ -126,6 +186,12 @@ class Kernels:
     def turn(self, x: Tensor, cos: Tensor, signed_sin: Tensor, out: Tensor) -> Tensor:
         """`[R, H, d]`, every head rotated: see `DirectBody`. cos and signed sin: `[R, 1, d]`; `out` may be `x`."""
         rows, heads, width = x.shape
+        if not (
+            _readable(x, cos, signed_sin, out) and _has_rows(x) and _has_rows(out) and out.shape == x.shape
+            and _is_whole(cos, rows * width) and _is_whole(signed_sin, rows * width)
+            and (rows == 1 or out.stride(0) >= heads * width)
+        ):  # fmt: skip
+            return plain.turn(x, cos, signed_sin, out)
         self._run["turn"](
             x.data_ptr(), x.stride(0), cos.data_ptr(), signed_sin.data_ptr(), rows, heads, width, out.data_ptr(),
             out.stride(0),
@@ -135,6 +201,8 @@ class Kernels:
     def soften_(self, scores: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """`exp(scores + bias - top)` in place of `[R, H, M, K]` scores; returns `top`, the largest of a query's, and
         the sum of its weights, `[R, H, M]`. `bias` has 1 in place of H, and may have in place of R and M."""
+        if not (_readable(scores) and _is_whole(scores, scores.numel()) and _fits_scores(scores, bias)):
+            return plain.soften_(scores, bias)
         top, total = (scores.new_empty(scores.shape[:3]) for _ in range(2))
         self._run["soften"](scores.data_ptr(), _tile_of(scores, bias), top.data_ptr(), total.data_ptr())
         return top, total
@@ -142,6 +210,13 @@ class Kernels:
     def soften_back_(self, scores: Tensor, bias: Tensor | None, change: Tensor, lse: Tensor, delta: Tensor) -> None:
         """`exp(scores + bias - lse)` in place of the scores, and `(change - delta)` times that in place of `change`, of
         the same shape; `lse` and `delta` have a number per query."""
+        count = scores.numel() // max(1, scores.shape[-1])
+        if not (
+            _readable(scores, change, lse, delta) and _is_whole(scores, scores.numel())
+            and _is_whole(change, scores.numel()) and _is_whole(lse, count) and _is_whole(delta, count)
+            and _fits_scores(scores, bias)
+        ):  # fmt: skip
+            return plain.soften_back_(scores, bias, change, lse, delta)
         tile = _tile_of(scores, bias)
         self._run["soften_back"](scores.data_ptr(), change.data_ptr(), tile, lse.data_ptr(), delta.data_ptr())
 
@@ -152,6 +227,14 @@ class Kernels:
         part, then the queries meet all parts under one softmax. `stores` are the keys and values of each part,
         `[entries, H_kv, length, d]`. Returns `[R, H, d]`."""
         (rows, heads, width), kv_heads = query.shape, key.shape[1]
+        tensors = [x for pair in stores for x in pair]
+        if not (
+            _readable(query, key, value, *tensors) and parts.rows == rows and key.shape == (rows, kv_heads, width)
+            and key.shape == value.shape and heads % kv_heads == 0 and all(map(_has_rows, (query, key, value)))
+            and all(x.dim() == 4 and x.shape[1::2] == (kv_heads, width) and x.is_contiguous() for x in tensors)
+            and all(keys.shape == values.shape for keys, values in stores)
+        ):  # fmt: skip
+            return plain.attend(query, key, value, scale, parts.looks, stores)
         out, room = query.new_empty(rows, heads, width), query.new_empty(rows * heads * (width + 2))
         for part, (keys, values) in zip(parts.laid, stores, strict=True):
             part.key, part.value, part.length = keys.data_ptr(), values.data_ptr(), keys.shape[2]
@@ -166,10 +249,15 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Parts:
-    """What the rows of a step see of each store, in every layer."""
+    """What the rows of a step see of each store, in every layer; `rows` of them, or -1 where C cannot read that."""
 
     def __init__(self, looks: Sequence[Look]) -> None:
         self.looks = looks  # whose memory is pointed into
+        self.rows = len(looks[-1].end_R)
+        told = [x for look in looks for x in look if x is not None]
+        if not is_plain(*told) or any(x.dtype != torch.int64 or not _is_whole(x, self.rows) for x in told):
+            self.rows = -1
+            return
         self.laid = (_Part * len(looks))()
         for part, look in zip(self.laid, looks, strict=True):
             part.slot, part.first, part.end = (None if x is None else x.data_ptr() for x in look)
@@ -182,11 +270,22 @@ def _tile_of(scores: Tensor, bias: Tensor | None) -> _Tile:
     return _Tile(bias.data_ptr(), rows, queries, *scores.shape)
 
 
+def _fits_scores(scores: Tensor, bias: Tensor | None) -> bool:
+    """Whether scores are `[R, H, M, K]` and a bias can be added to them as it lies."""
+    if scores.dim() != 4 or bias is None:
+        return scores.dim() == 4
+    rows, _, queries, keys = scores.shape
+    return (
+        _readable(bias) and bias.dim() == 4 and bias.shape[0] in (1, rows) and bias.shape[1] == 1
+        and bias.shape[2] in (1, queries) and bias.shape[3] == keys and (keys == 1 or bias.stride(3) == 1)
+    )  # fmt: skip
+
+
 def kernels_for(work: float, *tensors: Tensor) -> Kernels | None:
     """The kernels, where they can compute with tensors like these, and `work` multiplications are not more than one
     thread should do alone; None where torch has to. They know nothing of gradients."""
     for x in tensors:
-        if type(x) not in _PLAIN or x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[-1] % LANES:
+        if type(x) not in _PLAIN or x.dtype != torch.float32 or not x.is_cpu or x.shape[-1] % LANES:
             return None
     return None if work > _ALONE and torch.get_num_threads() > 1 else compiled()
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.models.hollow import counter
+from groupwise.models.kernels import is_plain
 
 _SMALLEST = 1 << 18
 """Elements of a matrix from which on the kernel's longer call is worth it."""
@@ -52,7 +53,7 @@ class PackedProducts:
 
     def __call__(self, x: Tensor, *parts: Part) -> Tensor:
         """`x @ weight.T + bias` for `[R, K]` rows, the parts' results side by side."""
-        if torch.is_grad_enabled() or counter.get() is not None or not _copied(x.dtype, parts):
+        if torch.is_grad_enabled() or counter.get() is not None or not (_fits(x, parts) and _copied(x.dtype, parts)):
             return plain_product(x, *parts)
         copy = self._copy_of(parts)
         return copy.multiply(x, copy.weight, copy.bias)
@@ -88,6 +89,19 @@ def _copied(dtype: torch.dtype, parts: Sequence[Part]) -> bool:
     if any(weight.device.type != "cpu" or weight.is_inference() for weight, _ in parts):
         return False
     return _kernel_agrees(dtype) if _is_large(parts) else len(parts) > 1
+
+
+def _fits(x: Tensor, parts: Sequence[Part]) -> bool:
+    """Whether these are tensors that the kernel can read, all of one type, and of shapes that go together."""
+    tensors = [tensor for part in parts for tensor in part if tensor is not None]
+    return (
+        is_plain(x, *tensors)
+        and all(tensor.dtype == x.dtype and not tensor.is_inference() for tensor in tensors)
+        and all(
+            weight.dim() == 2 and weight.shape[1] == x.shape[-1] and (bias is None or bias.shape == weight.shape[:1])
+            for weight, bias in parts
+        )
+    )
 
 
 def _is_large(parts: Sequence[Part]) -> bool:
