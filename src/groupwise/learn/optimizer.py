@@ -69,6 +69,8 @@ class MasterOptimizer:
     Otherwise each backward pass adds its gradient to a float32 buffer at once and drops the narrow one, so that
     accumulation over micro-batches never rounds; after a step the masters are cast into the module, once.
 
+    `frozen` has, in float32, what is not trained: casting a module must not lose it.
+
     `update` counts updates, which the schedule goes by; `applied` those that changed the weights, and
     `refused_in_a_row` those since then that did not, because their gradient was not finite.
     """
@@ -84,6 +86,7 @@ class MasterOptimizer:
         self.update = self.applied = self.refused_in_a_row = 0
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = dict(self.parameters)
+        self.frozen = {n: p.detach() for n, p in module.named_parameters() if not p.requires_grad}
         if compute_dtype.itemsize < torch.float32.itemsize:
             self.masters = {name: p.detach().float().clone() for name, p in self.parameters.items()}
             for parameter in module.parameters():

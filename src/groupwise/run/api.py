@@ -272,7 +272,8 @@ def _opened(
 @torch.no_grad()
 def _load(model: Model, saved: Checkpoint) -> None:
     found = saved.tensors("model")
-    own: dict[str, torch.Tensor] = dict(model.loaded.policy.model.named_parameters())
+    # Parameters that the class never trains are not in a checkpoint: they stay as the base model has them.
+    own: dict[str, torch.Tensor] = {n: p for n, p in model.loaded.policy.model.named_parameters() if p.requires_grad}
     own |= {name: buffer for name, buffer in model.loaded.policy.model.named_buffers() if name in found}
     check_shapes(own, found, saved)
     for name, tensor in found.items():

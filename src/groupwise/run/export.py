@@ -118,7 +118,7 @@ def save_reward_model(learner: RewardLearner, target: Path, card: str = "") -> N
     whole = copy.deepcopy(learner.model.model).float()  # the one that trains stays as it is
     own: dict[str, torch.Tensor] = dict(whole.named_parameters()) | dict(whole.named_buffers())
     with torch.no_grad():
-        for name, tensor in learner.masters().items():
+        for name, tensor in (learner.optimizer.frozen | learner.masters()).items():
             own[name].copy_(tensor)
     model = learner.model
     write_folder(whole, model.codec, partial, source=model.source, dtype=model.stored_dtype, card=card)
