@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,35 @@ def test_a_closed_folder_and_other_faults_are_told_apart(tmp_path: Path) -> None
     closed = str(disk.cannot_write(tmp_path, OSError(errno.EACCES, "")))
     assert closed.endswith("permission denied. Make the folder writable, or choose another with --run.")
     assert str(disk.cannot_write(tmp_path, OSError(errno.EIO, ""))).endswith(": input/output error.")
+
+
+def test_a_file_that_is_too_large_gets_the_advice_of_its_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    error = OSError(errno.EFBIG, "")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1_000_000, 0))
+    assert str(disk.cannot_write(tmp_path, error, 2_000_000)) == (
+        f"Cannot write {tmp_path}: file too large: this process may write files of at most 1.0 MB, 2.0 MB are needed. "
+        "Raise the limit (ulimit -f) and resume the run: what was saved before is intact."
+    )
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, 0))
+    assert "the file system takes no larger files. " in str(disk.cannot_write(tmp_path, error))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_the_systems_error_is_found_in_a_librarys_sentence(number: int, tmp_path: Path) -> None:
+    found = disk.os_error(Exception(f"I/O error: something (os error {number})"), tmp_path)
+    assert found is not None
+    assert found.errno == number
+    assert disk.os_error(Exception("something else"), tmp_path) is None
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        (tmp_path / "partial").mkdir()
+        (tmp_path / "partial" / "file").write_text(text)
+        (tmp_path / "target.replaced").mkdir(exist_ok=True)  # of a kill
+        disk.put_in_place(tmp_path / "partial", tmp_path / "target")
+        assert [path.name for path in tmp_path.iterdir()] == ["target"]
+        assert (tmp_path / "target" / "file").read_text() == text
 
 
 def test_free_room_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:

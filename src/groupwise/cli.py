@@ -182,13 +182,18 @@ def label(
 @app.command()
 def export(
     run: RunFolder, folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to write: new or empty.")],
-    which: Which = "latest", trust_remote_code: Trust = False,
+    which: Which = "latest",
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="float32, bfloat16, float16, or auto: one that keeps what was learned.")
+    ] = "auto",
+    trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Write a run's weights as a Hugging Face folder."""
     inputs.check_export(run, folder, which)
     from groupwise.run import api
 
-    typer.echo(f"exported to {api.export(run, folder, which=which, trust_remote_code=trust_remote_code)}")
+    written = api.export(run, folder, which=which, dtype=dtype, trust_remote_code=trust_remote_code)
+    typer.echo(f"exported to {written}")
 
 
 @app.command()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import resource
 import shutil
 from pathlib import Path
 
 from groupwise.errors import RunFolderError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REPLACED = ".replaced"
+"""What an older folder is called while a newer one takes its place."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -44,6 +48,26 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def put_in_place(partial: Path, target: Path) -> None:
+    """Rename a folder that is whole to its place; an older one there gives way. Raises OSError."""
+    sync(partial)
+    replaced = target.with_name(target.name + REPLACED)
+    if target.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)  # a kill came before that
+        os.replace(target, replaced)
+    os.replace(partial, target)
+    sync(target.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def os_error(error: Exception, path: Path) -> OSError | None:
+    """The system's error that a library, as those written in Rust, has only in its sentence; None where it has none."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that may still be written where `path` is, or will be."""
     while not path.exists():
@@ -58,6 +82,10 @@ def cannot_write(path: Path, error: OSError, needed: int = 0) -> RunFolderError:
         wanted = f"{in_words(needed)} needed, " if needed else ""
         advice = "Make room and resume the run: what was saved before is intact."
         return RunFolderError(f"Cannot write {path}: {reason} ({wanted}{in_words(free_bytes(path))} free). {advice}")
+    if error.errno == errno.EFBIG:
+        advice = "Raise the limit (ulimit -f) and resume the run: what was saved before is intact."
+        wanted = f", {in_words(needed)} are needed" if needed else ""
+        return RunFolderError(f"Cannot write {path}: {reason}: {_file_limit()}{wanted}. {advice}")
     if error.errno in _FORBIDDEN:
         return RunFolderError(f"Cannot write {path}: {reason}. Make the folder writable, or choose another with --run.")
     return RunFolderError(f"Cannot write {path}: {reason}.")
@@ -71,3 +99,10 @@ def in_words(count: int) -> str:
             return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def _file_limit() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return "the file system takes no larger files"
+    return f"this process may write files of at most {in_words(limit)}"

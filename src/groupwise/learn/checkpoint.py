@@ -26,14 +26,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from groupwise.disk import cannot_write, free_bytes, sync, write_atomic
+from groupwise.disk import REPLACED, cannot_write, free_bytes, os_error, put_in_place, sync, write_atomic
 from groupwise.errors import RunFolderError
 
 SCHEMA_VERSION = 2
 """1 had no digest of the manifest itself."""
 Tensors = Mapping[str, torch.Tensor]
 _NAME = re.compile(r"step-(\d{8,})")
-_PARTIAL, _REPLACED, _DAMAGED = ".partial", ".replaced", ".damaged"
+_PARTIAL, _DAMAGED = ".partial", ".damaged"
 
 
 class _Damaged(Exception):
@@ -143,7 +143,7 @@ def clear(folder: Path) -> None:
     """Remove what a kill left half-written. Only for the process that holds the run's lock."""
     for path in folder.glob(f"*{_PARTIAL}"):
         shutil.rmtree(path)
-    for path in folder.glob(f"*{_REPLACED}"):
+    for path in folder.glob(f"*{REPLACED}"):
         # Killed between the two renames of a replacement: the old one goes back to its place.
         if path.with_suffix("").exists():
             shutil.rmtree(path)
@@ -181,7 +181,7 @@ def _write(target: Path, step: int, tensors: Mapping[str, Tensors], texts: Mappi
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": files, "aliases": aliases}
         write_atomic(partial / "manifest.json", json.dumps(manifest | {"sha256": _own_digest(manifest)}, indent=1))
-        _put_in_place(partial, target)
+        put_in_place(partial, target)
     except OSError as error:
         raise cannot_write(target, error, needed) from error
     finally:
@@ -193,23 +193,10 @@ def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        # The library hides the system's error number in its sentence.
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
+        if (found := os_error(error, path)) is None:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise found from error
     sync(path)
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    sync(partial)
-    replaced = target.with_name(target.name + _REPLACED)
-    if target.exists():
-        os.replace(target, replaced)
-    os.replace(partial, target)
-    sync(target.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
 
 
 def _unshare(tensors: Tensors) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -19,7 +19,7 @@ from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.run.doctor import examine
 from groupwise.run.evaluate import Evaluation
-from groupwise.run.export import model_card, write_folder
+from groupwise.run.export import DTYPES, exported_dtype, model_card
 from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given
 from groupwise.run.guarded import GuardedEngine
@@ -32,6 +32,7 @@ from groupwise.run.saving import Clock, check_shapes
 from groupwise.run.scoring import as_judged, open_functions, scorer_of
 from groupwise.run.session import Result, run_job
 from groupwise.run.settings import eval_sampling_of
+from groupwise.run.written import Rounding, write_folder
 from groupwise.streams import ERR, output
 from groupwise.types import Completion, Message, Request
 from groupwise.watch.terminal import Mode
@@ -194,18 +195,27 @@ def label(
     )  # fmt: skip
 
 
-def export(run: str | Path, target: str | Path, *, which: str = "latest", trust_remote_code: bool = False) -> Path:
+def export(
+    run: str | Path, target: str | Path, *, which: str = "latest", dtype: str = "auto", trust_remote_code: bool = False
+) -> Path:  # fmt: skip
     """Write a run's weights (`which`: latest, best or base) as a Hugging Face folder and return it.
 
-    Raises GroupwiseError.
+    `dtype` is float32, bfloat16, float16 or auto: that of the base model, unless it would lose much of what training
+    changed, then float32. What it loses is said on standard error and in the folder's README. The folder is read back
+    and compared before it takes its place. Raises GroupwiseError.
     """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"There is no type {dtype!r} to export in: name auto, {', '.join(DTYPES)}.")
     RunFolder.open(Path(run))
-    job, model, saved = _opened(run, (), which, Given(trust_remote_code=trust_remote_code), {})
-    card = model_card(job.model_dump(mode="json"), saved)
-    write_folder(
-        model.loaded.policy.model, model.codec, Path(target), source=model.source, dtype=model.loaded.source_dtype,
-        card=card,
-    )  # fmt: skip
+    job, model, saved = _opened(run, (), which, Given(trust_remote_code=trust_remote_code), {}, load=False)
+    rounding = Rounding(DTYPES.get(dtype, model.loaded.source_dtype))
+    if saved is not None:
+        _load(model, saved, rounding)
+    chosen, lost = exported_dtype(dtype, model.loaded.source_dtype, rounding)
+    if lost:
+        _to_stderr(lost)
+    card = model_card(job.model_dump(mode="json"), saved, lost)
+    write_folder(model.loaded.policy.model, model.codec, Path(target), source=model.source, dtype=chosen, card=card)
     return Path(target)
 
 
@@ -250,10 +260,11 @@ def _hand_over(
 
 
 def _opened(
-    target: str | Path | None, overrides: Sequence[str], which: str, given: Given, named: Mapping[str, Any]
-) -> tuple[Job, Model, Checkpoint | None]:
+    target: str | Path | None, overrides: Sequence[str], which: str, given: Given, named: Mapping[str, Any],
+    *, load: bool = True,
+) -> tuple[Job, Model, Checkpoint | None]:  # fmt: skip
     """A job (None: the embedded one) and its model, with a run's weights where the target is a run, and the checkpoint
-    that they are from."""
+    that they are from; the model is as before training where `load` is false."""
     check_weights(None if target is None else str(target), which)
     in_run = target is not None and Path(target).is_dir()
     folder = RunFolder.open(Path(target or "")) if in_run else RunFolder(Path(target or ""))
@@ -264,19 +275,21 @@ def _opened(
         if saved is None:
             raise RunFolderError(f"{target} has no checkpoint yet. Its model before training is --which base.")
     model = open_model(job, given, _to_stderr, training=False)
-    if saved is not None:
+    if saved is not None and load:
         _load(model, saved)
     return job, model, saved
 
 
 @torch.no_grad()
-def _load(model: Model, saved: Checkpoint) -> None:
+def _load(model: Model, saved: Checkpoint, rounding: Rounding | None = None) -> None:
     found = saved.tensors("model")
     # Parameters that the class never trains are not in a checkpoint: they stay as the base model has them.
     own: dict[str, torch.Tensor] = {n: p for n, p in model.loaded.policy.model.named_parameters() if p.requires_grad}
     own |= {name: buffer for name, buffer in model.loaded.policy.model.named_buffers() if name in found}
     check_shapes(own, found, saved)
     for name, tensor in found.items():
+        if rounding is not None:
+            rounding.add(own[name], tensor)
         own[name].copy_(tensor)
 
 

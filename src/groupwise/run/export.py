@@ -4,80 +4,42 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
-from groupwise.disk import cannot_write
-from groupwise.errors import RunFolderError
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.learn.reward_learner import RewardLearner
-from groupwise.models.codec import Codec
+from groupwise.models.load import quiet_transformers
 from groupwise.models.tokenizer_files import looks_local
+from groupwise.run.written import Rounding, write_folder
 
-GENERATION = "generation_config.json"
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
 
 
-def write_folder(
-    model: PreTrainedModel, codec: Codec, target: Path, *, source: str, dtype: torch.dtype, card: str
-) -> None:
-    """Write a model as a Hugging Face folder, in the data type that its source was stored in; the model is cast to it.
+def exported_dtype(asked: str, source: torch.dtype, rounding: Rounding) -> tuple[torch.dtype, str]:
+    """The type to export in, and a sentence on what rounding to it loses, empty where nothing.
 
-    Tokenizer files and the generation config are copied as they came. Raises RunFolderError where `target` is not an
-    empty or new folder, or cannot be written.
+    `auto` is the source's, unless that would lose much of what training changed: then float32. `rounding` is that of
+    the type that is asked for, of the source's for `auto`.
     """
-    try:
-        if target.exists() and any(target.iterdir()):
-            raise RunFolderError(f"{target} is not empty. Choose another folder to export to.")
-        target.mkdir(parents=True, exist_ok=True)
-        _write(model, target, dtype)
-        if (Path(source) / GENERATION).is_file():
-            shutil.copyfile(Path(source) / GENERATION, target / GENERATION)
-        codec.save(target)
-        (target / "README.md").write_text(card, encoding="utf-8")
-    except OSError as error:
-        raise cannot_write(target, error) from error
-    except SafetensorError as error:
-        raise RunFolderError(f"Cannot write the weights into {target}: {error}") from error
+    chosen = source if asked == "auto" else DTYPES[asked]
+    if chosen == torch.float32 or rounding.share is None:
+        return chosen, ""
+    name = str(chosen).removeprefix("torch.")
+    keeps = f"{rounding.share:.0%} of what training changed in the weights"
+    if asked == "auto" and not rounding.keeps_most:
+        return torch.float32, f"exported in float32: {name}, in which the base model is stored, would keep {keeps}"
+    return chosen, f"{name} keeps {keeps}" + ("" if rounding.keeps_most else "; float32 keeps all of it")
 
 
-def _write(model: PreTrainedModel, target: Path, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    model.save_pretrained(target)
-    path = target / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    name = str(dtype).removeprefix("torch.")
-    config |= older_rope_keys(config) | {"dtype": name, "torch_dtype": name}
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def older_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys by which transformers before 5 reads what `rope_parameters` says; without them it takes its default."""
-    parameters = config.get("rope_parameters")
-    if not parameters:
-        return {}
-    by_type = {k: v for k, v in parameters.items() if isinstance(v, dict)}
-    main = by_type.get("full_attention", next(iter(by_type.values()))) if by_type else parameters
-    keys: dict[str, Any] = {}
-    if "rope_theta" in main:
-        keys["rope_theta"] = main["rope_theta"]
-    if "rope_theta" in by_type.get("sliding_attention", {}):
-        keys["rope_local_base_freq"] = by_type["sliding_attention"]["rope_theta"]
-    if main.get("rope_type", "default") != "default":
-        keys["rope_scaling"] = {k: v for k, v in main.items() if k != "rope_theta"}
-    return keys
-
-
-def model_card(job: Mapping[str, Any], saved: Checkpoint | None) -> str:
-    """The README of an exported model: base, data, job and result. Without a checkpoint it is the base itself."""
+def model_card(job: Mapping[str, Any], saved: Checkpoint | None, lost: str = "") -> str:
+    """The README of an exported model: base, data, job and result, and what rounding lost. Without a checkpoint it is
+    the base itself."""
     base, data, preset = job["model"]["path"], job["data"]["path"], job["objective"]["preset"]
     rewards = ", ".join(f"`{name}`" for name in job["reward"]["functions"])
     header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [grpo, groupwise]"]
@@ -87,7 +49,8 @@ def model_card(job: Mapping[str, Any], saved: Checkpoint | None) -> str:
     return "\n".join([
         "---", *header, "---", "", f"# {Path(base).name}, trained by GRPO", "",
         f"Trained with groupwise from `{base}` on `{data}`: {steps} steps, objective `{preset}`, rewards {rewards}.",
-        "", *_found(saved), "## Job", "", "```json", json.dumps(job, indent=2, ensure_ascii=False), "```", "",
+        "", *_found(saved), *([f"Weights: {lost}.", ""] if lost else []),
+        "## Job", "", "```json", json.dumps(job, indent=2, ensure_ascii=False), "```", "",
     ])  # fmt: skip
 
 
@@ -111,17 +74,36 @@ def _found(saved: Checkpoint | None) -> list[str]:
 def save_reward_model(learner: RewardLearner, target: Path, card: str = "") -> None:
     """Write a learner's reward model as a Hugging Face folder, with tokenizer and separator; an older one is replaced.
 
-    Raises RunFolderError where it cannot be written.
+    It is in the type of its source, unless that would lose much of what training changed: then in float32. Raises
+    RunFolderError where it cannot be written, and ModelError where it is not read back as it is.
     """
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    whole = copy.deepcopy(learner.model.model).float()  # the one that trains stays as it is
+    model = learner.model
+    dtype = model.stored_dtype if _keeps_most(learner) else torch.float32
+    whole = copy.deepcopy(model.model).float()  # the one that trains stays as it is
     own: dict[str, torch.Tensor] = dict(whole.named_parameters()) | dict(whole.named_buffers())
     with torch.no_grad():
         for name, tensor in (learner.optimizer.frozen | learner.masters()).items():
             own[name].copy_(tensor)
+    write_folder(
+        whole, model.codec, target, source=model.source, dtype=dtype, card=card, also=model.write_card, replace=True
+    )
+
+
+def _keeps_most(learner: RewardLearner) -> bool:
+    """Whether the type that a reward model's source was stored in has room for what training changed."""
     model = learner.model
-    write_folder(whole, model.codec, partial, source=model.source, dtype=model.stored_dtype, card=card)
-    model.write_card(partial)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    if model.stored_dtype == torch.float32:
+        return True
+    rounding, masters = Rounding(model.stored_dtype), learner.masters()
+    try:
+        with quiet_transformers():
+            loaded: Any = type(model.model).from_pretrained(
+                model.source, config=model.model.config, dtype=torch.float32, output_loading_info=True
+            )
+    except OSError:
+        return False  # the source has gone since: float32 loses nothing
+    source, report = loaded
+    for name, before in source.named_parameters():
+        if name in masters and name not in report["missing_keys"]:
+            rounding.add(before.detach(), masters[name])
+    return rounding.keeps_most
