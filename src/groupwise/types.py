@@ -32,6 +32,13 @@ class Prompt:
         """Whether `content` is a list of messages."""
         return not isinstance(self.content, str)
 
+    @property
+    def asked(self) -> str:
+        """What is asked, for people: the text, or that of the last message."""
+        if isinstance(self.content, str):
+            return self.content
+        return str(self.content[-1].get("content") or "") if self.content else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:

@@ -71,8 +71,16 @@ def test_the_reward_rises(world: World) -> None:
 
 def test_a_log_file_gets_plain_lines_and_nothing_else(world: World) -> None:
     assert world.ended.stderr == ""
-    first, *lines, last = world.ended.stdout.splitlines()
-    assert first.startswith("Qwen3ForCausalLM, ")
+    *before, begin = (line for line in world.ended.stdout.splitlines()[:4])
+    assert before[0] == "loading model"
+    assert before[1].startswith("Qwen3ForCausalLM, ")
+    assert before[2] == "answering 8 held-out prompts before the first step"
+    assert begin.startswith("eval at step 0: ")
+    _, *lines, following, last = world.ended.stdout.splitlines()[2:]
+    lines.remove("sampling the outputs of the first step")
+    assert following == (
+        'what next: groupwise sample runs/mine "TEXT" · groupwise eval runs/mine · groupwise export runs/mine DIR'
+    )
     assert all(line.startswith(("step ", "eval at step ")) for line in lines)
     assert len(lines) == STEPS + 3
     result = json.loads((world.run / "result.json").read_text())
@@ -188,7 +196,7 @@ def test_a_float32_model_is_exported_to_the_bit(world: World, tmp_path: Path) ->
 def test_sample_continues_a_prompt(world: World) -> None:
     ended = call("sample", "runs/mine", "bb")
     assert (ended.status, ended.out.count("a") > 6) == (0, True), ended
-    assert ended.err.startswith("Qwen3ForCausalLM"), "what the output is not goes beside it"
+    assert ended.err.startswith("loading model\nQwen3ForCausalLM"), "what the output is not goes beside it"
     drawn = [call("sample", "runs/mine", "bb", "-n", "4", "--temperature", "1", "--seed", seed).out for seed in "112"]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0].count("\n---\n") == 3

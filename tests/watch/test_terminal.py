@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from groupwise.streams import OUT, Output
-from groupwise.watch.panel import Progress, draw_svg, panel
+from groupwise.watch.panel import JUDGE_LEGEND, LEGEND, Progress, Sample, draw_svg, panel
 from groupwise.watch.terminal import JsonLines, LivePanel, Mode, Plain, Quiet, eval_table, make_terminal
 
 EVENT = {
@@ -74,7 +74,7 @@ def seen(*events: dict[str, Any], sample: str = "") -> Progress:
     progress = Progress(120, "demo")
     for event in events:
         progress.take(event)
-    progress.sample = (sample, 1.0) if sample else None
+    progress.sample = Sample("12+34=?", sample, 1.0) if sample else None
     return progress
 
 
@@ -86,7 +86,8 @@ def test_the_panel_shows_what_matters() -> None:
         assert shown in picture
     assert "held out  0.750  accuracy, from 0.270 · step 42" in picture
     assert "█ sample 55%  ▓ reward 5%  ▒ update 30%  ░ other 10%  of 2.0 s" in picture
-    assert "sample    1.00  12+34=46 ↵ 46" in picture
+    assert "question  12+34=?" in picture
+    assert "answer    1.00  12+34=46 ↵ 46" in picture
 
 
 @pytest.mark.parametrize("width", [20, 30, 50, 80, 100])
@@ -256,12 +257,14 @@ def test_an_evaluation_is_a_table_with_its_intervals() -> None:
 
 
 def test_the_picture_is_an_svg_that_fetches_nothing() -> None:
-    picture = draw_svg([BASELINE, EVENT], total_steps=120, title="demo", sample="12+34=46")
+    picture = draw_svg([BASELINE, EVENT], total_steps=120, title="demo", sample=Sample("12+34=?", "12+34=46", 1.0))
     assert picture.startswith("<svg")
     assert "12+34=46" in picture
     assert 'url("' not in picture
     assert "@font-face" not in picture
-    assert picture == draw_svg([BASELINE, EVENT], total_steps=120, title="demo", sample="12+34=46")
+    assert picture == draw_svg(
+        [BASELINE, EVENT], total_steps=120, title="demo", sample=Sample("12+34=?", "12+34=46", 1.0)
+    )
 
 
 def test_steps_are_told_where_they_are_scored() -> None:
@@ -270,8 +273,8 @@ def test_steps_are_told_where_they_are_scored() -> None:
     [without] = capture_plain(EVENT)
     assert "steps" not in without
     picture = drawn(seen(STEPWISE))
-    assert "steps     0.613  mean of 3.04 per output, first right 48%" in picture
-    assert "per output" not in drawn(seen(EVENT))
+    assert "steps     0.613  3.04 an output, first right 48%" in picture
+    assert "an output" not in drawn(seen(EVENT))
 
 
 def capture_plain(event: dict[str, Any]) -> list[str]:
@@ -309,7 +312,7 @@ def test_the_panel_keeps_the_steps_own_numbers_beside_a_round() -> None:
     assert after.rewards == before.rewards
     assert after.evals == before.evals, "they are the verifier's, the round's are the reward model's"
     picture = drawn(after)
-    assert "judge     0.834  after round 2, above the verifier by 0.0625" in picture
+    assert "judge     0.834  round 2, above the verifier by 0.0625" in picture
     assert "judge" not in drawn(before)
     assert "█ sample 55%" in picture
 
@@ -333,3 +336,70 @@ def test_a_reward_models_training_has_lines_of_its_own(capsys: pytest.CaptureFix
     inside = EVENT | {"reward_model/loss": 0.5}
     terminal.write(inside)
     assert "reward  0.797" in capsys.readouterr().out, "inside a policy's run the step is the policy's"
+
+
+def test_at_sixty_columns_nothing_is_cut() -> None:
+    """Whatever a run can show is there, the phases in two lines; of the rewards the last ones."""
+    progress = seen(BASELINE, *[STEPWISE | {"step": step} for step in range(1, 60)], ROUND, sample="46")
+    progress.take(STEPWISE | {"step": 60, "reward": 2.0, "reward_model/gap": 0.0625, "eval/accuracy": 0.75})
+    picture = drawn(progress, 60)
+    assert {len(line) for line in picture.splitlines()} == {60}
+    assert "…" not in picture
+    for shown in ("░ other 10%", "of 2.0 s", "no spread 52%", "above the verifier by 0.0625", "first right 48%", "▁█"):
+        assert shown in picture
+
+
+def test_what_goes_on_before_the_first_step_stands_in_the_panel() -> None:
+    screen = Screen()
+    terminal = live(screen)
+    terminal.say("loading a/model")
+    before = screen.getvalue()[screen.getvalue().rindex("╭") :]
+    assert re.search(r"now +loading a/model", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", before))
+    terminal.write(EVENT)
+    after = screen.getvalue()[screen.getvalue().rindex("╭") :]
+    assert "now" not in after
+    assert "length" in after
+    terminal.close()
+
+
+def test_the_words_of_the_panel_are_told_once() -> None:
+    """Each name that stands before a number is in the legend, or says itself."""
+    screen = Screen()
+    terminal = live(screen, history=[BASELINE])
+    for _ in range(2):
+        terminal.write(EVENT | {"eval/accuracy": 0.75})
+    terminal.close()
+    said = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).split())
+    assert said.count(LEGEND) == 1
+    for word in ("reward", "held out", "length", "cut off", "KL", "clipped", "entropy", "grad norm", "no spread"):
+        assert word in LEGEND
+    screen = Screen()
+    live(screen, history=[{"step": 0, "reward_model/eval/accuracy": 0.5}]).close()
+    assert JUDGE_LEGEND[:40] in screen.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_a_panel_that_was_resized_is_drawn_anew(width: int) -> None:
+    """The terminal has wrapped the lines of the old width: its screen is cleared, once, before the next drawing."""
+    screen = Screen()
+    console = Console(file=screen, width=80)
+    terminal = make_terminal("auto", total_steps=120, title="demo", console=console)
+    terminal.write(EVENT)
+    assert "\x1b[2J" not in screen.getvalue()
+    console.width = width
+    terminal.write(EVENT)
+    terminal.write(EVENT)
+    terminal.close("the end")
+    assert screen.getvalue().count("\x1b[2J") == 1
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()[screen.getvalue().rindex("╭") :])
+    assert len(last.splitlines()[0].rstrip()) == min(width, 100)
+
+
+@pytest.mark.parametrize("mode, lines", [("plain", ["what next: eval", "the end"]), ("quiet", ["the end"])])
+def test_what_could_be_done_next_stands_before_the_last_line(
+    mode: Mode, lines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = make_terminal(mode, total_steps=120, title="demo")
+    terminal.close("the end", "what next: eval")
+    terminal.close()
+    assert capsys.readouterr().out.splitlines() == lines

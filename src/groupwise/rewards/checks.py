@@ -37,10 +37,8 @@ def check_values(name: str, groups: Sequence[Group], values: Sequence[Number]) -
 
 def show_output(group: Group, index: int) -> str:
     """An output and its prompt in two shortened lines, for a message."""
-    content = group.prompt.content
-    text = content if isinstance(content, str) else str(content[-1].get("content", "")) if content else ""
     return (
-        f"prompt {group.prompt.prompt_id}: {shorten(text)}\n"
+        f"prompt {group.prompt.prompt_id}: {shorten(group.prompt.asked)}\n"
         f"output {index + 1} of {len(group.completions)}: {shorten(group.completions[index].text)}"
     )
 

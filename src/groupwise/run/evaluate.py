@@ -59,6 +59,7 @@ class Evaluation:
 
     def baseline(self, watch: Watch, step: int) -> None:
         """See `Evaluator`."""
+        watch.terminal.say(f"answering {len(self.prompts)} held-out prompts before the first step")
         with watch.step(step) as record:
             self.run(record)
 

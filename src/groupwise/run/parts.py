@@ -83,6 +83,7 @@ def open_model(job: Job, given: Given, say: Callable[[str], None], *, training: 
     if training:
         check_memory(job, source, given.trust_remote_code)
     keep_freed_memory(choose_device(section.device))
+    say(f"loading {source}")
     loaded = load_policy(
         source, revision=section.revision, device=section.device, dtype=section.dtype, layout=section.layout,
         gradient_checkpointing=memory_settings(job)[1] and training, trust_remote_code=given.trust_remote_code,

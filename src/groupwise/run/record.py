@@ -64,7 +64,8 @@ class Watch:
         if self.rollouts is not None:
             self.rollouts.write(record.step, scored, credit, record.extras)
         if scored:
-            self.terminal.sample(scored[0].group.completions[0].text, scored[0].scores[0].reward)
+            group, score = scored[0].group, scored[0].scores[0]
+            self.terminal.sample(group.completions[0].text, score.reward, group.prompt.asked)
 
     def carry(self, metrics: Mapping[str, Any]) -> None:
         """Put into the next event what happened between two steps."""

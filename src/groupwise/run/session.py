@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from groupwise import __version__
-from groupwise.config import Job
+from groupwise.config import BUILTIN, Job
 from groupwise.errors import GroupwiseError
 from groupwise.jobfile import to_toml
 from groupwise.learn import checkpoint
@@ -70,7 +70,7 @@ def run_job(job: Job, folder: RunFolder, given: Given, show: Mode, clock: Clock,
         for warning in start.warnings:
             terminal.warn(warning)
         result = _run(job, folder, given, terminal, clock, start)
-        terminal.close(_closing_line(result, total_steps(job)))
+        terminal.close(_closing_line(result, total_steps(job)), _next_steps(job, result))
         return with_lost_output(result, folder, terminal)
     finally:
         terminal.close()
@@ -102,6 +102,8 @@ def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: C
                     # Only now is it a run: killed before, it must not be resumed from the base model.
                     saver.save(parts.progress.step)
                     folder.write_job(saver.job)
+                if start.saved is None:
+                    terminal.say("sampling the outputs of the first step")
                 loop.train(parts)
         except Exception as error:  # a boundary: whatever ends a run, its last whole step is saved first
             _rescue(saver, error)
@@ -185,6 +187,17 @@ def _rescue(saver: Saver, error: Exception) -> None:
         saver.rescue()
     except GroupwiseError as other:
         error.add_note(f"The last step could not be saved: {other}")
+
+
+def _next_steps(job: Job, result: Result) -> str | None:
+    """What can be done with a run that is over, as commands; None where it goes on first."""
+    if result.stopped_by is not None:
+        return None
+    held_out = "" if job.eval.data is not None or job.data.path == BUILTIN else " --data heldout.jsonl"
+    return (
+        f'what next: groupwise sample {result.run} "TEXT" · groupwise eval {result.run}{held_out} · '
+        f"groupwise export {result.run} DIR"
+    )
 
 
 def _way_on(folder: RunFolder, saved_step: int) -> str:

@@ -49,6 +49,23 @@ _PHASES = (
 _OTHER = _Phase("other", "░", "bright_black")
 
 
+class Sample(NamedTuple):
+    """One output, what it answers, and its reward."""
+
+    question: str
+    answer: str
+    reward: float | None
+
+
+LEGEND = (
+    "reward ± its spread within a group · held out: on questions that are not trained on · length: tokens of an output "
+    "· cut off: at the length limit · KL: distance from the reference · clipped: tokens at the clip bound · entropy: "
+    "of the next token · grad norm: before it is limited · no spread: groups of equal rewards, which teach nothing"
+)
+"""What the words of the panel mean; `docs/metrics.md` has all of them."""
+JUDGE_LEGEND = "accuracy: outputs, pairs or steps that are judged right · held out: on examples that are not trained on"
+
+
 @dataclass
 class Progress:
     """What the events of a run have said so far. `latest` holds the newest value of every metric."""
@@ -61,13 +78,15 @@ class Progress:
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     evals: list[tuple[int, float]] = field(default_factory=list)
     verdict: str | None = None
-    sample: tuple[str, float | None] | None = None
+    sample: Sample | None = None
+    doing: str = ""
+    """What goes on before the next event: loading a model and the first step may take minutes."""
     judge: dict[str, Any] = field(default_factory=dict)
     """The latest round of the reward model that the run trains."""
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Add one event."""
-        self.step = event["step"]
+        self.step, self.doing = event["step"], ""
         if is_round(event):
             self.judge |= event
             return
@@ -95,10 +114,13 @@ class Progress:
 def panel(progress: Progress, elapsed: float, width: int, *, coloured: bool = True) -> Panel:
     """Draw a run, for a terminal `width` columns wide, `elapsed` seconds after its start."""
     inside = max(width - 6, 20)
-    rows: list[RenderableType] = [_bar(progress, inside), "", *_headline(progress, inside), "", _grid(progress, inside)]
+    rows: list[RenderableType] = [_bar(progress, inside)]
+    waiting = progress.doing and progress.step < progress.total_steps
+    rows += ["", _in_two_lines(("now       ", "dim"), (progress.doing, ""), inside)] if waiting else []
+    rows += ["", *_headline(progress, inside), "", _grid(progress, inside)] if progress.latest or not waiting else []
     phases = _phases(progress.latest, inside, coloured)
     rows += ["", phases] if phases else []
-    rows += ["", _sample(*progress.sample, inside)] if progress.sample else []
+    rows += ["", *_sample(progress.sample, inside)] if progress.sample else []
     rows += ["", Text(progress.verdict, style="yellow")] if progress.verdict else []
     return Panel(
         Group(*rows),
@@ -138,7 +160,8 @@ def _headline(progress: Progress, width: int) -> list[Text]:
     else:
         line = Text.assemble(("reward    ", "dim"), (f"{number(latest.get('reward')):<7}", "bold green"))
         line.append(f"± {number(latest.get('reward_std')):<7}", style="dim")
-    line.append(sparkline(list(progress.rewards)), style="green")
+    shown = list(progress.rewards)[-max(width - line.cell_len, 1) :]
+    line.append(sparkline(shown), style="green")
     lines = [line, *_steps(latest), *_held_out(progress), *_judge(progress)]
     for each in lines:
         each.truncate(width, overflow="ellipsis")
@@ -151,7 +174,7 @@ def _steps(latest: Mapping[str, Any]) -> list[Text]:
         return []
     line = Text.assemble(("steps     ", "dim"), (f"{number(latest['step_reward']):<7}", "bold green"))
     first = percent(latest.get("steps/first_right"))
-    line.append(f"mean of {number(latest.get('steps/per_output'))} per output, first right {first}", style="dim")
+    line.append(f"{number(latest.get('steps/per_output'))} an output, first right {first}", style="dim")
     return [line]
 
 
@@ -163,7 +186,7 @@ def _judge(progress: Progress) -> list[Text]:
     return [
         Text.assemble(
             ("judge     ", "dim"), (f"{number(accuracy):<7}", "bold green"),
-            (f"after round {int(progress.judge[ROUND])}, above the verifier by {number(gap)}", "dim"),
+            (f"round {int(progress.judge[ROUND])}, above the verifier by {number(gap)}", "dim"),
         )
     ]  # fmt: skip
 
@@ -211,35 +234,48 @@ def _phases(latest: Mapping[str, Any], width: int, coloured: bool) -> Group | No
     parts = [(phase, sum(latest.get(name) or 0.0 for name in phase.metrics)) for phase in _PHASES]
     parts.append((_OTHER, max(total - sum(seconds for _, seconds in parts), 0.0)))
     whole = sum(seconds for _, seconds in parts)
-    bar, legend, before = Text(), Text("time      ", style="dim"), 0.0
+    bar, legend, before = Text(), [Text("time      ", style="dim")], 0.0
     for phase, seconds in parts:
         # Rounding the ends instead of the lengths makes the blocks fill the width exactly.
         length = round((before + seconds) / whole * width) - round(before / whole * width)
         block = "━" if coloured else phase.block
         bar.append(block * length, style=phase.colour)
-        legend.append(block, style=phase.colour).append(f" {phase.name} {seconds / whole:.0%}  ")
+        _add(legend, Text.assemble((block, phase.colour), f" {phase.name} {seconds / whole:.0%}  "), width)
         before += seconds
-    legend.append(f"of {duration(total)}", style="dim")
-    legend.truncate(width, overflow="ellipsis")
-    return Group(bar, legend)
+    _add(legend, Text(f"of {duration(total)}", style="dim"), width)
+    return Group(bar, *legend)
 
 
-def _sample(text: str, reward: float | None, width: int) -> Text:
-    """One output after its reward, in two lines at most."""
-    earned = "" if reward is None else f"{number(reward)}  "
-    line = Text.assemble(("sample    ", "dim"), (earned, "bold green"), (one_line(text), "italic"))
+def _add(lines: list[Text], text: Text, width: int) -> None:
+    """Add a piece to the last line, or begin another where it would not fit; a piece that never fits is cut."""
+    if lines[-1].cell_len + len(text.plain.rstrip()) > width:
+        lines.append(Text(" " * 10))
+    lines[-1].append_text(text)
+    lines[-1].truncate(width, overflow="ellipsis")
+
+
+def _sample(sample: Sample, width: int) -> list[Text]:
+    """One question and its answer after its reward, two lines each at most."""
+    earned = "" if sample.reward is None else f"{number(sample.reward)}  "
+    lines = [_in_two_lines(("question  ", "dim"), (one_line(sample.question), ""), width)] if sample.question else []
+    answer = _in_two_lines(("answer    ", "dim"), (earned, "bold green"), width, (one_line(sample.answer), "italic"))
+    return [*lines, answer]
+
+
+def _in_two_lines(name: tuple[str, str], text: tuple[str, str], width: int, more: tuple[str, str] = ("", "")) -> Text:
+    line = Text.assemble(name, text, more)
     line.truncate(2 * width - 10, overflow="ellipsis")
     return line
 
 
-def draw_svg(events: Iterable[Mapping[str, Any]], *, total_steps: int, title: str, sample: str = "") -> str:
+def draw_svg(events: Iterable[Mapping[str, Any]], *, total_steps: int, title: str, sample: Sample | None = None) -> str:
     """A run's terminal as an SVG picture, from its events alone: what a terminal of 80 columns would show."""
     progress = Progress(total_steps, title)
     elapsed = 0.0
     for event in events:
         progress.take(event)
         elapsed += event.get("time/step") or 0.0
-    progress.sample = (sample, None) if sample else None
+    progress.sample = sample
     console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(panel(progress, elapsed, 80))
     # Without the font that rich would fetch from elsewhere: the picture shows in the reader's own monospace.

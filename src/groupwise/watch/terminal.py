@@ -14,7 +14,7 @@ from rich.text import Text
 
 from groupwise.streams import ERR, OUT, Output, output
 from groupwise.watch.events import encode
-from groupwise.watch.panel import Progress, panel
+from groupwise.watch.panel import JUDGE_LEGEND, LEGEND, Progress, Sample, panel
 from groupwise.watch.words import ROUND, duration, is_round, is_step, number, of_reward_model, percent, why
 
 Mode = Literal["auto", "plain", "quiet", "json"]
@@ -39,11 +39,14 @@ class Terminal(Protocol):
     def warn(self, message: str) -> None:
         """Show a sentence that wants attention."""
 
-    def sample(self, text: str, reward: float | None = None) -> None:
-        """Show one output of the step, shortened, with its reward."""
+    def sample(self, text: str, reward: float | None = None, question: str = "") -> None:
+        """Show one output of the step, shortened, with its reward and what it answers."""
 
-    def close(self, message: str | None = None) -> None:
-        """Leave the terminal as it was found; `message` is the last line of all. Calling it twice is fine."""
+    def close(self, message: str | None = None, advice: str | None = None) -> None:
+        """Leave the terminal as it was found; `message` is the last line of all, `advice` what could be done next.
+
+        Calling it twice is fine.
+        """
 
 
 def make_terminal(
@@ -145,13 +148,14 @@ class Plain(_Streams):
         if not self._put_warning(message):
             self._out.put(f"warning: {message}")
 
-    def sample(self, text: str, reward: float | None = None) -> None:
+    def sample(self, text: str, reward: float | None = None, question: str = "") -> None:
         """Samples are left to `rollouts.jsonl`: lines stay one per step."""
 
-    def close(self, message: str | None = None) -> None:
-        """Write the last line."""
-        if message is not None:
-            self.say(message)
+    def close(self, message: str | None = None, advice: str | None = None) -> None:
+        """Write what could be done next, and the last line."""
+        for line in (advice, message):
+            if line is not None:
+                self.say(line)
 
 
 class Quiet(Plain):
@@ -170,7 +174,7 @@ class Quiet(Plain):
         """Remember a sentence: the last one is shown at the end."""
         self._last = message
 
-    def close(self, message: str | None = None) -> None:
+    def close(self, message: str | None = None, advice: str | None = None) -> None:
         """Write the last line, once."""
         super().close(message)
         if self._last is not None:
@@ -192,10 +196,10 @@ class JsonLines(_Streams):
         """Write a warning to standard error."""
         self._put_warning(message)
 
-    def sample(self, text: str, reward: float | None = None) -> None:
+    def sample(self, text: str, reward: float | None = None, question: str = "") -> None:
         """Samples are in `rollouts.jsonl`."""
 
-    def close(self, message: str | None = None) -> None:
+    def close(self, message: str | None = None, advice: str | None = None) -> None:
         """Nothing is held."""
 
     def _spare(self) -> None:
@@ -217,8 +221,15 @@ class LivePanel(_Streams):
         self._start = time.monotonic()
         # The panel is drawn once a second from a thread of rich's, so that the clock shows that the run is alive.
         self._lock = threading.Lock()
-        self._live = Live(console=console, get_renderable=self._draw, refresh_per_second=1)
-        self._live.start()
+        self._width = console.width
+        self._live = self._begin()
+        judge = of_reward_model(self._progress.latest)
+        self._console.print(Text(JUDGE_LEGEND if judge else LEGEND, style="dim"))
+
+    def _begin(self) -> Live:
+        live = Live(console=self._console, get_renderable=self._draw, refresh_per_second=1)
+        live.start()
+        return live
 
     def _draw(self) -> RenderableType:
         coloured = self._console.color_system is not None and not self._console.no_color
@@ -230,12 +241,23 @@ class LivePanel(_Streams):
         """Add one event to the picture."""
         with self._lock:
             self._progress.take(event)
+        if self._console.width != self._width:
+            # Lines of another width were wrapped anew, so that the cursor is not where the panel was left.
+            self._width = self._console.width
+            self._live.stop()
+            self._console.clear()
+            self._live = self._begin()
         self._live.refresh()
         self._tell()
 
     def say(self, message: str) -> None:
-        """Print a sentence above the panel, or below it once the panel is closed."""
+        """Print a sentence above the panel, or below it once the panel is closed; until the next event it stands in the
+        panel too, as what goes on."""
+        with self._lock:
+            self._progress.doing = message
         self._print(Text(message))
+        if self._live.is_started:
+            self._live.refresh()
 
     def warn(self, message: str) -> None:
         """Print a warning above the panel."""
@@ -247,16 +269,17 @@ class LivePanel(_Streams):
         if self._out.lost is not None:
             self._err.put(text.plain)
 
-    def sample(self, text: str, reward: float | None = None) -> None:
+    def sample(self, text: str, reward: float | None = None, question: str = "") -> None:
         """Show an output in the panel, from its next drawing on."""
         with self._lock:
-            self._progress.sample = (text, reward)
+            self._progress.sample = Sample(question, text, reward)
 
-    def close(self, message: str | None = None) -> None:
-        """Draw the panel a last time and leave it standing, `message` below it. Calling it twice is fine."""
+    def close(self, message: str | None = None, advice: str | None = None) -> None:
+        """Draw the panel a last time and leave it standing, the last lines below it. Calling it twice is fine."""
         self._live.stop()
-        if message is not None:
-            self.say(message)
+        for line in (advice, message):
+            if line is not None:
+                self.say(line)
 
 
 def step_line(event: Mapping[str, Any], total_steps: int) -> str:
