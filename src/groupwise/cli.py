@@ -13,7 +13,7 @@ import typer
 
 from groupwise import __version__
 from groupwise.errors import ConfigError, GroupwiseError
-from groupwise.jobfile import json_schema, load_job, template
+from groupwise.jobfile import at_home, json_schema, load_job, read_once, template
 from groupwise.jobfile import show as show_job
 from groupwise.jobfile.reward_model import is_reward_model_run, load_reward_job
 from groupwise.run import inputs
@@ -30,9 +30,16 @@ app = typer.Typer(
 reward_models = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Reward models: train one.")
 app.add_typer(reward_models, name="reward-model")
 
-JobFile = Annotated[str | None, typer.Argument(metavar="JOB", help="A job file or a recipe's name.")]
-Target = Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder, a job file or a recipe's name.")]
-RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="The run folder.")]
+JobFile = Annotated[
+    str | None, typer.Argument(metavar="JOB", help="A job file or a recipe's name.", callback=read_once)
+]
+Target = Annotated[
+    str, typer.Argument(metavar="RUN|JOB", help="A run folder, a job file or a recipe's name.", callback=read_once)
+]
+AnyJob = Annotated[
+    str | None, typer.Argument(metavar="RUN|JOB", help="A run, a job file or a recipe's name.", callback=read_once)
+]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="The run folder.", callback=at_home)]
 Model = Annotated[str | None, typer.Option(metavar="DIR|ID", help="A Hugging Face folder or hub id.")]
 Data = Annotated[
     str | None,
@@ -154,7 +161,7 @@ def sample(
 
 @app.command()
 def label(
-    target: Annotated[str | None, typer.Argument(metavar="RUN|JOB", help="A run, a job or a recipe's name.")] = None,
+    target: AnyJob = None,
     output: Annotated[str, typer.Option(metavar="FILE.jsonl", help="Where to write; goes on with what is there.")] = "",
     model: Model = None, data: Data = None, reward: Rewards = None,
     n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Continuations from the end of each step.")] = 8,
@@ -198,7 +205,7 @@ def export(
 
 @app.command()
 def show(
-    job: Annotated[str | None, typer.Argument(metavar="RUN|JOB", help="A run, a job file or a recipe's name.")] = None,
+    job: AnyJob = None,
     model: Model = None, data: Data = None, reward: Rewards = None,
     step_reward: StepRewards = None, eval_data: EvalData = None, run: Run = None, set_: Sets = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of job files instead.")] = False,
@@ -236,7 +243,7 @@ def doctor(
 
 @app.command()
 def plan(
-    job: Annotated[str | None, typer.Argument(metavar="RUN|JOB", help="A run, a job file or a recipe's name.")] = None,
+    job: AnyJob = None,
     model: Model = None, data: Data = None, reward: Rewards = None,
     step_reward: StepRewards = None, eval_data: EvalData = None, run: Run = None, set_: Sets = None,
     json_: JsonResult = False, trust_remote_code: Trust = False,
@@ -301,7 +308,7 @@ def _options(
 ) -> dict[str, Any]:  # fmt: skip
     """What commands have in common, as `load_job` and `groupwise.run.api` take it: None was not given."""
     given = {"model": model, "data": data, "reward": reward or None, "step_reward": step_reward or None}
-    return given | {"eval_data": eval_data} | ({"run": run} if run else {})
+    return given | {"eval_data": eval_data} | ({} if run is None else {"run": run})
 
 
 def _mode(quiet: bool, json_: bool) -> Mode:

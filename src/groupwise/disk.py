@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import stat
 from pathlib import Path
 
 from groupwise.errors import RunFolderError
@@ -66,6 +67,20 @@ def os_error(error: Exception, path: Path) -> OSError | None:
     """The system's error that a library, as those written in Rust, has only in its sentence; None where it has none."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None
+
+
+def fixed(path: str) -> str:
+    """A path that is there as an absolute one, wherever a reward may take this process; anything else as it is."""
+    return str(Path(path).absolute()) if path and Path(path).exists() else path
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether a path is a pipe, a socket or a device: what is read from it is gone."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def free_bytes(path: Path) -> int:

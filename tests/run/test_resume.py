@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_passed_over(bench: Path) -> None:
     (newest / "model.safetensors").write_bytes(weights)
     command = resume(bench, "damaged")
     command.end()
-    assert f"warning: checkpoint damaged/checkpoints/{newest.name} cannot be used" in command.error
+    assert f"/damaged/checkpoints/{newest.name} cannot be used" in command.error
     assert "step-00000005 is used instead" in command.error
     shutil.rmtree(newest.with_name(newest.name + ".damaged"))
     assert_same_run(run, bench / "whole")

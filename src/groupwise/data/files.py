@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from groupwise.config import DataSection
+from groupwise.disk import is_stream
 from groupwise.errors import DataError
 from groupwise.models.codec import Codec
 from groupwise.models.hub import silence
@@ -85,6 +86,11 @@ def read_rows(
     damaged, or empty.
     """
     file = Path(path)
+    if is_stream(file):
+        raise DataError(
+            f"{path} is a pipe or a device, which can be read only once, and a run reads its data again when it is "
+            "resumed, evaluated or labelled. Write the rows into a file, and name that."
+        )
     if file.is_file() or file.suffix.lower() in READERS:
         rows = _read_file(file, text_column)
     elif file.is_dir() or not looks_local(path):

@@ -2,16 +2,18 @@
 
 from groupwise.jobfile.checks import check
 from groupwise.jobfile.describe import json_schema, reference, show, template
-from groupwise.jobfile.load import Resolved, load_job, recipe_names
+from groupwise.jobfile.load import Resolved, at_home, load_job, read_once, recipe_names
 from groupwise.jobfile.save import Difference, differences, resumable_keys, to_toml
 
 __all__ = [
     "Difference",
     "Resolved",
+    "at_home",
     "check",
     "differences",
     "json_schema",
     "load_job",
+    "read_once",
     "recipe_names",
     "reference",
     "resumable_keys",

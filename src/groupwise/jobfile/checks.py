@@ -43,6 +43,8 @@ def check(job: Job, origins: Mapping[str, str]) -> None:
 
 def problems(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
     """Every reason why this job cannot run as written, one sentence or two each."""
+    if not job.run.strip():
+        yield "`run` is empty, and a run needs a folder of its own: name one, as in --run runs/mine."
     yield from _sampling(job.sampling)
     yield from _objective(job.objective)
     yield from _reward(job, origins)

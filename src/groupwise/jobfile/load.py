@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from groupwise.config import BUILTIN, PRESET_JOB_DEFAULTS, SCHEMA_VERSION, Job, knobs, section_type
+from groupwise.disk import is_stream
 from groupwise.errors import ConfigError
 from groupwise.jobfile.checks import REASONS, check
 from groupwise.jobfile.elsewhere import ELSEWHERE
@@ -49,6 +51,37 @@ class Resolved:
     origins: Mapping[str, str]
 
 
+_PATHS = {
+    *("run", "model.path", "data.path", "eval.data", "reward_model.path", "reward_model.labels"),
+    *("reward_model.completer", "process.function", *FUNCTIONS),
+}
+"""Keys that may name a file or folder of one's home as `~/...`."""
+
+
+def at_home(value: Any) -> Any:
+    """A path, or a list of paths, with the folder that `~` stands for: no shell has put it there in a job file."""
+    if isinstance(value, list):
+        return [at_home(item) for item in value]
+    prefix, path = ("model:", value[6:]) if isinstance(value, str) and value.startswith("model:") else ("", value)
+    return prefix + os.path.expanduser(path) if isinstance(path, str) and path.startswith("~") else value
+
+
+class ReadOnce(str):
+    """The name of a job that came through a pipe, which can be read only once, and its `text`."""
+
+    text: str
+
+
+def read_once(source: str | None) -> str | None:
+    """`source`, read now where it is a pipe or a device and no file. Raises ConfigError where nothing comes."""
+    source = at_home(source)
+    if source is None or not is_stream(source):
+        return source
+    found = ReadOnce(source)
+    found.text = _read(Path(source))
+    return found
+
+
 class Setting(NamedTuple):
     """One value that somebody gave: `Setting("train.steps", 10, "--set")`."""
 
@@ -78,6 +111,8 @@ def load_job(
     if _steps_alone(values, origins):
         values["reward.functions"] = []
         origins["reward.functions"] = origins["reward.step_functions"]
+    for key in _PATHS & values.keys():
+        values[key] = at_home(values[key])
     job = _validated(values, origins)
     check(job, origins)
     return Resolved(*filled(job, origins))
@@ -119,12 +154,16 @@ def _from_source(source: str | Path | None, given: Sequence[Setting]) -> list[Se
     if isinstance(source, str) and source in recipe_names():
         text = (_recipes() / f"{source}.toml").read_text(encoding="utf-8")
         return list(_flatten(_parsed(text, f"recipe {source}"), f"recipe {source}"))
-    return list(_flatten(_parsed(_read(Path(source)), str(source)), str(source)))
+    text = source.text if isinstance(source, ReadOnce) else _read(Path(source))
+    return list(_flatten(_parsed(text, str(source)), str(source)))
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
+        if is_stream(path) and not text.strip():
+            raise ConfigError(f"The job that was to come through `{path}` is empty. What writes it may have failed.")
+        return text
     except FileNotFoundError:
         recipes = ", ".join(f"`{name}`" for name in recipe_names())
         message = (

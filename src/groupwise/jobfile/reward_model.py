@@ -13,7 +13,7 @@ from groupwise.config import Section, is_resumable
 from groupwise.errors import ConfigError
 from groupwise.jobfile.checks import day_problems
 from groupwise.jobfile.elsewhere import OF_REWARD_MODELS
-from groupwise.jobfile.load import parse_override
+from groupwise.jobfile.load import at_home, parse_override
 from groupwise.jobfile.phrases import advice, as_toml, choices, found, suggestion, wanted
 
 TASK: Final = "reward-model"
@@ -104,10 +104,13 @@ def load_reward_job(
     missing = [name for name in ("kind", "model", "data") if name not in values]
     if missing:
         raise ConfigError(f"Training a reward model needs --{missing[0]}.")
+    values |= {key: at_home(values[key]) for key in ("model", "data", "eval_data", "run") if key in values}
     try:
         job = RewardModelJob.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_complaint(str(error.errors()[0]["loc"][0]), values)) from None
+    if not job.run.strip():
+        raise ConfigError("`run` is empty, and a run needs a folder of its own: name one, as in --run runs/mine.")
     for problem in day_problems("date", job.date):
         raise ConfigError(problem)
     if job.kind == "outcome" and job.separator is not None:

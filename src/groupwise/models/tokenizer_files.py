@@ -71,7 +71,7 @@ def _no_tokenizer(path: str | Path) -> ModelError:
 def source_folder(path: str | Path, revision: str | None) -> Path | None:
     """The folder that holds the tokenizer's files: the model's own, or the hub's snapshot in the cache."""
     if Path(path).is_dir():
-        return Path(path)
+        return Path(path).absolute()
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 

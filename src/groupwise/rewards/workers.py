@@ -75,7 +75,7 @@ class Worker:
     ) -> None:  # fmt: skip
         self.timeouts = 0
         self.restarts = 0
-        self._spec = spec
+        self._spec, self._folder = spec, Path.cwd()  # where it begins anew, wherever this process is by then
         self._kind, self._stepwise = kind, stepwise
         self._start_timeout = start_timeout
         self._log = _open_log(log)
@@ -132,6 +132,7 @@ class Worker:
         with far_socket:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-u", "-X", "faulthandler", calling.__file__, *arguments],
+                cwd=self._folder,
                 pass_fds=(far_socket.fileno(), far_lifeline),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,

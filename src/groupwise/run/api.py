@@ -14,7 +14,7 @@ import torch
 from groupwise.config import Job
 from groupwise.engines.base import generate
 from groupwise.errors import ConfigError, DataError, RunFolderError
-from groupwise.jobfile import differences, load_job
+from groupwise.jobfile import at_home, differences, load_job
 from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.run.doctor import examine
@@ -101,7 +101,7 @@ def resume(
     given, _ = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
     folder = RunFolder.open(Path(run))
     old = load_job(folder.job).job
-    new = load_job(folder.job, overrides, {"run": str(fork or run)}).job
+    new = load_job(folder.job, overrides, {"run": str(run if fork is None else fork)}).job
     if fork is not None:
         start = start_of(folder, new, forked=True)
         if start.saved is None:
@@ -265,6 +265,7 @@ def _opened(
 ) -> tuple[Job, Model, Checkpoint | None]:  # fmt: skip
     """A job (None: the embedded one) and its model, with a run's weights where the target is a run, and the checkpoint
     that they are from; the model is as before training where `load` is false."""
+    target = at_home(str(target)) if isinstance(target, Path) else at_home(target)
     check_weights(None if target is None else str(target), which)
     in_run = target is not None and Path(target).is_dir()
     folder = RunFolder.open(Path(target or "")) if in_run else RunFolder(Path(target or ""))

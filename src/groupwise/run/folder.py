@@ -14,7 +14,7 @@ import subprocess
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,28 @@ from groupwise.watch import events
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder and the places in it."""
+    """A run's folder and the places in it.
+
+    `path` is absolute from the start: a reward that changes the working directory must not move what is written. `name`
+    is what it was called, for messages.
+    """
 
     path: Path
+    name: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        called = self.path.expanduser()
+        object.__setattr__(self, "name", str(called))
+        object.__setattr__(self, "path", called.absolute())
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:
         """Make a new run's folder. Raises RunFolderError where it cannot be made, or where `free` says so."""
         folder = cls.free(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            folder.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise cannot_write(path, error) from error
+            raise cannot_write(folder.path, error) from error
         return folder
 
     @classmethod
@@ -50,24 +60,26 @@ class RunFolder:
         """
         folder = cls(path)
         try:
-            there = path.iterdir() if path.exists() else ()
+            there = folder.path.iterdir() if folder.path.exists() else ()
             found = {entry.name for entry in there if entry.is_dir() or entry.stat().st_size}
         except OSError as error:
-            raise cannot_write(path, error) from error
+            raise cannot_write(folder.path, error) from error
         if found <= {place.name for place in (folder.job, folder.lock_file, folder.rewards_log, folder.tensorboard)}:
             return folder
         if folder.job.name in found:
-            advice = f"Continue it with `groupwise resume {path}`, or choose another folder with --run."
-            raise RunFolderError(f"{path} holds a run already. {advice}")
-        raise RunFolderError(f"{path} is not empty and holds no run. Choose another folder with --run.")
+            advice = f"Continue it with `groupwise resume {folder.name}`, or choose another folder with --run."
+            raise RunFolderError(f"{folder.name} holds a run already. {advice}")
+        raise RunFolderError(f"{folder.name} is not empty and holds no run. Choose another folder with --run.")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """An existing run's folder. Raises RunFolderError where there is none."""
         folder = cls(path)
         if not folder.job.is_file():
-            found = "has no job.toml" if path.is_dir() else "does not exist"
-            raise RunFolderError(f"{path} is not a run: it {found}. Name a folder that `groupwise train --run` made.")
+            found = "has no job.toml" if folder.path.is_dir() else "does not exist"
+            raise RunFolderError(
+                f"{folder.name} is not a run: it {found}. Name a folder that `groupwise train --run` made."
+            )
         return folder
 
     @property
@@ -149,7 +161,7 @@ class RunFolder:
         except (OSError, ValueError):
             # The owner may be between taking the lock and signing it.
             name = "another process"
-        return f"{self.path} is in use by {name}. Wait for it, stop it, or choose another folder with --run."
+        return f"{self.name} is in use by {name}. Wait for it, stop it, or choose another folder with --run."
 
     def write_job(self, job: Mapping[str, Any] | str) -> None:
         """Write `job.toml` from its text or its values; None, which TOML lacks, is left out."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from groupwise.config import BUILTIN, TRAINED, Job
 from groupwise.data.files import read_rows
+from groupwise.disk import is_stream
 from groupwise.errors import ConfigError, DataError, ModelError, RunFolderError
 from groupwise.jobfile import load_job, recipe_names
 from groupwise.jobfile.reward_model import RewardModelJob
@@ -68,19 +69,17 @@ def check_resume(run: str, overrides: Sequence[str], fork: str | None) -> None:
 def check_eval(target: str, which: str, overrides: Sequence[str], options: Mapping[str, Any]) -> None:
     """Refuse what cannot be evaluated. Raises GroupwiseError."""
     job = check_target(target, which, overrides, options)
-    if job is not None:
-        _check_judges(job)
-        if job.eval.data is not None:
-            check_prompts(job.eval.data, job.data.prompt_column)
+    _check_judges(job)
+    if job.eval.data is not None:
+        check_prompts(job.eval.data, job.data.prompt_column)
 
 
 def check_label(target: str | None, which: str, overrides: Sequence[str], options: Mapping[str, Any]) -> None:
     """Refuse what cannot be labelled. Raises GroupwiseError."""
     job = load_job(None, overrides, options).job if target is None else check_target(target, which, overrides, options)
-    if job is not None:
-        check_model(job.model.path)
-        _check_judges(job)
-        check_prompts(job.data.path, job.data.prompt_column)
+    check_model(job.model.path)
+    _check_judges(job)
+    check_prompts(job.data.path, job.data.prompt_column)
 
 
 def check_export(run: str, target: str, which: str) -> None:
@@ -93,15 +92,13 @@ def check_export(run: str, target: str, which: str) -> None:
 
 def check_target(
     target: str, which: str, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None
-) -> Job | None:
+) -> Job:
     """Refuse a run folder, job or recipe that is none, weights that it cannot have, and a model that is not there.
 
-    Returns the job; None where it comes through a pipe, which the command itself reads, once. Raises GroupwiseError.
+    Returns the job. Raises GroupwiseError.
     """
     check_weights(target, which)
     path = Path(target)
-    if path.exists() and not path.is_dir() and not path.is_file():
-        return None
     in_run = path.is_dir()
     folder = RunFolder.open(path) if in_run else RunFolder(path)
     job = load_job(folder.job if in_run else target, overrides, options).job
@@ -161,8 +158,10 @@ def first_row(path: str) -> Mapping[str, Any] | None:
     Raises DataError where there is no such file, or nothing to read in it.
     """
     file = Path(path)
+    if is_stream(file):
+        read_rows(path)  # says that it cannot be read twice
     if (file.exists() and not file.is_file()) or not (file.exists() or looks_local(path) or file.suffix in _LOOKS):
-        return None  # a folder, a pipe, or an id of the hub
+        return None  # a folder, or an id of the hub
     found: Mapping[str, Any] | None = {}
     with contextlib.suppress(KeyError, OSError, ValueError, csv.Error):
         found = _LOOKS[file.suffix.lower()](file)

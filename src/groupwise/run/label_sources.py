@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from groupwise.data.files import read_rows
+from groupwise.disk import fixed
 from groupwise.models.codec import Codec
 from groupwise.run.monte_carlo import MonteCarlo, read_by
 from groupwise.types import Group, Scored
@@ -111,11 +112,12 @@ class FileLabels:
     compares: bool | None = None
 
     def __init__(self, path: str) -> None:
-        self.name = self.path = path
+        self.name = path
+        self._path = fixed(path)
 
     def __call__(self, verified: Scored) -> list[Row]:
         """See `LabelSource`. Raises DataError where it cannot be read."""
-        return [dict(row) for row in read_rows(self.path)]
+        return [dict(row) for row in read_rows(self._path)]
 
 
 def _where(group: Group, *outputs: int) -> Row:

@@ -15,7 +15,7 @@ from groupwise.config import BUILTIN, TRAINED, Job
 from groupwise.data import arithmetic
 from groupwise.data.files import PromptSet, load_prompts
 from groupwise.data.stream import PromptStream
-from groupwise.disk import in_words
+from groupwise.disk import fixed, in_words
 from groupwise.engines.base import Engine
 from groupwise.engines.native import NativeEngine
 from groupwise.engines.pool import PooledEngine
@@ -266,7 +266,7 @@ def build(
         first = GuardedEngine(engine, guard, "In outputs for the reward model")
         verifier = Scorer(judges.rewards, None, total_steps(job), warn) if job.reward.verifier else None
         rounds = _open_rounds(
-            _Opened(job, given, folder, watch, model, prompts.prompts, first, progress), trained(), verifier,
+            _Opened(_placed(job), given, folder, watch, model, prompts.prompts, first, progress), trained(), verifier,
             functions.segmenter,
         )  # fmt: skip
     stateful = Stateful(progress, stream, learner, reference, evaluation, clock, rounds)
@@ -285,6 +285,16 @@ def build(
         num_iterations=job.train.num_iterations,
     )
     return parts, stateful, saver
+
+
+def _placed(job: Job) -> Job:
+    """The job with the folders that a round opens by and by, wherever a reward has taken this process until then."""
+    completer = job.reward_model.completer
+    changes = {
+        "model": job.model.model_copy(update={"path": fixed(job.model.path)}),
+        "reward_model": job.reward_model.model_copy(update={"completer": completer and fixed(completer)}),
+    }
+    return job.model_copy(update=changes)
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ def _run(
     job, train = prepared.job, prepared.train.examples
     learner = RewardLearner(prepared.model, settings_of(job, len(train), prepared.model.device))
     progress = Progress(1, updates_in(len(train), learner.settings))
-    terminal = make_terminal(show, total_steps=progress.total, title=str(folder.path), history=_history(folder, saved))
+    terminal = make_terminal(show, total_steps=progress.total, title=folder.name, history=_history(folder, saved))
     with ExitStack() as closing:
         closing.callback(terminal.close)
         for warning in (*warnings, *prepared.remarks()):
@@ -249,7 +249,7 @@ def _run(
 def _rest(session: _Session, saved: Checkpoint | None, terminal: Terminal) -> RewardResult:
     """What is left of a run, to its result."""
     try:
-        with StopSignals(session.progress, terminal, session.unsaved, session.folder.path):
+        with StopSignals(session.progress, terminal, session.unsaved, session.folder.name):
             if saved is None and session.held_out:
                 with session.watch.step(0) as record:
                     session.evaluate(record)
@@ -257,7 +257,7 @@ def _rest(session: _Session, saved: Checkpoint | None, terminal: Terminal) -> Re
     except GroupwiseError as error:
         session.rescue()
         where = f"is saved up to update {session.saved_step}" if session.saved_step else "has saved nothing yet"
-        error.add_note(f"The run {where}; go on with `groupwise resume {session.folder.path}`.")
+        error.add_note(f"The run {where}; go on with `groupwise resume {session.folder.name}`.")
         raise
     result = _result(session)
     if result.stopped_by is None:
@@ -335,8 +335,8 @@ def _result(session: _Session) -> RewardResult:
     progress = session.progress
     finished = progress.step == progress.total
     return RewardResult(
-        run=str(session.folder.path),
-        model=str(session.folder.path / "model") if finished else None,
+        run=session.folder.name,
+        model=str(Path(session.folder.name) / "model") if finished else None,
         updates=progress.step,
         before=session.before,
         after=session.after,

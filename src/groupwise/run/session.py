@@ -63,7 +63,7 @@ def run_job(job: Job, folder: RunFolder, given: Given, show: Mode, clock: Clock,
     history: Sequence[Mapping[str, Any]] = ()
     if start.saved is not None and not start.forked:
         history = [event for event, _ in events.read_to(folder.events, start.saved.step, start.rounds_done)]
-    terminal = make_terminal(show, total_steps=total_steps(job), title=str(folder.path), history=history)
+    terminal = make_terminal(show, total_steps=total_steps(job), title=folder.name, history=history)
     try:
         for note in start.notes:
             terminal.say(note)
@@ -77,7 +77,7 @@ def run_job(job: Job, folder: RunFolder, given: Given, show: Mode, clock: Clock,
 
 
 def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: Clock, start: Start) -> Result:
-    job = _dated(settle(job, given, terminal.say))
+    job, commit = _dated(settle(job, given, terminal.say)), git_commit()
     with ExitStack() as closing:
         if start.saved is None:
             folder.write_job(to_toml(job))
@@ -95,7 +95,7 @@ def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: C
             _say_missing(folder, start.saved, watch)
         parts.rollouts.load_weights(parts.learner)
         try:
-            with StopSignals(parts.progress, terminal, saver.unsaved, folder.path):
+            with StopSignals(parts.progress, terminal, saver.unsaved, folder.name):
                 if start.saved is None or start.forked:
                     parts.evaluation.baseline(watch, parts.progress.step)
                 if start.forked:
@@ -109,7 +109,7 @@ def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: C
             _rescue(saver, error)
             error.add_note(_way_on(folder, saver.saved_step))
             raise
-    result = _result(job, folder, stateful)
+    result = _result(job, folder, stateful, commit)
     if result.stopped_by is None:
         folder.write_result(asdict(result))
     return result
@@ -153,11 +153,11 @@ def _take_up(saved: Checkpoint, forked: bool, stateful: Stateful, saver: Saver) 
     saver.watch.terminal.say(f"{word} after step {saved.step} of {stateful.progress.total}")
 
 
-def _result(job: Job, folder: RunFolder, stateful: Stateful) -> Result:
+def _result(job: Job, folder: RunFolder, stateful: Stateful, commit: str | None) -> Result:
     first, last = stateful.evaluation.first or {}, stateful.evaluation.last or {}
     progress = stateful.progress
     return Result(
-        run=str(folder.path),
+        run=folder.name,
         steps=progress.step,
         eval_before=first.get("accuracy"),
         eval_after=last.get("accuracy"),
@@ -165,7 +165,7 @@ def _result(job: Job, folder: RunFolder, stateful: Stateful) -> Result:
         eval_reward_after=last.get("reward"),
         seconds=round(stateful.clock.seconds, 1),
         seed=job.seed,
-        commit=git_commit(),
+        commit=commit,
         machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         version=__version__,
         stopped_by=int(progress.stopped) if progress.stopped and progress.step < progress.total else None,
@@ -203,4 +203,4 @@ def _next_steps(job: Job, result: Result) -> str | None:
 def _way_on(folder: RunFolder, saved_step: int) -> str:
     if not checkpoint.any_in(folder.checkpoints):
         return "Nothing was saved yet."
-    return f"The run is saved up to step {saved_step}: mend this and go on with `groupwise resume {folder.path}`."
+    return f"The run is saved up to step {saved_step}: mend this and go on with `groupwise resume {folder.name}`."
