@@ -70,12 +70,13 @@ def policy_of(
     head: HeadShape | None = HeadShape(),  # noqa: B008
     cached: bool = True,
     direct: bool = False,
+    aligned: bool = False,
 ) -> Policy:
     """A policy with weights of its own, equal to the model's."""
     own = copy.deepcopy(model)
     if layout == "shared":
         own.set_attn_implementation(NAME)
-    return Policy(own, layout, head, cached, direct)
+    return Policy(own, layout, head, cached, direct, aligned)
 
 
 def stock_logprobs(model: PreTrainedModel, groups: Groups, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,9 @@ CODEC = Codec(character_tokenizer(ALPHABET))
 LAYOUTS: list[LayoutName] = ["shared", "plain"]
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 PROMPTS = ((3, 9, 4, 7, 11, 2, 8), (10,), (2, 2, 31, 5), (5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15))
-UNCACHED = {"mamba", "qwen3_next"}
-HEADS = {"gemma2": HeadShape(softcap=30.0), "cohere": HeadShape(scale=0.0625)}
+UNCACHED, ALIGNED = {"minimax"}, {"llama4_text", "minimax_m3_vl_text"}
+HEADS = {"gemma2": HeadShape(softcap=30.0), "cohere": HeadShape(scale=0.0625), "llama4_text": None}
+CHANGES = {"minimax_m3_vl_text": {"layer_types": ["full_attention"] + ["minimax_m3_sparse"] * 59}}
 
 
 def make_policy(
@@ -31,7 +32,8 @@ def make_policy(
 ) -> Policy:
     """A policy with random weights, the same each time. It decodes past the modules of the family that allows it."""
     head = HEADS.get(kind, HeadShape())
-    return policy_of(clone_of(kind), layout, head, kind not in UNCACHED, direct).to(dtype)
+    model = clone_of(kind, **CHANGES.get(kind, {}))
+    return policy_of(model, layout, head, kind not in UNCACHED, direct, aligned=kind in ALIGNED).to(dtype)
 
 
 def requests(n: int = 3, prompts: Sequence[tuple[int, ...]] = PROMPTS, **sampling: Any) -> list[Request]:

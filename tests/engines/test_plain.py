@@ -6,12 +6,35 @@ import pytest
 import torch
 
 from groupwise.engines.plain import PlainDecoder
-from tests.engines.policies import PROMPTS, UNCACHED, difference, make_policy, requests, sample, tokens, without_end
+from tests.engines.policies import (
+    ALIGNED,
+    PROMPTS,
+    UNCACHED,
+    difference,
+    make_policy,
+    requests,
+    sample,
+    tokens,
+    without_end,
+)
 
-CACHED = ("bloom", "gptj", "stablelm", "falcon", "mistral", "gemma2", "gpt_oss", "gpt2", "opt", "mpt")
+CACHED = (
+    "bloom",
+    "gptj",
+    "stablelm",
+    "falcon",
+    "mistral",
+    "gemma2",
+    "gpt_oss",
+    "gpt2",
+    "opt",
+    "mpt",
+    "mamba",
+    "qwen3_next",
+)
 
 
-@pytest.mark.parametrize("kind", [*CACHED, *sorted(UNCACHED)])
+@pytest.mark.parametrize("kind", [*CACHED, *sorted(UNCACHED | ALIGNED)])
 @pytest.mark.parametrize("max_live", [5, 64])
 def test_recorded_log_probs_are_the_policys(kind: str, max_live: int) -> None:
     policy, asked = make_policy(kind, "plain"), requests(n=3, max_tokens=14)
@@ -26,8 +49,22 @@ def test_with_a_cache_a_step_sees_one_token_per_row(kind: str) -> None:
     assert widths == [11, 1, 1, 1, 1]
 
 
+def test_rows_that_must_begin_at_position_0_have_a_cache_per_length() -> None:
+    policy = make_policy("llama4_text", "plain")
+    widths = watched(policy.model)
+    lengths = sorted({len(prompt) for prompt in PROMPTS})
+    sample(policy, requests(n=2, max_tokens=3), without_end())
+    assert widths == [*lengths, *[1] * 2 * len(lengths)]
+
+
+def test_padding_would_have_moved_what_they_compute() -> None:
+    policy, asked = make_policy("llama4_text", "plain"), requests(n=2, max_tokens=8)
+    policy.aligned = False
+    assert difference(policy, asked, sample(policy, asked)) > 0.01
+
+
 def test_where_the_cache_cannot_be_used_rows_run_again() -> None:
-    policy = make_policy("mamba", "plain")
+    policy = make_policy("minimax", "plain")
     widths = watched(policy.model)
     sample(policy, requests(n=2, max_tokens=3, prompts=PROMPTS[:2]), without_end())
     assert sorted(set(widths)) == [1, 2, 3, 7, 8, 9]
@@ -61,7 +98,8 @@ def test_rows_that_are_dropped_leave_the_cache() -> None:
         decoder.keep([2, 1])
         after = decoder.step(torch.tensor([10, 11]))
     assert decoder.cache is not None
-    assert decoder.cache.cache.layers[0].keys.shape[0] == 2
+    [part] = decoder.cache.parts
+    assert part.cache.layers[0].keys.shape[0] == 2
     expected = [
         decoder.policy.model(input_ids=torch.tensor([row])).logits[0, -1] for row in ([6, 9, 10], [3, 4, 5, 8, 11])
     ]

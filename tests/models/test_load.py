@@ -27,7 +27,7 @@ Change = Callable[[Path], Any]
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     hf_logging.disable_progress_bar()
     folders = {}
-    for kind in ("qwen3", "gptj", "mamba"):
+    for kind in ("qwen3", "gptj", "mamba", "minimax", "llama4_text"):
         folders[kind] = tmp_path_factory.mktemp(kind)
         clone_of(kind).save_pretrained(folders[kind])
     hf_logging.enable_progress_bar()
@@ -67,12 +67,15 @@ def test_the_line_says_the_layout_and_why(sources: dict[str, Path]) -> None:
         r"\(shared equals plain within \de-0\d\)",
         ("qwen3", "plain"): r".*: each output with its own prompt, as asked",
         ("gptj", "auto"): r".*: each output with its own prompt, because 0 of 2 layers call the attention function",
-        ("mamba", "auto"): r".*, because it has layers of type linear_attention; slow sampling, because its cache .*",
+        ("mamba", "auto"): r".*, because it has layers of type linear_attention",
+        ("minimax", "auto"): r".*, because it has layers of type .*; slow sampling, because its cache cannot be used",
+        ("llama4_text", "auto"): r".*; prompts of one length sampled together, because padding would change .*",
     }
     for (kind, layout), line in lines.items():
         loaded = load_policy(str(sources[kind]), device="cpu", layout=layout)  # type: ignore[arg-type]
         assert re.fullmatch(line, loaded.line), loaded.line
-        assert loaded.policy.cached == (kind != "mamba")
+        assert loaded.policy.cached == (kind != "minimax")
+        assert loaded.policy.aligned == (kind == "llama4_text")
 
 
 def test_weights_are_held_in_float32_and_the_source_is_remembered(folder: Path) -> None:

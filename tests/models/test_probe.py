@@ -31,9 +31,10 @@ PLAIN = {
     "gptj": "0 of 2 layers",
     "falcon": "0 of 2 layers",
     "mamba": "layers of type linear_attention",
+    "minimax": "layers of type full_attention, linear_attention",
 }
 
-WITHOUT_CACHE = {"qwen3_next", "mamba"}
+WITHOUT_CACHE = {"minimax"}
 
 
 def timed(config: PreTrainedConfig) -> tuple[Findings, float]:
@@ -82,6 +83,60 @@ def test_longrope_is_shrunk_with_its_heads() -> None:
     config = CONFIG_MAPPING["phi3"](rope_parameters=rope)
     assert probe(config).shared
     assert len(config.rope_parameters["short_factor"]) == 48
+
+
+@pytest.mark.parametrize("width, base, scale", [(2560, 256, 0.1), (80, 8, 0.1), (80, 80, 1.0)])
+def test_a_factor_that_is_computed_of_a_width_is_the_models_own(width: int, base: int, scale: float) -> None:
+    config = CONFIG_MAPPING["minicpm3"](hidden_size=width, dim_model_base=base)
+    assert probe(config).head == HeadShape(scale=pytest.approx(scale))
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("llama4_text", {}),
+        ("minimax_m3_vl_text", {"layer_types": ["full_attention"] + ["minimax_m3_sparse"] * 59}),
+    ],
+)
+def test_where_left_padding_moves_something_rows_begin_at_position_0(kind: str, changes: dict[str, Any]) -> None:
+    """Blocks of keys and a temperature's floor are longer than any probe's rows unless a clone has smaller ones."""
+    findings = probe(CONFIG_MAPPING[kind](**changes))
+    assert (findings.shared, findings.cached, findings.aligned, findings.unfit) == (False, True, True, "")
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+def test_sparse_attention_is_no_reason_to_refuse_a_model(kind: str) -> None:
+    findings = probe(CONFIG_MAPPING[kind]())
+    assert (findings.unfit, findings.cached) == ("", True)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_next", "nemotron_h", "mamba", "mamba2", "falcon_h1", "jamba"])
+def test_linear_attention_keeps_its_cache(kind: str) -> None:
+    findings = probe(CONFIG_MAPPING[kind]())
+    assert (findings.cached, findings.aligned, findings.unfit) == (True, False, "")
+    assert findings.head == HeadShape()
+
+
+def test_layers_that_differ_are_shrunk_each_in_its_way() -> None:
+    hybrid = ["linear_attention"] * 5 + ["full_attention"]
+    granite = CONFIG_MAPPING["granitemoehybrid"](layer_types=hybrid * 5, num_hidden_layers=30, vocab_size=49160)
+    findings = probe(granite)
+    assert (findings.cached, findings.head, findings.unfit) == (True, HeadShape(), "")
+    gemma = CONFIG_MAPPING["gemma4_text"]()
+    assert probe(gemma).shared
+    overrides = [layer.head_dim for layer in tiny_clone(gemma).config.per_layer_config]
+    assert overrides == [16] * 5 + [32], "twice as wide where the others are half as wide, as in the model"
+    assert gemma.per_layer_config[5].head_dim == 512, "and the model's own stays"
+
+
+@pytest.mark.parametrize("kind, sharing", [("gemma3n_text", 15), ("gemma4_text", 18)])
+def test_layers_that_use_others_keys_are_kept_with_those(kind: str, sharing: int) -> None:
+    config = CONFIG_MAPPING[kind](num_kv_shared_layers=sharing)
+    clone = tiny_clone(config).config
+    assert clone.num_kv_shared_layers == clone.num_hidden_layers // 2
+    assert set(clone.layer_types) == set(config.layer_types)
+    findings = probe(config)
+    assert (findings.shared, findings.unfit) == (True, "")
 
 
 def test_a_window_that_were_ignored_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:

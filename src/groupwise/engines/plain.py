@@ -36,7 +36,7 @@ class PlainDecoder:
         assert not self.rows
         self.tokens = {uid: list(ids) for uid, ids in prompts}
         rows = list(self.tokens.values())
-        self.cache = CachedRows(self.policy.model) if self.policy.cached else None
+        self.cache = CachedRows(self.policy.model, self.policy.aligned) if self.policy.cached else None
         self.first_QV = whole_rows(self.policy.model, rows) if self.cache is None else self.cache.begin(rows)
 
     def attach(self, uids: Sequence[str], max_tokens: int) -> Tensor:

@@ -77,7 +77,7 @@ def load_policy(
         model, unused = _load_weights(path, chosen, revision, trust_remote_code)
     if gradient_checkpointing:
         checkpoint_gradients(model, path)
-    policy = Policy(model, chosen, findings.head, findings.cached, findings.direct).to(where)
+    policy = Policy(model, chosen, findings.head, findings.cached, findings.direct, findings.aligned).to(where)
     line = _describe(policy, findings, layout, compute)
     if unused:
         line += f"; {len(unused)} weights of the folder are not used ({', '.join(unused[:3])})"
@@ -204,6 +204,8 @@ def _describe(policy: Policy, findings: Findings, asked: str, compute: torch.dty
         how += "; whole logits, because its head is more than a matrix"
     if policy.layout == "plain" and not policy.cached:
         how += "; slow sampling, because its cache cannot be used"
+    elif policy.layout == "plain" and policy.aligned:
+        how += "; prompts of one length sampled together, because padding would change what it computes"
     return f"{kind}, {size:.1f}M parameters, {name} on {policy.device}: {how}"
 
 

@@ -32,20 +32,20 @@ class Policy(nn.Module):
 
     `layout` says how prompts and outputs are laid out, `head` what lies between the head's matrix and the logits; None
     means that the head is more than a matrix and the model's own forward is used (whole logits are held then). `cached`
-    says that the model's own cache may be used for decoding in the plain layout, `direct` that the shared layout may go
-    past the model's modules. Every dropout is off, and the module stays in train mode: in eval mode gradient
-    checkpointing would do nothing.
+    says that the model's own cache may be used for decoding in the plain layout, `aligned` that prompts must not be
+    padded there, `direct` that the shared layout may go past the model's modules. Every dropout is off, and the module
+    stays in train mode: in eval mode gradient checkpointing would do nothing.
     """
 
     def __init__(
         self, model: PreTrainedModel, layout: LayoutName, head: HeadShape | None, cached: bool = False,
-        direct: bool = False,
+        direct: bool = False, aligned: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.layout: LayoutName = layout
         self.head = head
-        self.cached = cached
+        self.cached, self.aligned = cached, aligned
         self.packed = PackedProducts()
         self.direct = DirectBody(model) if direct and layout == "shared" and DirectBody.fits(model) else None
         silence_dropout(self.model)

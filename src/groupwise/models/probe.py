@@ -29,8 +29,9 @@ assert len(_GROUPS[0][0]) > WINDOW
 class Findings:
     """What the probe found: whether the shared layout is right, why not, and the head's shape (None: not a matrix).
 
-    `cached` tells whether the model's own cache decodes rightly in the plain layout, `direct` whether a forward past
-    the model's modules computes what they do in the shared one. `unfit` says why no policy can be made of the class at
+    `cached` tells whether the model's own cache decodes rightly in the plain layout, and `aligned` that it does so only
+    for rows that begin at position 0, unpadded; `direct` whether a forward past the model's modules computes what they
+    do in the shared one. `unfit` says why no policy can be made of the class at
     all; empty where one can.
     """
 
@@ -41,6 +42,7 @@ class Findings:
     cached: bool = False
     unfit: str = ""
     direct: bool = False
+    aligned: bool = False
 
 
 def probe(config: PreTrainedConfig, trust_remote_code: bool = False) -> Findings:
@@ -64,12 +66,15 @@ def _probe(config: PreTrainedConfig, trust_remote_code: bool) -> Findings:
         unfit = _unfit(clone, stream, logits)
         expected, _ = dense_logprobs(logits.flatten(0, 1)[stream.predictor_T], stream.target_T, 1.0)
         head = _find_head(clone, stream, expected)
-        cached = _try_cache(clone)
+        padded = _try_cache(clone, aligned=False)
+        cached = padded or _try_cache(clone, aligned=True)
         shared, reason, difference = _try_shared(clone, expected)
     if shared and head is None:
         shared, reason = False, "its head is more than a matrix"
     direct = shared and DirectBody.fits(clone) and _try_direct(clone)
-    return Findings(shared, reason, head, difference, cached, unfit, direct)
+    if head is not None:
+        head = _head_shape(config)  # a factor may be computed of a width, and the clone's widths are its own
+    return Findings(shared, reason, head, difference, cached, unfit, direct, aligned=cached and not padded)
 
 
 def _stock_logits(clone: PreTrainedModel, stream: Stream) -> Tensor:
@@ -94,14 +99,14 @@ def _unfit(clone: PreTrainedModel, stream: Stream, logits: Tensor) -> str:
     return ""
 
 
-def _try_cache(clone: PreTrainedModel) -> bool:
+def _try_cache(clone: PreTrainedModel, *, aligned: bool) -> bool:
     """Decode some rows by the cache, as an engine does: ragged prompts, a row twice, rows dropped, beyond a window."""
     prompts = [list(prompt) for prompt, _ in _GROUPS]
     order = [0, 1, 0]
     rows = [list(prompts[i]) for i in order]
     clone.eval()
     try:
-        cache = CachedRows(clone)
+        cache = CachedRows(clone, aligned)
         found, expected = [cache.begin(prompts)], [whole_rows(clone, prompts)]
         cache.select(torch.tensor(order))
         for token in range(2, 2 + WINDOW):
@@ -180,11 +185,16 @@ def _find_head(clone: PreTrainedModel, stream: Stream, expected: Tensor) -> Head
     hidden = hidden.flatten(0, 1)[stream.predictor_T]
     if hidden.shape[-1] != head.weight.shape[-1]:
         return None
-    config = clone.config.get_text_config()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    shape = HeadShape(scale, getattr(config, "final_logit_softcapping", None))
+    shape = _head_shape(clone.config)
     found, _ = chunked_logprobs(hidden, head.weight, getattr(head, "bias", None), stream.target_T, shape=shape)
     return shape if bool((found - expected).abs().max() <= _TOLERANCE) else None
+
+
+def _head_shape(config: PreTrainedConfig) -> HeadShape:
+    """What a configuration says that lies between the head's matrix and the logits."""
+    text = config.get_text_config()
+    scale = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
+    return HeadShape(scale, getattr(text, "final_logit_softcapping", None))
 
 
 def _first_line(error: Exception) -> str:
