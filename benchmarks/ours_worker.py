@@ -23,7 +23,7 @@ from groupwise.learn.learner import Learner, LearnerSettings
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.codec import Codec
-from groupwise.models.heap import keep_freed_memory
+from groupwise.models.heap import keep_freed_memory, own_process
 from groupwise.models.load import LoadedPolicy, load_policy
 from groupwise.models.policy import Policy
 from groupwise.objective import objective_named, token_advantages
@@ -62,6 +62,7 @@ class Session:
         self.case = Case(**settings["case"])
         self.dtype = getattr(torch, settings["dtype"])
         folder = Path(settings["folder"])
+        own_process()
         keep_freed_memory("cpu")  # as every command does that trains or samples
         loaded = load_policy(str(folder), device="cpu", dtype=settings["dtype"])
         self.line = loaded.line

@@ -78,3 +78,27 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
 
 def test_free_room_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
     assert disk.free_bytes(tmp_path / "not" / "yet") > 0
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("GROUPWISE_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert disk.cache_folder() == tmp_path / ".cache" / "groupwise"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert disk.cache_folder() == tmp_path / ".cache" / "groupwise", "the specification has it ignored"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert disk.cache_folder() == tmp_path / "xdg" / "groupwise"
+    monkeypatch.setenv("GROUPWISE_CACHE", str(tmp_path / "own"))
+    assert disk.cache_folder() == tmp_path / "own"
+
+
+def test_a_user_without_a_home_is_told_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("GROUPWISE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(OSError, match="GROUPWISE_CACHE"):
+        disk.cache_folder()

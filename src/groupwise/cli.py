@@ -16,6 +16,7 @@ from groupwise.errors import ConfigError, GroupwiseError
 from groupwise.jobfile import at_home, json_schema, load_job, read_once, template
 from groupwise.jobfile import show as show_job
 from groupwise.jobfile.reward_model import is_reward_model_run, load_reward_job
+from groupwise.models.heap import own_process
 from groupwise.run import inputs
 from groupwise.streams import Output, kept
 
@@ -339,6 +340,7 @@ def main() -> None:
     has gone, 1 where its output could not be written, 141 (as by SIGPIPE) where a command's reader has gone, and 2
     where a command's output could not be written.
     """
+    own_process()
     os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS[_is_idle()]))  # read when torch is first imported
     with kept() as (out, _):
         status = _status()

@@ -19,8 +19,19 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: `$GROUPWISE_CACHE`, else `~/.cache/groupwise`."""
-    return Path(os.environ.get("GROUPWISE_CACHE") or Path.home() / ".cache" / "groupwise")
+    """Where what can be made again is kept: `$GROUPWISE_CACHE`, else `groupwise` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises OSError where there is no home folder either.
+    """
+    if own := os.environ.get("GROUPWISE_CACHE"):
+        return Path(own)
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    if shared.is_absolute():  # others are to be ignored, as the specification says
+        return shared / "groupwise"
+    try:
+        return Path.home() / ".cache" / "groupwise"
+    except RuntimeError as error:
+        raise OSError(errno.ENOENT, "this user has no home folder; GROUPWISE_CACHE may name another one") from error
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:

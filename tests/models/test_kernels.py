@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -261,6 +262,15 @@ def test_they_are_compiled_once_per_processor_and_compiler(
     monkeypatch.setattr(kernels, "processor", lambda: "another one, with the same home folder")
     assert compiled() is not None
     assert len(list(not_yet_compiled.iterdir())) == 2
+
+
+@needs_a_compiler
+def test_a_damaged_library_in_the_cache_is_made_again(not_yet_compiled: Path) -> None:
+    compiler = os.environ.get("CC") or next(filter(shutil.which, kernels._COMPILERS))
+    file = kernels._library(compiler, kernels._TUNINGS[0])
+    file.write_bytes(b"\x7fELF, and no more")
+    assert compiled() is not None
+    assert file.stat().st_size > 1000
 
 
 def test_without_a_compiler_torch_computes(not_yet_compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The cached warm-up: deterministic, keyed by what decides it, and safe to race for."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,43 @@ def test_a_made_model_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(warmup, "warm_up", None)
     assert ensure_warm(0, settings=QUICK) == folder
     assert folder.parent == tmp_path
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(bits(folder)[:-100]), "model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+    ],
+    ids=["cut weights", "no weights", "bad config", "no tokenizer"],
+)
+def test_a_damaged_model_in_the_cache_is_made_again_and_that_is_said(
+    tmp_path: Path, damage: Callable[[Path], object], said: str
+) -> None:
+    folder = ensure_warm(0, tmp_path, settings=QUICK)
+    before, lines = bits(folder), list[str]()
+    damage(folder)
+    assert ensure_warm(0, tmp_path, settings=QUICK, say=lines.append) == folder
+    assert bits(folder) == before
+    assert AutoTokenizer.from_pretrained(folder)
+    assert f"is damaged and made again: {folder} ({said}: " in lines[0]
+    assert ensure_warm(0, tmp_path, settings=QUICK, say=pytest.fail) == folder
+
+
+def test_a_damaged_model_that_cannot_be_removed_names_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ensure_warm(0, tmp_path, settings=QUICK)
+    (folder / "config.json").unlink()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(warmup.shutil, "rmtree", refuse)
+    with pytest.raises(ModelError, match=f"Permission denied.*{folder}.*GROUPWISE_CACHE"):
+        ensure_warm(0, tmp_path, settings=QUICK)
 
 
 def test_every_setting_and_library_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

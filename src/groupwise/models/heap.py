@@ -10,20 +10,33 @@ import ctypes
 import os
 import sys
 
-import torch
-
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 """Names of settings in glibc's `malloc.h`."""
 
 
-def keep_freed_memory(device: torch.device | str) -> bool:
-    """Have this process keep what it frees, where it computes on a CPU; returns whether it does so from now on.
+class _Process:
+    """Whose this process is."""
+
+    ours = False
+
+
+def own_process() -> None:
+    """Say that this process is ours alone, as the command line's is: a program that imports the library keeps its own
+    settings of memory unless it calls this."""
+    _Process.ours = True
+
+
+def keep_freed_memory(device: object) -> bool:
+    """Have this process keep what it frees, where it is ours and computes on a CPU; returns whether it does so from now
+    on. `device` is torch's, or its name.
 
     The most that it holds at once hardly changes; what it holds between steps stays at that. Elsewhere than with glibc
     nothing is done, nor where the environment has settings for it (`MALLOC_..._`, `GLIBC_TUNABLES`).
     """
+    if not _Process.ours:
+        return False
     told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if torch.device(device).type != "cpu" or told or not sys.platform.startswith("linux"):
+    if str(device).partition(":")[0] != "cpu" or told or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

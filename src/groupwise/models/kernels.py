@@ -299,7 +299,7 @@ def compiled() -> Kernels | None:
     complaint = ""
     for tuning in _TUNINGS:
         try:
-            found = Kernels(ctypes.CDLL(str(_library(compiler, tuning))))
+            found = Kernels(_loaded(compiler, tuning))
             if _agree(found):
                 return found
             complaint = "what it made computes something else"
@@ -356,6 +356,16 @@ def _attended(query: Tensor, stores: Tensor, scale: float) -> Tensor:
     keys, values = (store.repeat_interleave(2, 1) for store in stores)
     scores = torch.einsum("rhd,rhkd->rhk", query, keys) * scale
     return torch.einsum("rhk,rhkd->rhd", scores.masked_fill(hidden[:, None], float("-inf")).softmax(-1), values)
+
+
+def _loaded(compiler: str, tuning: str) -> ctypes.CDLL:
+    """The library; one in the cache that is damaged is made again."""
+    file = _library(compiler, tuning)
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError:
+        file.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_library(compiler, tuning)))
 
 
 def _library(compiler: str, tuning: str) -> Path:

@@ -179,13 +179,24 @@ def _load_weights(
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No remarks about tiny clones that nobody asked for, no bars: what matters is an error here, or in the line."""
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    level = hf_logging.get_verbosity()
     hf_logging.set_verbosity(logging.CRITICAL)
+    try:
+        with without_bars():
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No bars of transformers: they would run through the panel, and say nothing that a line does not. They are back
+    afterwards, since the process may be somebody else's."""
+    bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
 

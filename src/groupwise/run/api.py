@@ -17,6 +17,7 @@ from groupwise.errors import ConfigError, DataError, RunFolderError
 from groupwise.jobfile import at_home, differences, load_job
 from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
+from groupwise.models.load import without_bars
 from groupwise.run.doctor import examine
 from groupwise.run.evaluate import Evaluation
 from groupwise.run.export import DTYPES, exported_dtype, model_card
@@ -45,6 +46,7 @@ Rows = str | Path | Iterable[Mapping[str, Any]]
 Functions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None
 
 
+@without_bars()
 def train(
     job: str | Path | None = None, *, model: str | Path | None = None, data: Rows | None = None,
     reward: Functions = None, step_reward: Functions = None, verifier: Functions = None, eval_data: Rows | None = None,
@@ -67,6 +69,7 @@ def train(
         return run_job(resolved.job, folder, given, show, clock, Start())
 
 
+@without_bars()
 def plan(
     job: str | Path | None = None, *, model: str | Path | None = None, data: Rows | None = None,
     reward: Functions = None, step_reward: Functions = None, verifier: Functions = None, eval_data: Rows | None = None,
@@ -84,6 +87,7 @@ def plan(
     return plan_of(resolved.job, given)
 
 
+@without_bars()
 def resume(
     run: str | Path, *, overrides: Sequence[str] = (), fork: str | Path | None = None,
     data: Iterable[Mapping[str, Any]] | None = None, eval_data: Iterable[Mapping[str, Any]] | None = None,
@@ -114,6 +118,7 @@ def resume(
         return run_job(new, folder, given, show, clock, start_of(folder, new, forked=False))
 
 
+@without_bars()
 def evaluate(
     target: str | Path, *, overrides: Sequence[str] = (), which: str = "latest", eval_data: Rows | None = None,
     reward: Functions = None, step_reward: Functions = None, trust_remote_code: bool = False,
@@ -139,6 +144,7 @@ def evaluate(
     return evaluation.last
 
 
+@without_bars()
 def sample(
     target: str | Path, prompt: str | list[Message], *, n: int = 1, temperature: float | None = None, seed: int = 0,
     which: str = "latest", overrides: Sequence[str] = (), trust_remote_code: bool = False,
@@ -166,6 +172,7 @@ def sample(
         return list(generate(open_engine(job, model, closing), [Request("sample", token_ids, n, sampling, seed)])[0])
 
 
+@without_bars()
 def label(
     target: str | Path | None = None, *, output: str | Path, model: str | Path | None = None, data: Rows | None = None,
     reward: Functions = None, which: str = "base", overrides: Sequence[str] = (),
@@ -195,6 +202,7 @@ def label(
     )  # fmt: skip
 
 
+@without_bars()
 def export(
     run: str | Path, target: str | Path, *, which: str = "latest", dtype: str = "auto", trust_remote_code: bool = False
 ) -> Path:  # fmt: skip
@@ -219,6 +227,7 @@ def export(
     return Path(target)
 
 
+@without_bars()
 def doctor(
     job: str | Path | None = None, *, model: str | Path | None = None, data: Rows | None = None,
     reward: Functions = None, step_reward: Functions = None, verifier: Functions = None, eval_data: Rows | None = None,

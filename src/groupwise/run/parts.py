@@ -9,7 +9,6 @@ from functools import cache
 
 import psutil
 import torch
-import transformers
 
 from groupwise.config import BUILTIN, TRAINED, Job
 from groupwise.data import arithmetic
@@ -77,8 +76,6 @@ class Model:
 
 def open_model(job: Job, given: Given, say: Callable[[str], None], *, training: bool) -> Model:
     """Load the job's model and tokenizer; the built-in one is made, or taken from the cache."""
-    # Their bars would run through the panel, and say nothing that the next line does not.
-    transformers.utils.logging.disable_progress_bar()
     section, source = job.model, model_source(job, say)
     if training:
         check_memory(job, source, given.trust_remote_code)

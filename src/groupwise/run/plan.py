@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedConfig
 
 from groupwise.config import BUILTIN, Job
@@ -151,7 +150,6 @@ def plan_of(job: Job, given: Given | None = None, *, memory_only: bool = False) 
 
     With `memory_only` it tells no time and no other way to keep activations, which takes two thirds as long.
     """
-    transformers.utils.logging.disable_progress_bar()
     planned = _planned(job, given or Given())
     hollow, prompts = planned.hollow, planned.prompts
     held = weight_bytes(planned.parameters, hollow.dtype, planned.objective.needs_reference)

@@ -59,23 +59,24 @@ class Rates:
 def measure(hollow: Hollow, few: int, many: int, cached: bool) -> Rates:
     """Rates at the widths of a model: with `few` rows (decoding) and with `many` (training).
 
-    On a CPU this process keeps what it frees from then on, as that of a run does: else the pages of each result would
-    be new, or not, as it happens.
+    On a CPU a process of our own keeps what it frees from then on, as that of a run does: else the pages of each result
+    would be new, or not, as it happens.
     """
     text, device = hollow.config.get_text_config(), torch.device(hollow.device)
     keep_freed_memory(device)
+    generator = torch.Generator(device).manual_seed(0)  # the global one may be somebody else's
     width = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", None) or 4 * width)
-    weight = torch.randn(inner, width, device=device).to(hollow.dtype)
+    weight = torch.randn(inner, width, generator=generator, device=device).to(hollow.dtype)
     many = min(many, _MOST_ROWS)
 
     def product(rows: int, multiply: Product) -> float:
-        x = torch.randn(rows, width, device=device).to(hollow.dtype)
+        x = torch.randn(rows, width, generator=generator, device=device).to(hollow.dtype)
         with torch.no_grad():
             return 2.0 * rows * width * inner / _seconds(lambda: multiply(x, (weight, None)), device)
 
     def activation(rows: int) -> float:
-        x = torch.randn(rows, inner, device=device).to(hollow.dtype)
+        x = torch.randn(rows, inner, generator=generator, device=device).to(hollow.dtype)
         return 5 * x.nbytes / _seconds(lambda: x * x.sigmoid(), device)
 
     long = torch.zeros(_COPIED, device=device)

@@ -13,7 +13,6 @@ from typing import Any
 
 import tomlkit
 import torch
-import transformers
 
 from groupwise import __version__
 from groupwise.data.labelled import load_examples
@@ -34,7 +33,7 @@ from groupwise.learn.reward_learner import (
 from groupwise.learn.reward_metrics import PREFIX
 from groupwise.models.heap import keep_freed_memory
 from groupwise.models.judging import Example, prompt_of
-from groupwise.models.load import choose_device, choose_dtype
+from groupwise.models.load import choose_device, choose_dtype, without_bars
 from groupwise.models.reward_model import RewardModel, Source, new_reward_model
 from groupwise.run.export import save_reward_model
 from groupwise.run.folder import RunFolder, git_commit
@@ -156,6 +155,7 @@ class _Session:
         self.watch.terminal.say(f"resumed after update {saved.step} of {self.progress.total}")
 
 
+@without_bars()
 def train_reward_model(job: RewardModelJob, *, given: RewardData = NOTHING, show: Mode = "auto") -> RewardResult:
     """Train a reward model in a new run folder; it is saved as a Hugging Face folder, `RUN/model`.
 
@@ -169,6 +169,7 @@ def train_reward_model(job: RewardModelJob, *, given: RewardData = NOTHING, show
         return _run(prepared, folder, show, clock, None)
 
 
+@without_bars()
 def resume_reward_model(
     run: str | Path, *, overrides: Sequence[str] = (), given: RewardData = NOTHING, show: Mode = "auto"
 ) -> RewardResult:  # fmt: skip
@@ -209,7 +210,6 @@ class _Prepared:
 
 def _prepared(job: RewardModelJob, given: RewardData) -> _Prepared:
     """Load the data and the model. Raises GroupwiseError where they cannot be used, or nothing is left to learn."""
-    transformers.utils.logging.disable_progress_bar()
     job = job.model_copy(update={"date": job.date or date.today().isoformat()})
     train, held_out = _examples(job, given)
     keep_freed_memory(choose_device(job.device))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -26,6 +28,7 @@ from groupwise.disk import cache_folder
 from groupwise.errors import ModelError
 from groupwise.models.cores import threads
 from groupwise.models.small import END_ID, PAD_ID, character_tokenizer, small_model
+from groupwise.wording import one_line
 
 IGNORED = -100
 """A target that cross-entropy leaves out."""
@@ -69,11 +72,15 @@ def ensure_warm(
     cannot be written or the model does not learn.
     """
     settings = settings or WarmUp()
-    cache = cache_dir or cache_folder()
-    folder = cache / f"arithmetic-{seed}-{_fingerprint(seed, settings)}"
-    if folder.is_dir():
-        return folder
+    cache = cache_dir
     try:
+        cache = cache or cache_folder()
+        folder = cache / f"arithmetic-{seed}-{_fingerprint(seed, settings)}"
+        if folder.is_dir():
+            if (damage := _damage(folder)) is None:
+                return folder
+            say(f"the built-in model in the cache is damaged and made again: {folder} ({damage})")
+            shutil.rmtree(folder)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=cache) as workshop:
             made = Path(workshop) / folder.name
@@ -84,7 +91,7 @@ def ensure_warm(
             _put(made, folder)
     except OSError as error:
         raise ModelError(
-            f"The built-in model cannot be kept in the cache {cache}: {error}. "
+            f"The built-in model cannot be kept in the cache {cache or ''}: {error}. "
             "Set GROUPWISE_CACHE to a folder that can be written and has 10 MB of room."
         ) from error
     return folder
@@ -161,6 +168,22 @@ def _fingerprint(seed: int, settings: WarmUp) -> str:
     versions = [torch.__version__, transformers.__version__, tokenizers.__version__, platform.machine()]
     text = json.dumps({"seed": seed, "settings": asdict(settings), "versions": versions}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a model in the cache, as by a disk that was full or a tool that deletes old files; None where
+    it is whole."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        try:
+            json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"{name}: {one_line(error, 100).rstrip('.')}"
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            weights.keys()
+    except (OSError, SafetensorError) as error:
+        return f"model.safetensors: {one_line(error, 100).rstrip('.')}"
+    return None
 
 
 def _put(made: Path, folder: Path) -> None:
