@@ -76,7 +76,14 @@ class DataSection(Section):
     split: str = "train"
     """Split of a `datasets` folder or hub data set."""
     prompt_column: str = "prompt"
-    """The column with the prompt: a string, or a list of messages (rendered by the chat template)."""
+    """The column with the prompt: a string, or a list of messages (rendered by the chat template; a last message of the
+    assistant's is continued)."""
+    chat: bool = False
+    """Make a user's message of each prompt that is a string, as chat models want it."""
+    system: str | None = Field(None, min_length=1)
+    """A system message to begin every prompt with; prompts that are strings become users' messages."""
+    drop_answer: bool = False
+    """Leave off the messages of the assistant at the end of a prompt, which hold the answer in data for SFT."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Options handed to the chat template, such as `enable_thinking`."""
     date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$", examples=["2026-12-01"])

@@ -19,13 +19,15 @@ class Prompt:
     """One question, ready to be sampled from.
 
     `prompt_id` names the row of its data set (`"17"`); `content` is what the row held, a string or a list of
-    messages; `token_ids` is its encoding, made once; `row` holds the data set's other columns.
+    messages; `token_ids` is its encoding, made once; `row` holds the data set's other columns. `template_options` are
+    the row's own for the chat template, such as its tools.
     """
 
     prompt_id: str
     content: str | list[Message]
     token_ids: tuple[int, ...]
     row: Mapping[str, Any] = field(default_factory=dict)
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_conversation(self) -> bool:

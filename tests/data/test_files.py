@@ -63,22 +63,18 @@ def test_each_format_gives_the_same_rows(tmp_path: Path) -> None:
         written(tmp_path / "p.csv", "prompt,answer\n1+1=,2\nthe answer,85\n"),
         tmp_path / "p.parquet",
     ]
+    texts = [{name: str(value) for name, value in row.items()} for row in ROWS]
     for file in files:
-        assert list(read_rows(file)) == ROWS, file.name
-        assert list(read_rows(str(file))) == ROWS, file.name
-
-
-def test_a_csv_prompt_stays_text(tmp_path: Path) -> None:
-    file = written(tmp_path / "p.csv", "prompt,answer\n0012,2100\n7,7\n")
-    prompts = load_prompts(DataSection(path=str(file)), CODEC).prompts
-    assert [(prompt.content, prompt.row) for prompt in prompts] == [("0012", {"answer": 2100}), ("7", {"answer": 7})]
+        rows = texts if file.suffix == ".csv" else ROWS
+        assert list(read_rows(file)) == rows, file.name
+        assert list(read_rows(str(file))) == rows, file.name
 
 
 def test_csv_values_may_span_lines_wherever_a_block_of_the_file_ends(tmp_path: Path) -> None:
     n = 150_000  # more than the reader's block of 1 MiB, which ends within a quoted value
     rows = read_rows(written(tmp_path / "p.csv", "prompt,reply\n" + '"1\n2",3\n' * n))
     assert len(rows) == n
-    assert all(row == {"prompt": "1\n2", "reply": 3} for row in rows)
+    assert all(row == {"prompt": "1\n2", "reply": "3"} for row in rows)
 
 
 def test_saved_data_sets_with_and_without_splits(tmp_path: Path) -> None:

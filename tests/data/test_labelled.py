@@ -103,3 +103,19 @@ def test_every_row_has_the_first_ones_columns() -> None:
         load_examples(rows, "outcome")
     with pytest.raises(DataError, match="no rows"):
         load_examples([], "outcome")
+
+
+@pytest.mark.parametrize("text, label", [("1", 1.0), ("0", 0.0), ("0.25", 0.25), ("True", 1.0), ("false", 0.0)])
+def test_a_label_of_a_csv_is_what_its_text_says(tmp_path: Path, text: str, label: float) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"prompt,completion,label\n7+7=,0014,{text}\n")
+    [example] = load_examples(str(file), "outcome")
+    assert example == Graded(Output("7+7=", "0014"), label)
+
+
+@pytest.mark.parametrize("text", ["", "yes", "2", "nan"])
+def test_a_label_of_a_csv_that_says_none_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"prompt,completion,label\n7+7=,14,{text}\n")
+    with pytest.raises(DataError, match="column 'label' has to be 0 or 1"):
+        load_examples(str(file), "outcome")

@@ -530,3 +530,19 @@ def test_on_the_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     refused = call(*arguments, "--reward", "rewards.py")
     assert refused.status == 2
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"rewards.py", "rows.jsonl"}
+
+
+def test_what_there_is_to_say_of_prompts_is_in_the_table(patient: Patient) -> None:
+    def finding(content: Any) -> Finding:
+        codec = Codec(byte_level(CHAT_TEMPLATE))
+        prompt = Prompt("0", content, codec.encode_prompt(content))
+        ill = replace(patient, model=replace(patient.model, codec=codec), prompts=PromptSet((prompt,), 0))
+        [found] = doctor_inputs.chat_template(ill)
+        return found
+
+    text = finding("1+1?")
+    assert text.verdict == "warning"
+    assert "data.chat = true" in text.words
+    answered = finding([{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}])
+    assert answered.verdict == "passed", "a prefill is nothing wrong"
+    assert "data.drop_answer" in answered.words

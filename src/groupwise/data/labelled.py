@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
-from groupwise.data.files import as_content, read_rows
+from groupwise.data.messages import as_content, template_options
+from groupwise.data.rows import TableRows, read_rows
 from groupwise.errors import DataError
 from groupwise.models.judging import Content, Example, Graded, Output, Preferred, Steps, Stepwise
 from groupwise.wording import shown
@@ -28,7 +29,8 @@ def load_examples(
     outside [0, 1], or there are no rows.
     """
     if isinstance(source, str):
-        name, rows = source, list(read_rows(source, revision=revision, split=split))
+        name, found = source, read_rows(source, revision=revision, split=split)
+        rows = list(map(_without_text_label, found) if isinstance(found, TableRows) and found.only_texts else found)
     else:
         name, rows = "the given rows", list(source)
     if not rows:
@@ -61,16 +63,15 @@ def _names(row: Mapping[str, Any]) -> str:
 
 
 def _preferred(row: Mapping[str, Any], where: str) -> Preferred:
-    prompt = row.get("prompt")
     chosen, rejected = (
-        _answer(prompt, row[name], f"{where}, column {name!r}", finished=row.get(f"{name}_finish") != "length")
+        _answer(row, name, f"{where}, column {name!r}", finished=row.get(f"{name}_finish") != "length")
         for name in ("chosen", "rejected")
     )
     return Preferred(chosen, rejected)
 
 
 def _graded(row: Mapping[str, Any], where: str) -> Graded:
-    output = _answer(row["prompt"], row["completion"], where, finished=row.get("finish") != "length")
+    output = _answer(row, "completion", where, finished=row.get("finish") != "length")
     return Graded(output, _label(row["label"], f"{where}, column 'label'"))
 
 
@@ -87,21 +88,31 @@ def _stepwise(row: Mapping[str, Any], where: str) -> Stepwise:
         None if label is None else _label(label, f"{where}, column 'labels', step {number}")
         for number, label in enumerate(labels, start=1)
     )
-    return Stepwise(Steps(as_content(row["prompt"], f"{where}, column 'prompt'"), tuple(texts)), known)
+    prompt = as_content(row["prompt"], f"{where}, column 'prompt'")
+    return Stepwise(Steps(prompt, tuple(texts), _options(prompt, row, where)), known)
 
 
-def _answer(prompt: Any, given: Any, where: str, *, finished: bool = True) -> Output:
-    """A prompt and what was answered: a text, or messages of which the last is the answer."""
+def _answer(row: Mapping[str, Any], column: str, where: str, *, finished: bool = True) -> Output:
+    """A row's prompt and what was answered: a text, or messages of which the last is the answer."""
+    prompt, given = row.get("prompt"), row[column]
     asked: Content = "" if prompt is None or prompt == "" else as_content(prompt, f"{where}, the prompt")
     if isinstance(given, str):
-        return Output(asked, given, finished)
+        return Output(asked, given, finished, _options(asked, row, where))
     messages = as_content(given, where)
     assert not isinstance(messages, str)
     before = [] if asked == "" else [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     *earlier, last = messages
-    if last["role"] != "assistant" or not isinstance(last.get("content"), str):
+    text = last.get("content")
+    if isinstance(text, list):
+        text = "".join(part["text"] for part in text)
+    if last["role"] != "assistant" or not isinstance(text, str):
         raise DataError(f"{where} has to end with a message of the assistant's, a text, but ends with {shown(last)}.")
-    return Output([*before, *earlier], last["content"], finished)
+    return Output([*before, *earlier], text, finished, template_options(row, where))
+
+
+def _options(prompt: Content, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The row's options for the chat template, which renders messages only."""
+    return {} if isinstance(prompt, str) else template_options(row, where)
 
 
 def _label(value: Any, where: str) -> float:
@@ -110,6 +121,18 @@ def _label(value: Any, where: str) -> float:
     if not 0 <= number <= 1:
         raise DataError(f"{where} has to be 0 or 1, true or false, or a share between them, but is {shown(value)}.")
     return number
+
+
+def _without_text_label(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of a CSV, which knows texts only, with its label as what the text says; a text that says none stays."""
+    text = row.get("label")
+    if not isinstance(text, str):
+        return row
+    word = text.strip().lower()
+    try:
+        return {**row, "label": word == "true" if word in ("true", "false") else float(word)}
+    except ValueError:
+        return row
 
 
 def _list(value: Any) -> list[Any] | None:

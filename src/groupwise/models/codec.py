@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from groupwise.errors import ConfigError, DataError, ModelError
 from groupwise.models import tokenizer_check, tokenizer_files
 from groupwise.models.clock import start_of, stopped
+from groupwise.models.template import suited
 from groupwise.types import Message
 from groupwise.wording import one_line, shown
 
@@ -27,6 +28,13 @@ SET_BY_CODEC: Final = frozenset(
     | {"return_assistant_tokens_mask", "tokenizer_kwargs", "padding", "truncation", "max_length"}
 )
 """Arguments of `apply_chat_template` that are no options of a template."""
+
+
+def reserved(options: Mapping[str, Any]) -> str:
+    """The options that are no options of a template, in words; empty where there are none."""
+    taken = ", ".join(sorted(SET_BY_CODEC & options.keys()))
+    advice = "which is not for the chat template to read; leave only options of the template, such as enable_thinking"
+    return taken and f"{taken}, {advice}"
 
 
 class Codec:
@@ -64,11 +72,8 @@ class Codec:
         self._today = start_of(date)
         self._source = source
         self._pieces: dict[int, str] = {}
-        if taken := sorted(SET_BY_CODEC & self._template_options.keys()):
-            raise ConfigError(
-                f"chat_template_kwargs sets {', '.join(taken)}, which is not for the chat template to read; leave only"
-                " options of the template, such as enable_thinking."
-            )
+        if taken := reserved(self._template_options):
+            raise ConfigError(f"chat_template_kwargs sets {taken}.")
 
     @classmethod
     def load(
@@ -100,14 +105,18 @@ class Codec:
         """One more than the largest token id; a model may have more rows than that, never fewer."""
         return int(max(self.tokenizer.get_vocab().values())) + 1
 
-    def encode_prompt(self, content: str | Sequence[Message]) -> tuple[int, ...]:
+    def encode_prompt(
+        self, content: str | Sequence[Message], options: Mapping[str, Any] | None = None
+    ) -> tuple[int, ...]:
         """Token ids of a prompt: a string as the tokenizer encodes it (BOS and all), messages as the template says.
 
-        Raises ModelError without a chat template, DataError for messages or characters that are refused.
+        A string that begins with BOS, as a template writes it, gets no second one. `options` are those of the template
+        for this prompt alone, such as its tools. Raises ModelError without a chat template, DataError for messages or
+        characters that are refused.
         """
         if isinstance(content, str):
-            return self._encode(content, add_special_tokens=True)
-        return self.encode_text(self.render(content))  # a template writes its special tokens itself
+            return self._begun_once(content)
+        return self.encode_text(self.render(content, options))  # a template writes its special tokens itself
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Token ids of a text as it stands: no special token is added, those written out in it are recognised.
@@ -116,40 +125,46 @@ class Codec:
         """
         return self._encode(text, add_special_tokens=False)
 
-    def render(self, content: str | Sequence[Message]) -> str:
+    def render(self, content: str | Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
         """The text that a prompt is encoded from. A last message of the assistant is left open, to be continued.
 
-        Raises ModelError without a chat template, DataError where the template refuses the messages.
+        `options` are as in `encode_prompt`. Raises ModelError without a chat template, DataError where the template
+        refuses the messages.
         """
         if isinstance(content, str):
             return content
         prefilled = bool(content) and content[-1].get("role") == "assistant"
-        return self._templated(content, asked=not prefilled, left_open=prefilled)
+        return self._templated(content, options, asked=not prefilled, left_open=prefilled)
 
-    def render_whole(self, messages: Sequence[Message]) -> str:
+    def render_whole(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
         """The text of a conversation that is over: its last message is closed, and no answer is asked for.
 
         Raises as `render` does.
         """
-        return self._templated(messages, asked=False, left_open=False)
+        return self._templated(messages, options, asked=False, left_open=False)
 
-    def _templated(self, messages: Sequence[Message], *, asked: bool, left_open: bool) -> str:
-        if self.tokenizer.chat_template is None and "chat_template" not in self._template_options:
+    def _templated(
+        self, messages: Sequence[Message], options: Mapping[str, Any] | None, *, asked: bool, left_open: bool
+    ) -> str:
+        if not self.has_template:
             raise ModelError(
                 "The prompts are messages, but the tokenizer has no chat template. Use a chat model, put a"
                 " chat_template.jinja into the model's folder, or give the prompts as plain strings."
             )
-        try:
+        options = {**self._template_options, **(options or {})}
+
+        def render(conversation: Sequence[Message]) -> str:
             with stopped(self._today):
                 return str(
                     self.tokenizer.apply_chat_template(
-                        list(messages),
-                        tokenize=False,
-                        add_generation_prompt=asked,
-                        continue_final_message=left_open,
-                        **self._template_options,
+                        list(conversation), tokenize=False, add_generation_prompt=asked,
+                        continue_final_message=left_open, **options,
                     )
-                )
+                )  # fmt: skip
+
+        messages = suited(messages, render)
+        try:
+            return render(messages)
         except Exception as error:  # a template is somebody's program: it may raise anything
             raise DataError(f"The chat template refuses the messages {shown(messages)}: {one_line(error)}") from error
 
@@ -205,6 +220,31 @@ class Codec:
         if not tokenizer_files.copy_tokenizer(self._source, directory):
             self.tokenizer.save_pretrained(directory)
 
+    @property
+    def has_template(self) -> bool:
+        """Whether messages can be rendered."""
+        return self.tokenizer.chat_template is not None or "chat_template" in self._template_options
+
+    @cached_property
+    def opening(self) -> str:
+        """What the tokenizer puts before a text, such as BOS, as far as it has a special token for it."""
+        return str(self.tokenizer.bos_token or self.tokenizer.cls_token or "")
+
+    def begins_itself(self, text: str) -> bool:
+        """Whether a text begins with what the tokenizer would put before it, such as BOS."""
+        begun = text.startswith(self._openings)
+        return begun and self._encode(text, add_special_tokens=True) != self._begun_once(text)
+
+    def _begun_once(self, text: str) -> tuple[int, ...]:
+        """Token ids with what the tokenizer puts before a text, unless the text begins with that already."""
+        ids = self._encode(text, add_special_tokens=True)
+        if not text.startswith(self._openings):
+            return ids
+        plain = self.encode_text(text)
+        places = range(1, len(ids) - len(plain) + 1)
+        start = next((n for n in places if ids[n : n + len(plain)] == plain and plain[:n] == ids[:n]), 0)
+        return ids[start:]
+
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         try:
             return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
@@ -228,6 +268,11 @@ class Codec:
         if token_id not in self._pieces:
             self._pieces[token_id] = self.piece([token_id])
         return self._pieces[token_id]
+
+    @cached_property
+    def _openings(self) -> tuple[str, ...]:
+        """What a text begins with that may bring its BOS along: any special token."""
+        return tuple(token for token in self.tokenizer.all_special_tokens if token)
 
     @cached_property
     def _anchor(self) -> tuple[int, str]:

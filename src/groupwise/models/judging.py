@@ -6,10 +6,10 @@ itself, so that no token lies across the end of a step, and is judged at its las
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from groupwise.errors import DataError, ModelError
 from groupwise.models.codec import Codec
@@ -22,19 +22,24 @@ _ANSWER: Final = "AnyAnswerWhatever"
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A prompt and an output to it, to be judged as a whole. `finished`: it ended by itself, not at a length limit."""
+    """A prompt and an output to it, to be judged as a whole. `finished`: it ended by itself, not at a length limit.
+
+    `options` are the prompt's own for the chat template, such as its tools.
+    """
 
     prompt: Content
     text: str
     finished: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """A prompt and the steps of an output to it, to be judged one by one."""
+    """A prompt and the steps of an output to it, to be judged one by one; `options` as in `Output`."""
 
     prompt: Content
     texts: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,32 +100,33 @@ class OutputEncoder:
         assert isinstance(judged, Output)
         codec, tokenizer = self.codec, self.codec.tokenizer
         if not isinstance(judged.prompt, str):
-            return Row(codec.encode_text(self._conversation(judged.prompt, judged.text, judged.finished)))
+            return Row(codec.encode_text(self._conversation(judged)))
         if tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
             return Row(tuple(tokenizer(judged.prompt, judged.text, verbose=False)["input_ids"]))
         ids = codec.encode_prompt(judged.prompt) + codec.encode_text(judged.text)
         end = tokenizer.eos_token_id
         return Row(ids + ((end,) if judged.finished and end is not None else ()))
 
-    def _conversation(self, prompt: list[Message], text: str, finished: bool) -> str:
+    def _conversation(self, judged: Output) -> str:
         """The text of a conversation that the output ends: the template's, where that has all of the output."""
+        text = judged.text
         try:
-            rendered = self._rendered(prompt, text, finished)
+            rendered = self._rendered(judged, text, judged.finished)
         except DataError:
             # Of an answer that is left open a template must write the last part as it is, or it is refused.
             rendered = ""
         if "".join(text.split()) in "".join(rendered.split()):  # templates may strip blanks
             return rendered
-        before, found, after = self._rendered(prompt, _ANSWER, finished=True).rpartition(_ANSWER)
+        before, found, after = self._rendered(judged, _ANSWER, finished=True).rpartition(_ANSWER)
         if not found:
             raise DataError(
                 "The reward model's chat template leaves out part of the output, which would not be judged."
             )
-        return before + text + (after if finished else "")
+        return before + text + (after if judged.finished else "")
 
-    def _rendered(self, prompt: list[Message], text: str, finished: bool) -> str:
-        messages = [*prompt, {"role": "assistant", "content": text}]
-        return self.codec.render_whole(messages) if finished else self.codec.render(messages)
+    def _rendered(self, judged: Output, text: str, finished: bool) -> str:
+        messages: list[Message] = [*judged.prompt, {"role": "assistant", "content": text}]
+        return (self.codec.render_whole if finished else self.codec.render)(messages, judged.options)
 
     def last_tokens(self) -> frozenset[int]:
         """The tokens that rows of finished outputs end with, of texts and of conversations."""
@@ -145,7 +151,7 @@ class StepEncoder:
         """See `Encoder`."""
         assert isinstance(judged, Steps)
         after = self.codec.encode_text(self.separator)
-        pieces = [self.codec.encode_prompt(judged.prompt)]
+        pieces = [self.codec.encode_prompt(judged.prompt, judged.options)]
         pieces += [self.codec.encode_text(bare(text, self.separator)) + after for text in judged.texts]
         ends = list(accumulate(map(len, pieces)))[1:]
         return Row(tuple(token for piece in pieces for token in piece), tuple(end - 1 for end in ends))
@@ -177,8 +183,8 @@ class TagEncoder:
         if isinstance(judged.prompt, str):
             ids = self.codec.encode_prompt(f"{judged.prompt.rstrip()} {steps}")
         else:
-            ids = self.codec.encode_text(self.codec.render(judged.prompt) + steps)
-        asked = self.codec.encode_prompt(judged.prompt).count(self.tag_id)
+            ids = self.codec.encode_text(self.codec.render(judged.prompt, judged.options) + steps)
+        asked = self.codec.encode_prompt(judged.prompt, judged.options).count(self.tag_id)
         places = [index for index, token in enumerate(ids) if token == self.tag_id][asked:]
         if len(places) != len(judged.texts):
             raise DataError(

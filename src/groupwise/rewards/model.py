@@ -65,7 +65,7 @@ class ModelReward(_Judge):
     def __call__(self, groups: Sequence[Group], context: RewardContext) -> Values:
         """One score per output. Raises RewardError where one is not finite."""
         judged = [
-            Output(group.prompt.content, output.text, output.finish == "stop")
+            Output(group.prompt.content, output.text, output.finish == "stop", group.prompt.template_options)
             for group in groups
             for output in group.completions
         ]
@@ -82,7 +82,7 @@ class ModelStepReward(_Judge):
     def __call__(self, groups: Sequence[Group], cuts: Cuts, context: RewardContext) -> StepValues:
         """One score per step. Raises RewardError where one is not finite."""
         judged: list[Judged] = [
-            Steps(group.prompt.content, cut.texts)
+            Steps(group.prompt.content, cut.texts, group.prompt.template_options)
             for group, of_group in zip(groups, cuts, strict=True)
             for cut in of_group
         ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 
+from groupwise.data.remarks import remarks
 from groupwise.disk import in_words
 from groupwise.learn.memory import peak_memory
 from groupwise.models.codec import Codec
@@ -29,7 +32,7 @@ MOST_ENDS = 8
 def tokenizer(patient: Patient) -> list[Finding]:
     """The tokenizer against its own file, and against the prompts. A ModelError of it is the finding."""
     codec, prompts = patient.model.codec, _first(patient)
-    warnings = codec.check([codec.render(prompt.content) for prompt in prompts])
+    warnings = codec.check([codec.render(prompt.content, prompt.template_options) for prompt in prompts])
     if warnings:
         return [Finding("tokenizer", "warning", words=" ".join(warnings))]
     return [Finding("tokenizer", "passed", 0.0, 0.0, words=f"{len(prompts)} prompts read back as they were written")]
@@ -58,14 +61,19 @@ def end_token(patient: Patient) -> list[Finding]:
 
 
 def chat_template(patient: Patient) -> list[Finding]:
-    """What the template makes of prompts that are messages: the assistant's turn is open, and BOS comes once."""
+    """What the template makes of prompts that are messages: the assistant's turn is open, and BOS comes once.
+
+    What there is to say of prompts is said here, also of those that no template renders.
+    """
     codec = patient.model.codec
     prompts = [prompt for prompt in _first(patient) if not isinstance(prompt.content, str)]
+    said = " ".join(remarks(patient.prompts.prompts, codec))
     if not prompts:
-        return [Finding("chat template", "not used", words="the prompts are strings")]
+        return [Finding("chat template", "warning" if said else "not used", words=said or "the prompts are strings")]
     faults = [_template_fault(codec, prompt) for prompt in prompts]
     found = [fault for fault in faults if fault]
-    words = f"prompts end in {codec.render(prompts[0].content)[-40:]!r}"
+    end = codec.render(prompts[0].content, prompts[0].template_options)[-40:]
+    words = ". ".join([f"prompts end in {end!r}", *([said] if said else [])])
     fault = f"{next(iter(found), '')}, in {len(found)} of {len(prompts)} prompts: correct the tokenizer's chat template"
     return [measured("chat template", float(len(found)), 0.0, words=words, fault=fault)]
 
@@ -74,15 +82,17 @@ def _template_fault(codec: Codec, prompt: Prompt) -> str:
     """What is wrong with a prompt of messages; empty where nothing is."""
     assert not isinstance(prompt.content, str)
     messages, bos = list(prompt.content), codec.tokenizer.bos_token_id
-    text = codec.render(messages)
-    if codec.render(messages) != text or codec.encode_text(text) != prompt.token_ids:
+    text = codec.render(messages, prompt.template_options)
+    if codec.render(messages, prompt.template_options) != text or codec.encode_text(text) != prompt.token_ids:
         return "It renders differently the second time"
     if bos is not None and prompt.token_ids[:2] == (bos, bos):
         return "The prompt begins with two BOS tokens"
-    return "" if _is_open(codec, messages, text) else "The prompt does not end where the assistant begins"
+    if not _is_open(codec, messages, text, prompt.template_options):
+        return "The prompt does not end where the assistant begins"
+    return ""
 
 
-def _is_open(codec: Codec, messages: list[Message], text: str) -> bool:
+def _is_open(codec: Codec, messages: list[Message], text: str, options: Mapping[str, Any]) -> bool:
     """Whether an answer may follow `text` directly.
 
     Either the template adds something when it is asked to (a generation prompt), or an answered conversation is the
@@ -92,9 +102,9 @@ def _is_open(codec: Codec, messages: list[Message], text: str) -> bool:
     if messages and messages[-1].get("role") == "assistant":
         return text.rstrip().endswith(str(messages[-1].get("content", "")).rstrip())
 
-    if text != codec.render_whole(messages):
+    if text != codec.render_whole(messages, options):
         return True
-    answered = codec.render_whole([*messages, {"role": "assistant", "content": "yes"}])
+    answered = codec.render_whole([*messages, {"role": "assistant", "content": "yes"}], options)
     return answered.startswith(text) and answered[len(text) :].lstrip().startswith("yes")
 
 

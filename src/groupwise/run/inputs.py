@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.config import BUILTIN, TRAINED, Job
-from groupwise.data.files import read_rows
+from groupwise.data.rows import read_rows
 from groupwise.disk import is_stream
 from groupwise.errors import ConfigError, DataError, ModelError, RunFolderError
 from groupwise.jobfile import load_job, recipe_names

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Protocol
 
-from groupwise.data.files import read_rows
+from groupwise.data.messages import template_columns
+from groupwise.data.rows import read_rows
 from groupwise.disk import fixed
 from groupwise.models.codec import Codec
 from groupwise.run.monte_carlo import MonteCarlo, read_by
@@ -50,6 +51,7 @@ class VerifierLabels:
                     rows.append({
                         "prompt": one.group.prompt.content, "completion": output.text, "finish": output.finish,
                         "label": float(reward >= self.threshold), **_where(one.group, i),
+                        **template_columns(one.group.prompt),
                     })  # fmt: skip
         return rows
 
@@ -79,6 +81,7 @@ class VerifierPairs:
                 rows.append({
                     "prompt": one.group.prompt.content, "chosen": chosen.text, "rejected": rejected.text,
                     "chosen_finish": chosen.finish, "rejected_finish": rejected.finish, **_where(one.group, *pair),
+                    **template_columns(one.group.prompt),
                 })  # fmt: skip
         return rows
 
@@ -131,5 +134,5 @@ def _read_by(codec: Codec, verified: Scored) -> Scored:
 
 
 def _group_read_by(codec: Codec, group: Group) -> Group:
-    prompt = replace(group.prompt, token_ids=codec.encode_prompt(group.prompt.content))
+    prompt = replace(group.prompt, token_ids=codec.encode_prompt(group.prompt.content, group.prompt.template_options))
     return replace(group, prompt=prompt, completions=tuple(read_by(codec, c.text, c.finish) for c in group.completions))

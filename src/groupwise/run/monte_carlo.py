@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from groupwise.data.messages import template_columns
 from groupwise.engines.base import Engine, generate
 from groupwise.models.codec import Codec
 from groupwise.rewards.base import RewardContext
@@ -65,6 +66,7 @@ class Labelled(NamedTuple):
             "right": [tries.right for tries in self.tries], "tried": [tries.tried for tries in self.tries],
             "reward": self.reward,
             "prompt_id": key.prompt_id, "step": key.step, "slot": key.slot, "output": self.output,
+            **template_columns(self.group.prompt),
         }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 from groupwise.config import BUILTIN, TRAINED, Job
 from groupwise.data import arithmetic
 from groupwise.data.files import PromptSet, load_prompts
+from groupwise.data.remarks import remarks
 from groupwise.data.stream import PromptStream
 from groupwise.disk import fixed, in_words
 from groupwise.engines.base import Engine
@@ -374,5 +375,7 @@ def _check_prompts(prompts: PromptSet, codec: Codec, warn: Callable[[str], None]
     """Say what was left out, and hold the tokenizer against what is left. Raises ModelError where it loses text."""
     if prompts.dropped_long:
         warn(f"{prompts.dropped_long} prompts are too long and were left out")
-    for warning in codec.check([codec.render(prompt.content) for prompt in prompts.prompts[:CHECKED_PROMPTS]]):
+    first = prompts.prompts[:CHECKED_PROMPTS]
+    texts = [codec.render(prompt.content, prompt.template_options) for prompt in first]
+    for warning in [*codec.check(texts), *remarks(prompts.prompts, codec)]:
         warn(warning)
