@@ -198,7 +198,8 @@ class Learner:
         """The float32 weights, each tied one once, and persistent buffers."""
         tensors: dict[str, Tensor] = {name: m.detach() for name, m in self.optimizer.masters.items()}
         stored = self.policy.model.state_dict()
-        return tensors | {n: b for n, b in self.policy.model.named_buffers() if n in stored}
+        buffers = {n: b for n, b in self.policy.model.named_buffers() if n in stored}
+        return tensors | buffers | self.optimizer.buffers
 
     def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Tensors by file (`model`, `optimizer`) and the counters that go with them."""
@@ -210,7 +211,7 @@ class Learner:
         self.optimizer.load(tensors["model"], tensors.get("optimizer", {}), counters)
         self.room.load(counters)
         with torch.no_grad():
-            for name, buffer in self.policy.model.named_buffers():
+            for name, buffer in [*self.policy.model.named_buffers(), *self.optimizer.buffers.items()]:
                 if name in tensors["model"]:
                     buffer.copy_(tensors["model"][name])
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.errors import ModelError
+from groupwise.models.narrow import narrow_model
 
 REFUSED = "updates/refused"
 """The metric that counts updates whose gradient was not finite."""
@@ -69,7 +70,8 @@ class MasterOptimizer:
     Otherwise each backward pass adds its gradient to a float32 buffer at once and drops the narrow one, so that
     accumulation over micro-batches never rounds; after a step the masters are cast into the module, once.
 
-    `frozen` has, in float32, what is not trained: casting a module must not lose it.
+    `frozen` and `buffers` have, in float32, what is not trained and what was cast of persistent buffers: casting a
+    module must not lose them.
 
     `update` counts updates, which the schedule goes by; `applied` those that changed the weights, and
     `refused_in_a_row` those since then that did not, because their gradient was not finite.
@@ -78,19 +80,19 @@ class MasterOptimizer:
     def __init__(
         self, module: nn.Module, settings: OptimizerSettings, compute_dtype: torch.dtype = torch.float32
     ) -> None:
-        """Take over a module in float32 and, where `compute_dtype` is narrower, cast its parameters to that.
+        """Take over a module in float32 and, where `compute_dtype` is narrower, cast it to that.
 
-        Only parameters are cast: buffers such as rotary frequencies lose too much.
+        See `narrow_model` for what stays as it is.
         """
         self.settings = settings
         self.update = self.applied = self.refused_in_a_row = 0
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self.masters: dict[str, Tensor] = dict(self.parameters)
         self.frozen = {n: p.detach() for n, p in module.named_parameters() if not p.requires_grad}
-        if compute_dtype.itemsize < torch.float32.itemsize:
-            self.masters = {name: p.detach().float().clone() for name, p in self.parameters.items()}
-            for parameter in module.parameters():
-                parameter.data = parameter.data.to(compute_dtype)
+        before = {name: p.detach() for name, p in self.parameters.items()}
+        self.buffers = narrow_model(module, compute_dtype)
+        self.masters: dict[str, Tensor] = {
+            name: p if p.dtype == before[name].dtype else before[name] for name, p in self.parameters.items()
+        }
         decayed = [m for m in self.masters.values() if m.ndim > 1]
         others = [m for m in self.masters.values() if m.ndim <= 1]
         self.adam = torch.optim.AdamW(

@@ -248,7 +248,8 @@ class RewardLearner:
         """The float32 weights, each tied one once, and persistent buffers."""
         tensors: dict[str, Tensor] = {name: m.detach() for name, m in self.optimizer.masters.items()}
         stored = self.model.model.state_dict()
-        return tensors | {name: b for name, b in self.model.model.named_buffers() if name in stored}
+        buffers = {name: b for name, b in self.model.model.named_buffers() if name in stored}
+        return tensors | buffers | self.optimizer.buffers
 
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> None:
         """Take up where `state_dict` left off. Raises RunFolderError where that was of another reward model."""
@@ -263,7 +264,7 @@ class RewardLearner:
         self.optimizer.load(found, tensors.get("reward_optimizer", {}), counters)
         self.room.load(counters)
         with torch.no_grad():
-            for name, buffer in self.model.model.named_buffers():
+            for name, buffer in [*self.model.model.named_buffers(), *self.optimizer.buffers.items()]:
                 if name in found:
                     buffer.copy_(found[name])
         self.model.version, self.done, self._round = counters["version"], counters["done"], counters["round"]

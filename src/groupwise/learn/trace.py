@@ -29,6 +29,7 @@ from groupwise.models.head import HeadShape
 from groupwise.models.hollow import counter
 from groupwise.models.layout import Stream
 from groupwise.models.load import checkpoint_gradients
+from groupwise.models.narrow import narrow_model
 from groupwise.models.policy import LayoutName, Policy
 from groupwise.wording import one_line
 
@@ -116,8 +117,7 @@ class Hollow:
         """What the function that `prepare(policy)` returns takes, without gradient."""
 
         def run(policy: Policy, meter: Meter, dtype: torch.dtype) -> None:
-            for parameter in policy.parameters():
-                parameter.data = parameter.data.to(dtype)
+            narrow_model(policy.model, dtype)
             with torch.no_grad():
                 metered = prepare(policy)
                 with meter:

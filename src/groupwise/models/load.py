@@ -104,17 +104,26 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "seq_length")
+"""How configurations call the longest row; most know the first name, whatever they call it themselves."""
+_COUNT_FROM_PAD = ("roberta", "camembert", "xmod", "data2vec-text")
+"""In the names of classes whose first position is the one after the pad token's id."""
+
+
 def context_length(config: PreTrainedConfig) -> int | None:
     """The longest row in tokens that the model computes as it does any shorter one; None where it names no limit.
 
     For longrope that is where its frequencies change: beyond it a long row would change the others of its batch.
     """
     text = config.get_text_config()
-    longest: int | None = getattr(text, "max_position_embeddings", None)
+    named = [getattr(text, name, None) for name in _LENGTHS]
+    longest = min([length for length in named if isinstance(length, int) and length > 0], default=None)
+    if longest is not None and any(name in text.model_type for name in _COUNT_FROM_PAD):
+        longest -= (text.pad_token_id or 0) + 1
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
     limits = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
-    return min([limit for limit in [longest, *limits] if limit is not None and limit > 0], default=None)
+    return min([limit for limit in [longest, *limits] if limit is not None], default=None)
 
 
 def choose_layout(asked: str, findings: Findings, path: str) -> LayoutName:

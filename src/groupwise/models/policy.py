@@ -84,7 +84,7 @@ class Policy(nn.Module):
         weight, bias = self.head_parameters()
         return LogProbs(
             *chunked_logprobs(
-                self._predicting(stream), weight, bias, stream.target_T,
+                self._predicting(stream).to(weight.dtype), weight, bias, stream.target_T,
                 shape=self.head, temperature=temperature, entropy=entropy, slope_T=slope_T,
             )
         )  # fmt: skip
@@ -130,7 +130,8 @@ class Policy(nn.Module):
         """Logits `[.., V]` in float32 or wider from hidden states `[.., D]`; needs a head that is a matrix."""
         assert self.head is not None
         weight, bias = self.head_parameters()
-        return self.head.apply(wide(self.packed(hidden, (weight, bias))))
+        # Some bodies add up in float32 whatever their weights are.
+        return self.head.apply(wide(self.packed(hidden.to(weight.dtype), (weight, bias))))
 
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         """The head's matrix `[V, D]` and its bias `[V]`, if it has one."""

@@ -34,6 +34,7 @@ from groupwise.models.load import (
     read_weights,
     source_dtype,
 )
+from groupwise.models.narrow import narrow_model
 from groupwise.models.policy import silence_dropout
 from groupwise.models.precision import wide
 from groupwise.models.size import parameter_count
@@ -198,8 +199,7 @@ def load_reward_model(
     limit, version = context_length(model.config), int(card.get("version", 0))
     remark = "" if tagged or card else _remark(source.path, model, codec, kind)
     made = RewardModel(model, codec, kind, encoder, source=source.path, version=version, limit=limit, remark=remark)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)  # buffers such as rotary frequencies would lose too much
+    narrow_model(model, dtype)
     return made
 
 

@@ -27,6 +27,7 @@ from groupwise.learn.reward_learner import RewardLearner
 from groupwise.models.codec import Codec
 from groupwise.models.heap import keep_freed_memory
 from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, load_config, load_policy
+from groupwise.models.narrow import narrow_model
 from groupwise.models.reward_model import RewardModel
 from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.rewards.adapters import FunctionCalls
@@ -367,8 +368,7 @@ def _open_labeller(
 
 def narrow(model: Model) -> None:
     """Compute as training does, which samples in the narrow type."""
-    for parameter in model.loaded.policy.model.parameters():
-        parameter.data = parameter.data.to(model.loaded.compute_dtype)
+    narrow_model(model.loaded.policy.model, model.loaded.compute_dtype)
 
 
 def _check_prompts(prompts: PromptSet, codec: Codec, warn: Callable[[str], None]) -> None:
