@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig, Phi3Config, Qwen3Config, dynamic_module_utils
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Config, dynamic_module_utils
 from transformers.utils import logging as hf_logging
 
 from groupwise.errors import ModelError
@@ -146,6 +146,32 @@ def test_the_context_is_what_rows_of_any_length_share() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10_000.0}
     assert context_length(LlamaConfig(max_position_embeddings=256, rope_parameters=yarn)) == 256
     assert context_length(AutoConfig.for_model("bloom")) is None
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [("gpt2", 1024), ("mpt", 2048), ("dbrx", 2048), ("whisper", 448), ("rwkv", 1024), ("xlnet", None)],
+)
+def test_the_context_is_read_by_the_name_that_a_class_has_for_it(kind: str, expected: int | None) -> None:
+    assert context_length(AutoConfig.for_model(kind)) == expected
+
+
+def test_a_length_that_only_a_models_own_code_knows_is_read() -> None:
+    assert context_length(AutoConfig.for_model("bloom", seq_length=2048)) == 2048
+
+
+def test_where_positions_begin_after_the_pad_token_the_longest_row_fits() -> None:
+    """One more token than this, and the class looks for a position that it does not have."""
+    config = AutoConfig.for_model(
+        "roberta", is_decoder=True, vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8, max_position_embeddings=14, pad_token_id=1,
+    )  # fmt: skip
+    longest = context_length(config)
+    assert longest == 12
+    model = AutoModelForCausalLM.from_config(config)
+    assert model(torch.full((1, longest), 3)).logits.shape[1] == longest
+    with pytest.raises(IndexError):
+        model(torch.full((1, longest + 1), 3))
 
 
 def test_a_long_row_would_change_a_short_one_beyond_that_context() -> None:
