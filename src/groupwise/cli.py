@@ -197,7 +197,7 @@ def export(
     trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Write a run's weights as a Hugging Face folder."""
-    inputs.check_export(run, folder, which)
+    inputs.check_export(run, folder, which, dtype)
     from groupwise.run import api
 
     written = api.export(run, folder, which=which, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from groupwise.errors import RunFolderError
 
+PARTIAL = ".partial"
+"""What is half-written is called so, or ends so."""
 REPLACED = ".replaced"
 """What an older folder is called while a newer one takes its place."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -186,7 +187,7 @@ def test_where_the_system_has_no_room_for_a_process_there_is_one_fewer(
     def refuse(*ignored: object) -> None:
         raise BlockingIOError("Resource temporarily unavailable")
 
-    monkeypatch.setattr(pool, "_Helper", refuse)
+    monkeypatch.setattr(pool, "SamplingProcess", refuse)
     with pytest.warns(RuntimeWarning, match="no room for another process.*temporarily unavailable"):
         found = generate(engine, requests())
     same(found, sample(make_policy(), requests()))
@@ -275,16 +276,102 @@ def test_a_cancelled_uid_may_be_used_again_at_once(engine: Pooled) -> None:
     assert max(seen.values()) == 1
 
 
-def test_a_helper_that_is_killed_is_an_error_that_says_so_and_the_next_one_works() -> None:
+def exactly(groups: Sequence[Sequence[Completion]]) -> list[Any]:
+    """Outputs with their log-probs, to the bit."""
+    return [[(c.token_ids, c.sampled_logprobs, c.text, c.finish) for c in group] for group in groups]
+
+
+def gathered(engine: Pooled, asked: Sequence[Request], kills: int) -> list[list[Completion]]:
+    """What is sampled when so many processes that sample beside us are killed, each at its second output."""
+    found: dict[str, dict[int, Completion]] = {request.uid: {} for request in asked}
+    deaths, parent, finish = multiprocessing.Value("i", 0), os.getpid(), engine.own._finish
+    seen: list[Any] = []
+
+    def finish_or_die(row: Any) -> Any:
+        if os.getpid() != parent and deaths.value < kills:
+            seen.append(row)
+            if len(seen) == 2:
+                deaths.value += 1
+                os.kill(os.getpid(), signal.SIGKILL)
+        return finish(row)
+
+    engine.own._finish = finish_or_die  # type: ignore[method-assign]
+    try:
+        for request in asked:
+            engine.submit(request)
+        for uid, output, completion in engine.completed():
+            assert output not in found[uid], "each comes once"
+            found[uid][output] = completion
+        assert deaths.value == kills
+    finally:
+        engine.own._finish = finish  # type: ignore[method-assign]
+    return [[found[request.uid][i] for i in range(request.n)] for request in asked]
+
+
+@pytest.mark.parametrize("kills", [1, 2, 3])
+def test_a_busy_helper_that_is_killed_is_replaced_and_its_outputs_are_the_same_to_the_bit(kills: int) -> None:
+    asked = requests(n=4, max_tokens=40)
+    expected = exactly(generate(Pooled(codec=without_end()), asked))
     engine = Pooled(codec=without_end())
-    expected = generate(engine, requests(n=4))
-    for request in requests(n=4, max_tokens=200):
+    with pytest.warns(RuntimeWarning, match=r"ended with status -9.*is drawn again.*max_live_outputs") as said:
+        found = gathered(engine, asked, kills)
+    assert exactly(found) == expected
+    assert len(said) == 1, "it is said once"
+    assert exactly(generate(engine, asked)) == expected
+    engine.close()
+
+
+def test_helpers_that_are_killed_again_and_again_are_an_error_that_says_so_and_the_next_one_works() -> None:
+    engine = Pooled(codec=without_end())
+    expected = sample(make_policy(), requests(n=4), without_end())
+    with pytest.warns(RuntimeWarning), pytest.raises(ModelError, match=r"status -9.*so did 3 others.*max_live_outputs"):
+        gathered(engine, requests(n=4, max_tokens=200), pool.REPLACED + 1)
+    same(generate(engine, requests(n=4)), expected)
+    engine.close()
+
+
+def test_a_helper_that_is_killed_before_it_is_told_what_to_do_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, asked = Pooled(codec=without_end()), requests(n=4)
+    expected = exactly(generate(engine, asked))
+    os.kill(engine.pids[0], signal.SIGKILL)
+    engine.helpers[0].process.join()
+    monkeypatch.setattr(type(engine.helpers[0].process), "is_alive", lambda process: True)
+    with pytest.warns(RuntimeWarning, match="ended with status -9"):
+        assert exactly(generate(engine, asked)) == expected
+    engine.close()
+
+
+def test_what_was_cancelled_stays_so_when_its_helper_is_replaced() -> None:
+    engine = Pooled(codec=without_end())
+    for request in requests(n=4, max_tokens=40):
         engine.submit(request)
     engine._deal()
+    (helper,) = engine._busy
+    cancelled = next(iter(helper.wanted))
+    engine.cancel(cancelled)
     os.kill(engine.pids[0], signal.SIGKILL)
-    with pytest.raises(ModelError, match=r"status -9.*killed.*max_live_outputs"):
-        list(engine.completed())
-    same(generate(engine, requests(n=4)), expected)
+    with pytest.warns(RuntimeWarning):
+        seen = {sampled.uid for sampled in engine.completed()}
+    assert seen == {request.uid for request in requests()} - {cancelled}
+    engine.close()
+
+
+def test_where_there_is_no_room_for_another_the_rest_is_sampled_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*ignored: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    engine = Pooled(codec=without_end())
+    asked = requests(n=4, max_tokens=40)
+    for request in asked:
+        engine.submit(request)
+    engine._deal()
+    monkeypatch.setattr(pool, "SamplingProcess", refuse)
+    os.kill(engine.pids[0], signal.SIGKILL)
+    with pytest.warns(RuntimeWarning) as said:
+        found = {(uid, output): completion for uid, output, completion in engine.completed()}
+    assert ["no room for another process" in str(one.message) for one in said] == [False, True]
+    expected = sample(make_policy(), asked, without_end())
+    same([[found[request.uid, i] for i in range(request.n)] for request in asked], expected)
     engine.close()
 
 

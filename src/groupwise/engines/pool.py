@@ -12,31 +12,30 @@ per thread, or one alone."""
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import sys
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from multiprocessing.connection import wait
+from typing import Any
 
 import torch
 
 from groupwise.engines.native import NativeEngine
+from groupwise.engines.process import GoneError, SamplingProcess, Task
 from groupwise.errors import ModelError
 from groupwise.models.cores import LARGEST, even_shares, threads
 from groupwise.models.shared_memory import SharedWeights, share
 from groupwise.types import Request, Sampled
-from groupwise.wording import one_line
 
 ROWS = 16
 """Outputs per process: with fewer, reading the weights costs more than threads that wait for each other."""
 TOKENS = 4096
 """Output tokens in all, at full length, below which dealing them out is not worth while."""
+REPLACED = 3
+"""Processes that are killed while they sample and replaced, before that is an error: until all is idle again."""
 
 
 @dataclass(slots=True)
@@ -45,14 +44,6 @@ class _Flight:
 
     request: Request
     missing: set[int]
-
-
-class _Task(NamedTuple):
-    """What a helper is to do, and how."""
-
-    requests: list[Request]
-    version: int
-    max_live: int
 
 
 class PooledEngine:
@@ -70,9 +61,10 @@ class PooledEngine:
         self._ready: deque[Sampled] = deque()
         self._of_own: Iterator[Sampled] = iter(())
         self._apart = False
+        self._replaced = 0
         self._weights: SharedWeights | None = None
-        self._idle: list[_Helper] = []
-        self._busy: list[_Helper] = []
+        self._idle: list[SamplingProcess] = []
+        self._busy: list[SamplingProcess] = []
         weakref.finalize(self, _end_both, self._idle, self._busy)
 
     def submit(self, request: Request) -> None:
@@ -114,7 +106,8 @@ class PooledEngine:
         self.own.close()
 
     def completed(self) -> Iterator[Sampled]:
-        """See `Engine`. Raises ModelError where the policy's logits are not finite, or where a helper was ended."""
+        """See `Engine`. Raises ModelError where the policy's logits are not finite, or where helpers end again and
+        again."""
         try:
             while self._flights:
                 if not self._ready:
@@ -166,20 +159,52 @@ class PooledEngine:
         processes = len(given) + 1
         if alone:
             _end(self._busy, self._busy)  # they are busy with what was cancelled
-            self._apart = bool(given)
+            self._apart, self._replaced = bool(given), 0
             self.own.max_live = max(1, self._max_live // processes)
         for part in given:
-            task = _Task(part, self.own.version, self.own.max_live)
+            self._have_sampled(Task(part, self.own.version, self.own.max_live))
+        self._sample_here(kept)
+
+    def _sample_here(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            self.own.submit(request)
+
+    def _have_sampled(self, task: Task) -> SamplingProcess | None:
+        """Give a task to a helper, which is returned, or do it here where there can be none."""
+        while True:
             try:
                 helper = self._helper()
             except OSError as error:
                 _warn(f"there is no room for another process ({error}), so this one samples its part too")
-                kept = [*kept, *part]
+                self._sample_here(request for request in task.requests if request.uid in self._flights)
+                return None
+            try:
+                helper.begin(task)
+            except GoneError as gone:
+                self._count(gone, helper)
             else:
                 self._busy.append(helper)
-                helper.begin(task)
-        for request in kept:
-            self.own.submit(request)
+                return helper
+
+    def _replace(self, gone: GoneError, helper: SamplingProcess) -> None:
+        """Have another helper do the whole task of one that was ended: alike from the first token on, since how sums
+        are rounded depends on which rows are there together. What has arrived is not given out again."""
+        self._busy.remove(helper)
+        self._count(gone, helper)
+        other = self._have_sampled(helper.task)
+        if other is not None:
+            other.wanted = helper.wanted  # some may have been cancelled since
+
+    def _count(self, gone: GoneError, helper: SamplingProcess) -> None:
+        """Say once that a helper was ended while it was busy. Raises ModelError where that happens too often."""
+        helper.end()
+        self._replaced += 1
+        what = f"{gone} (-9: it was killed, often for lack of memory)"
+        advice = "Lower sampling.max_live_outputs, or sample in one process: OMP_NUM_THREADS=1."
+        if self._replaced > REPLACED:
+            raise ModelError(f"A process that sampled {what}, and so did {REPLACED} others in its place. {advice}")
+        if self._replaced == 1:
+            _warn(f"a process {what}; its part is drawn again, and is the same. {advice[:-1]}")
 
     def _shares(self, requests: Sequence[Request]) -> list[list[Request]]:
         """Requests by the process that samples them; those of one tree stay together."""
@@ -194,7 +219,7 @@ class PooledEngine:
             shares = by_process(tokens, sum(request.n for request in requests), policy.size, policy.device)
         return [[request for f in share for request in of_family[f]] for share in shares]
 
-    def _helper(self) -> _Helper:
+    def _helper(self) -> SamplingProcess:
         """One that is idle, or a new one. Raises OSError."""
         weights = share(self.own.policy.model)
         if weights is not self._weights:
@@ -206,19 +231,26 @@ class PooledEngine:
                 return helper
             _warn("a process that had nothing to do was ended from outside, and another takes its place")
             helper.end()
-        return _Helper(self.own)
+        return SamplingProcess(self.own)
 
     def _receive(self, *, wait_for_one: bool) -> None:
         """Take in what helpers have finished."""
         ready = wait([helper.pipe for helper in self._busy], None if wait_for_one else 0.0)
         for helper in [helper for helper in self._busy if helper.pipe in ready]:
-            for sampled in helper.finished():
-                self._ready.append(sampled)
-                if self.own.on_tokens is not None:
-                    self.own.on_tokens(len(sampled.completion.token_ids))
+            try:
+                self._take(helper)
+            except GoneError as gone:
+                self._replace(gone, helper)
+                continue
             if not helper.left:
                 self._busy.remove(helper)
                 self._idle.append(helper)
+
+    def _take(self, helper: SamplingProcess) -> None:
+        for sampled in helper.finished():
+            self._ready.append(sampled)
+            if self.own.on_tokens is not None:
+                self.own.on_tokens(len(sampled.completion.token_ids))
 
 
 def by_process(sizes: Sequence[float], outputs: int, parameters: int, device: torch.device | str) -> list[list[int]]:
@@ -233,64 +265,7 @@ def by_process(sizes: Sequence[float], outputs: int, parameters: int, device: to
     return [list(range(len(sizes)))]
 
 
-class _Helper:
-    """A copy of this process that samples what it is given, one task after the other. Raises OSError."""
-
-    def __init__(self, own: NativeEngine) -> None:
-        self.wanted: dict[str, Request] = {}
-        self.left = 0
-        self.pipe, far = multiprocessing.Pipe()
-        try:
-            with far, _quiet():
-                self.process = multiprocessing.get_context("fork").Process(
-                    target=_serve, args=(own, far), daemon=True, name="groupwise-sampler"
-                )
-                self.process.start()
-        except OSError:
-            self.pipe.close()
-            raise
-
-    def begin(self, task: _Task) -> None:
-        """Have it sample. Raises ModelError where it is not there any more."""
-        self.wanted = {request.uid: request for request in task.requests}
-        self.left = sum(request.n for request in task.requests)
-        try:
-            self.pipe.send(task)
-        except ConnectionError as error:
-            raise self._gone() from error
-
-    def finished(self) -> Iterator[Sampled]:
-        """What has arrived and is wanted; how many outputs are `left` to come counts the others too.
-
-        Raises what went wrong in the process, or ModelError where it has ended.
-        """
-        try:
-            while self.left and self.pipe.poll():
-                message = self.pipe.recv()
-                if isinstance(message, Exception):
-                    raise message
-                self.left -= 1
-                if message.uid in self.wanted:
-                    yield message
-        except (EOFError, ConnectionError) as error:
-            raise self._gone() from error
-
-    def _gone(self) -> ModelError:
-        self.process.join()
-        return ModelError(
-            f"A process that sampled ended with status {self.process.exitcode} (-9: it was killed, often for lack of "
-            "memory). Lower sampling.max_live_outputs, or sample in one process: OMP_NUM_THREADS=1."
-        )
-
-    def end(self) -> None:
-        """End it, whatever it is doing."""
-        self.process.kill()
-        self.process.join()
-        self.process.close()
-        self.pipe.close()
-
-
-def _end(helpers: Sequence[_Helper], those: list[_Helper]) -> None:
+def _end(helpers: Sequence[SamplingProcess], those: list[SamplingProcess]) -> None:
     """End some of `those`, which they are taken out of."""
     gone = list(helpers)
     those[:] = [helper for helper in those if helper not in gone]
@@ -298,61 +273,10 @@ def _end(helpers: Sequence[_Helper], those: list[_Helper]) -> None:
         helper.end()
 
 
-def _end_both(idle: list[_Helper], busy: list[_Helper]) -> None:
+def _end_both(idle: list[SamplingProcess], busy: list[SamplingProcess]) -> None:
     _end(idle, idle)
     _end(busy, busy)
 
 
-def _serve(own: NativeEngine, pipe: Connection) -> None:
-    """What a helper does, until the other end is closed."""
-    os.setsid()  # Ctrl-C is for the run to handle, which ends its helpers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _close_all_but(pipe.fileno())
-    own.close()  # what the parent has decoded is of no use here
-    own.on_tokens = None
-    with suppress(EOFError, ConnectionError):
-        try:
-            while True:
-                _sample(own, pipe.recv(), pipe)
-        except (EOFError, ConnectionError):
-            raise
-        except Exception as error:  # noqa: BLE001 - a boundary: it is raised where completions are waited for
-            ours = isinstance(error, ModelError)
-            pipe.send(error if ours else ModelError(f"Sampling failed: {one_line(error, 300)}"))
-
-
 def _warn(what: str) -> None:
     warnings.warn(f"sampling by several processes: {what}.", RuntimeWarning, stacklevel=3)
-
-
-def _sample(own: NativeEngine, task: _Task, pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    own.version, own.max_live = task.version, task.max_live
-    for request in task.requests:
-        own.submit(request)
-    for sampled in own.completed():
-        pipe.send(sampled)
-
-
-def _close_all_but(kept: int) -> None:
-    """Give up what the parent has open: whoever waits for the other end of a pipe waits for this process too."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2 and int(name) != kept:
-            with suppress(OSError):
-                os.close(int(name))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No remark about threads, of which none that a copy needs holds a lock; none by tokenizers, which are told."""
-    name = "TOKENIZERS_PARALLELISM"
-    told = name in os.environ
-    os.environ.setdefault(name, "false")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        if not told:
-            del os.environ[name]

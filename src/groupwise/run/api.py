@@ -24,7 +24,7 @@ from groupwise.run.export import DTYPES, exported_dtype, model_card
 from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given
 from groupwise.run.guarded import GuardedEngine
-from groupwise.run.inputs import check_job, check_weights
+from groupwise.run.inputs import check_export, check_job, check_weights
 from groupwise.run.parts import Model, narrow, open_engine, open_evaluation, open_guard, open_model
 from groupwise.run.record import Record
 from groupwise.run.report import Report
@@ -212,9 +212,7 @@ def export(
     changed, then float32. What it loses is said on standard error and in the folder's README. The folder is read back
     and compared before it takes its place. Raises GroupwiseError.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f"There is no type {dtype!r} to export in: name auto, {', '.join(DTYPES)}.")
-    RunFolder.open(Path(run))
+    check_export(str(run), str(target), which, dtype)
     job, model, saved = _opened(run, (), which, Given(trust_remote_code=trust_remote_code), {}, load=False)
     rounding = Rounding(DTYPES.get(dtype, model.loaded.source_dtype))
     if saved is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from groupwise.config import BUILTIN, TRAINED, Job
 from groupwise.data.rows import read_rows
-from groupwise.disk import is_stream
+from groupwise.disk import PARTIAL, is_stream
 from groupwise.errors import ConfigError, DataError, ModelError, RunFolderError
 from groupwise.jobfile import load_job, recipe_names
 from groupwise.jobfile.reward_model import RewardModelJob
@@ -27,6 +27,8 @@ from groupwise.run.given import PYTHON
 
 WHICH = ("latest", "best", "base")
 """A run's weights: of the last checkpoint, of the best evaluation, or as they were before training."""
+EXPORTED = ("auto", "float32", "bfloat16", "float16")
+"""Types that a model is exported in; auto is one that keeps what was learned."""
 MODEL = "model:"
 _WHOLE = 10_000_000
 """Bytes up to which a JSON file, which can only be read as a whole, is read twice."""
@@ -82,11 +84,13 @@ def check_label(target: str | None, which: str, overrides: Sequence[str], option
     check_prompts(job.data.path, job.data.prompt_column)
 
 
-def check_export(run: str, target: str, which: str) -> None:
-    """Refuse a run that is none, and a folder that is taken. Raises RunFolderError."""
+def check_export(run: str, target: str, which: str, dtype: str = "auto") -> None:
+    """Refuse a run that is none, a type that is none, and a folder that is taken. Raises GroupwiseError."""
+    if dtype not in EXPORTED:
+        raise ConfigError(f"There is no type {dtype!r} to export in: name {', '.join(EXPORTED)}.")
     RunFolder.open(Path(run))
     check_target(run, which)
-    if Path(target).is_dir() and any(Path(target).iterdir()):
+    if Path(target).is_dir() and any(path.name != PARTIAL for path in Path(target).iterdir()):
         raise RunFolderError(f"{target} is not empty. Choose another folder to export to.")
 
 

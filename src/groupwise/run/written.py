@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from groupwise.disk import cannot_write, os_error, put_in_place, sync
+from groupwise.disk import PARTIAL, cannot_write, os_error, put_in_place, sync
 from groupwise.errors import ModelError, RunFolderError
 from groupwise.models.attention import NAME
 from groupwise.models.clone import tiny_clone
@@ -71,7 +71,7 @@ def write_folder(
     not an empty or new folder, or cannot be written, and ModelError where the folder is not read back as the model.
     """
     inside = target.is_mount()  # what is mounted cannot be renamed
-    partial = target / ".partial" if inside else target.with_name(f".{target.name}.partial")
+    partial = target / PARTIAL if inside else target.with_name(f".{target.name}{PARTIAL}")
     try:
         if not replace and target.exists() and any(path != partial for path in target.iterdir()):
             raise RunFolderError(f"{target} is not empty. Choose another folder to export to.")
