@@ -7,7 +7,7 @@ KNOBS = {
     "model": "path revision device dtype layout gradient_checkpointing",
     "data": "path revision subset split prompt_column chat system drop_answer"
     " chat_template_kwargs date max_prompt_length long_prompts shuffle",
-    "reward": "functions weights step_functions step_weights verifier timeout output_timeout device step_tags",
+    "reward": "functions weights step_functions step_weights verifier timeout output_timeout patience device step_tags",
     "process": "segmenter pattern token_ids function",
     "reward_model": "path revision labels continuations soft_labels completer first_prompts prompts_per_round"
     " held_out_share replay replay_size epochs first_epochs batch_size learning_rate warmup_steps min_accuracy",

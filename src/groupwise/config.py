@@ -115,6 +115,8 @@ class RewardSection(Section):
     """Seconds that one call over a step's outputs may take before its worker is restarted."""
     output_timeout: float = _resumable(10.0, gt=0)
     """Seconds for an output that is tried alone after a batch failed or ran out of time."""
+    patience: int = _resumable(5, ge=1)
+    """Steps in a row in which a reward function may fail, or give no value, on every output before the run ends."""
     device: str | None = _resumable(None, pattern=r"^(auto|cpu|cuda(:\d+)?)$", examples=["cpu", "cuda:1"])
     """Where reward models compute; default: where the policy does."""
     step_tags: list[str] | None = None
@@ -296,7 +298,8 @@ class EvalSection(Section):
     max_completion_length: int | None = Field(None, ge=1)
     """Default: as in `[sampling]`."""
     threshold: float = 1.0
-    """An output whose reward is at least this counts as right, in accuracy and pass@k."""
+    """An output whose reward is at least this counts as right for a verifier, or where the one reward is 0 or 1: in
+    accuracy and pass@k. Of other rewards the share of outputs that reach it is told as `above_threshold`."""
 
 
 class CheckpointSection(Section):

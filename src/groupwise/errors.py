@@ -27,3 +27,7 @@ class RewardError(GroupwiseError):
 
 class RunFolderError(GroupwiseError):
     """A run folder that exists, is locked, is damaged or cannot be written."""
+
+
+class Stopped(SystemExit):
+    """The end of the process that a signal asks for, wherever it is; no answer of the function that was running."""

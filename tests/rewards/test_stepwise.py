@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from groupwise.errors import RewardError
 from groupwise.models.codec import Codec
 from groupwise.rewards.adapters import load_stepwise
 from groupwise.rewards.base import RewardContext
+from groupwise.rewards.patience import BOUNDARY_STEPS, Patience
 from groupwise.rewards.steps import Cut, Cuts, by_pattern
-from groupwise.rewards.stepwise import PATIENCE, FunctionStepReward, StepReward, StepScorer
+from groupwise.rewards.stepwise import FunctionStepReward, StepReward, StepScorer
 from groupwise.types import Completion, Group, GroupKey, Prompt, Score, ScoredGroup
 from groupwise.watch.metrics import unknown
 from tests.rewards.groups import listening
@@ -197,21 +200,25 @@ def test_a_step_function_that_hangs_costs_only_the_outputs_it_hangs_on(
     import time
     def score(completion, steps):
         if "c" in steps[0]:
-            time.sleep(3600)
+            time.sleep(60)
         return [1.0] * len(steps)
     """
     context, told = listening()
-    found = scored(in_a_file(source, timeout=3.0, output_timeout=3.0), context=context)
+    start = time.monotonic()
+    found = scored(in_a_file(source, timeout=0.5, output_timeout=0.5), context=context)
+    assert time.monotonic() - start < 30
     assert found[0] == [[(2, 1.0), (3, 1.0)], [(1, None)]]
     assert found[1][1] == [(2, 1.0), (4, 1.0), (5, 1.0)]
     assert context.metrics["step_rewards/score/failed"] == 1
     assert context.metrics["step_rewards/score/timeouts"] == 2, "of the batch, and of the output alone"
     assert "step reward function `score` failed on an output" in told[0]
-    assert "it took longer than 3 s" in told[0]
+    assert "it took longer than 0.5 s" in told[0]
 
 
 class Nothing:
     """A segmenter that finds no boundary, and fails where it is told to."""
+
+    name = "nothing"
 
     def __init__(self, failed: bool = False) -> None:
         self.failed = failed
@@ -225,23 +232,34 @@ class Nothing:
 
 def test_a_segmenter_that_finds_nothing_warns_with_an_output_and_ends_after_so_many_batches() -> None:
     scorer, (context, told) = StepScorer(Nothing(), [step_reward(lengths)], None), listening()
-    for _ in range(PATIENCE - 1):
+    for _ in range(BOUNDARY_STEPS - 1):
         scorer(bare(GROUPS), context, training=True)
     assert len(told) == 1
     assert "found no boundary in any output" in told[0]
     assert "'a\\nb\\nc'" in told[0], "the longest is shown"
-    for _ in range(PATIENCE):
+    for _ in range(BOUNDARY_STEPS):
         scorer(bare(GROUPS), context, training=False)
-    with pytest.raises(RewardError, match=rf"For {PATIENCE} batches in a row the segmenter found no boundary"):
+    with pytest.raises(RewardError, match=rf"For {BOUNDARY_STEPS} steps in a row the segmenter found no boundary"):
         scorer(bare(GROUPS), context, training=True)
 
 
-def test_one_boundary_in_a_batch_is_enough() -> None:
+def test_once_there_was_a_boundary_none_for_long_is_a_warning() -> None:
     scorer, (context, told) = StepScorer(by_pattern(CODEC, "\n"), [step_reward(lengths)], None), listening()
-    for batch in ([group("a", "b")] * (PATIENCE - 1), [group("a\nb", "c")], [group("a", "b")] * (PATIENCE - 1)):
-        for one in batch:
-            scorer(bare([one]), context, training=True)
-    assert len(told) == 2, "the count begins again"
+    for one in [group("a\nb", "c")] + [group("a", "b")] * (3 * BOUNDARY_STEPS):
+        scorer(bare([one]), context, training=True)
+    assert len(told) == 1
+    assert f"For {BOUNDARY_STEPS} steps in a row the segmenter found no boundary" in told[0]
+
+
+def test_the_count_of_steps_without_a_boundary_is_taken_up_where_it_was() -> None:
+    patience, context = Patience(), listening()[0]
+    scorer = StepScorer(Nothing(), [step_reward(lengths)], None, patience)
+    for _ in range(BOUNDARY_STEPS - 1):
+        scorer(bare(GROUPS), context, training=True)
+    resumed = Patience()
+    resumed.load(json.loads(json.dumps(patience.state())))
+    with pytest.raises(RewardError, match=f"For {BOUNDARY_STEPS} steps in a row"):
+        StepScorer(Nothing(), [step_reward(lengths)], None, resumed)(bare(GROUPS), context, training=True)
 
 
 def test_what_the_segmenter_failed_on_is_not_scored() -> None:

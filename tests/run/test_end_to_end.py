@@ -230,7 +230,7 @@ def test_eval_is_a_table_for_people(world: World) -> None:
     options = ("--set", "eval.num_generations=4", "--set", "eval.temperature=1.0", "--data", "prompts.jsonl")
     ended = call("eval", "runs/mine", *options)
     names = [line.split()[0] for line in ended.out.splitlines()]
-    assert names == ["reward", "accuracy", "mean_length", "unscored", "pass@1", "pass@2", "pass@4"]
+    assert names == ["reward", "above_threshold", "mean_length", "unscored"], "a share of letters is no accuracy"
     assert "+-" in ended.out.splitlines()[0]
 
 
@@ -276,8 +276,9 @@ def test_from_python_with_rows_and_a_function(world: World, tmp_path: Path, caps
         eval_data=iter(rows[:2]), overrides=["reward.weights=[1.0, 0.5]"], **options,
     )  # fmt: skip
     assert (result.run, result.steps, result.stopped_by) == (str(tmp_path / "run"), 2, None)
-    assert result.eval_before is not None
-    assert capsys.readouterr().out.splitlines()[-1].startswith("held-out accuracy")
+    assert result.eval_before is None, "the sum of two rewards is no accuracy"
+    assert result.eval_reward_before is not None
+    assert capsys.readouterr().out.splitlines()[-1].startswith("held-out reward")
     last = events(tmp_path / "run")[-1]
     assert last["rewards/lambda/mean"] == 0.5
     assert last["reward"] == pytest.approx(last["rewards/wanted/mean"] + 0.25)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -17,10 +18,36 @@ from tests.run.doubles import MemorySink, ScriptedEngine, ScriptedReward, prompt
 
 
 def test_reward_and_accuracy_are_means_over_prompts() -> None:
-    found = judge(scored([1.0, 0.0, 0.5, 1.0], [0.0, 0.0, 0.0, 1.0]), threshold=1.0)
+    found = judge(scored([1.0, 0.0, 0.5, 1.0], [0.0, 0.0, 0.0, 1.0]), threshold=1.0, verified=True)
     assert found["reward"] == pytest.approx((0.625 + 0.25) / 2)
     assert found["accuracy"] == pytest.approx((0.5 + 0.25) / 2)
     assert found["unscored"] == 0
+
+
+def test_what_is_no_accuracy_is_not_called_one() -> None:
+    """Of a reward with other values than 0 and 1, and of a sum of several: formatted well is not right."""
+    graded = judge(scored([1.0, 0.0, 0.5, 1.0], [0.0, 0.0, 0.0, 1.0]), threshold=1.0)
+    assert graded["above_threshold"] == pytest.approx((0.5 + 0.25) / 2)
+    both = [
+        replace(one, scores=tuple(replace(s, parts={"accuracy": 0.0, "format": 1.0}) for s in one.scores))
+        for one in scored([1.0, 1.0], [1.0, 1.0])
+    ]
+    found = judge(both, threshold=1.0)
+    assert (found["reward"], found["above_threshold"]) == (1.0, 1.0)
+    assert (found["rewards/accuracy"], found["rewards/format"]) == (0.0, 1.0)
+    for one in (graded, found):
+        assert not [name for name in one if name.startswith(("accuracy", "pass@", "right_by_luck"))]
+
+
+def test_an_accuracy_that_other_values_refuted_does_not_come_back() -> None:
+    values = iter([0.0] * 4 + [0.5] * 4 + [1.0] * 8)
+    evaluation = an_evaluation(ScriptedReward(lambda text: next(values)), every=1)
+    found = []
+    for step in range(4):
+        record = Record(step)
+        evaluation.run(record)
+        found.append("eval/accuracy" in record.metrics)
+    assert found == [True, False, False, False]
 
 
 def test_pass_at_k_is_the_share_of_the_subsets_that_hold_a_right_output() -> None:
@@ -42,8 +69,8 @@ def test_pass_at_k_is_reported_for_powers_of_two() -> None:
 
 def test_the_threshold_itself_is_right() -> None:
     groups = scored([0.5, 0.49], [0.51, 0.0])
-    assert judge(groups, threshold=0.5)["accuracy"] == 0.5
-    assert judge(groups, threshold=1.0)["accuracy"] == 0.0
+    assert judge(groups, threshold=0.5, verified=True)["accuracy"] == 0.5
+    assert judge(groups, threshold=1.0, verified=True)["accuracy"] == 0.0
 
 
 def test_intervals_are_over_prompts() -> None:
@@ -54,7 +81,7 @@ def test_intervals_are_over_prompts() -> None:
 
 
 def test_an_output_without_a_score_is_wrong_and_out_of_the_mean() -> None:
-    found = judge(scored([1.0, None], [None, None], [0.5, 0.5]), threshold=0.5)
+    found = judge(scored([1.0, None], [None, None], [0.5, 0.5]), threshold=0.5, verified=True)
     assert found["reward"] == pytest.approx(0.75), "of the prompts that have a reward"
     assert found["accuracy"] == pytest.approx((0.5 + 0 + 1) / 3)
     assert found["unscored"] == 3
@@ -63,7 +90,7 @@ def test_an_output_without_a_score_is_wrong_and_out_of_the_mean() -> None:
 def test_what_cannot_be_said_is_absent() -> None:
     nothing = judge(scored([None, None]), threshold=1.0)
     assert "reward" not in nothing
-    assert nothing["accuracy"] == 0
+    assert not [name for name in nothing if name.startswith(("accuracy", "pass@", "above"))]
     assert not [name for name in judge(scored([1.0, 0.0]), threshold=1.0) if name.endswith("_ci95")]
     assert all(map(math.isfinite, [*nothing.values()]))
 
@@ -112,7 +139,7 @@ def test_a_rewards_own_metrics_stay_those_of_the_training_step() -> None:
     record.metrics["rewards/scripted/failed"] = 0.0
     an_evaluation(reward).maybe(record)
     assert record.metrics["rewards/scripted/failed"] == 0.0
-    assert "eval/accuracy" in record.metrics
+    assert "eval/reward" in record.metrics
     assert record.metrics["time/eval"] > 0
 
 

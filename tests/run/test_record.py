@@ -77,11 +77,15 @@ class Nosy(ScriptedReward):
         return []
 
 
-def test_rewards_are_told_their_step_from_0() -> None:
+def test_rewards_are_told_how_many_steps_are_over() -> None:
+    """Of a step under way those before it; of an evaluation after a step that one too."""
     reward = Nosy(float)
+    scorer = Scorer([reward], None, 9, lambda message: None)
+    for step in (1, 5):
+        scorer([], Record(step), training=True)
     for step in (0, 1, 5):
-        Scorer([reward], None, 9, lambda message: None)([], Record(step))
-    assert reward.log == [(0, 9), (0, 9), (4, 9)]
+        scorer([], Record(step))
+    assert reward.log == [(0, 9), (4, 9), (0, 9), (1, 9), (5, 9)]
 
 
 def test_groups_are_written_with_rewards_and_advantages(tmp_path: Path) -> None:

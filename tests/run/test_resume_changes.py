@@ -70,7 +70,9 @@ def test_a_finished_run_stays_as_it_is(done: Path, capsys: pytest.CaptureFixture
     assert events(done) == before[0]
     assert same(last_weights(done), before[1])
     assert (result.steps, result.stopped_by) == (4, None)
-    assert (result.eval_before, result.eval_after) == (before[2]["eval_before"], before[2]["eval_after"])
+    assert (result.eval_reward_before, result.eval_reward_after) == (
+        before[2]["eval_reward_before"], before[2]["eval_reward_after"],
+    )  # fmt: skip
     assert "held-out accuracy" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -127,7 +129,7 @@ def test_a_fork_is_a_run_of_its_own(bench: Path, done: Path, tmp_path: Path) -> 
     assert [event["step"] for event in events(fork)] == [4, 5, 6], "where it starts from, and its own steps"
     assert events(fork)[1]["learning_rate"] == 0.5
     assert events(fork)[2]["kl"] > 0, "against the policy at the fork"
-    assert result.eval_before == events(fork)[0]["eval/accuracy"], "its baseline is where it starts"
+    assert result.eval_reward_before == events(fork)[0]["eval/reward"], "its baseline is where it starts"
     assert same(load_file(fork / "checkpoints/step-00000004/model.safetensors"), last_weights(done))
     assert (done / "result.json").read_text() == before
     assert len(events(done)) == 5, "the run that it came from stays as it was"
@@ -147,7 +149,7 @@ def test_a_fork_is_resumed_from_its_own_start(done: Path, tmp_path: Path) -> Non
     result = groupwise.resume(fork, show="plain")
     assert [event["step"] for event in events(fork)] == [4, 5]
     assert same(last_weights(fork), whole)
-    assert result.eval_before == events(fork)[0]["eval/accuracy"]
+    assert result.eval_reward_before == events(fork)[0]["eval/reward"]
 
 
 def test_a_fork_does_not_write_into_another_run(done: Path, bench: Path) -> None:

@@ -36,6 +36,10 @@ class PromptStream:
         self.position += n
         return taken
 
+    def __len__(self) -> int:
+        """How many prompts an epoch has."""
+        return len(self._prompts)
+
     @property
     def epoch(self) -> float:
         """Passes over the data so far, fractions included."""

@@ -6,12 +6,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, pairwise
-from statistics import fmean
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from groupwise.averages import mean
 from groupwise.learn.forward import score_outputs
 from groupwise.learn.memory import Room
 from groupwise.learn.pack import Batch
@@ -112,7 +112,7 @@ class RewardPenalty:
             charged.append(replace(group, scores=scores))
             pairs = zip(group.rewards, charged[-1].rewards, strict=True)
             taken += [before - after for before, after in pairs if before is not None and after is not None]
-        metrics["reward/kl_penalty"] = fmean(taken) if taken else 0.0
+        metrics["reward/kl_penalty"] = mean(taken) if taken else 0.0
         return charged
 
     def _charged(self, score: Score, kl: float, of_pieces: Sequence[float]) -> Score:

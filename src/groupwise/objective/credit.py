@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from groupwise.averages import scale_of
 from groupwise.errors import ObjectiveError, RewardError
 from groupwise.objective.presets import Baseline, Objective, Scale, StepNormalization, StepReturn, check_choice
 
@@ -22,6 +23,8 @@ Steps = Sequence[tuple[int, float | None]]
 Advantage = float | list[float]
 """One output's advantage: the same for all its tokens, or one per token."""
 _EQUAL_WITHIN = 1e-9
+LARGEST = float(np.finfo(np.float32).max)
+"""The largest advantage that training can compute with."""
 
 _CENTRED: Mapping[str, Callable[[Array, Array], Array]] = {
     "group_mean": lambda group, batch: group - group.mean(),
@@ -42,10 +45,16 @@ def normalise(group: Array, batch: Array, *, baseline: Baseline, scale: Scale, e
     `batch` holds the scored values of all groups of the step. The std is the sample's (n - 1). Fewer than two values,
     or values that are all equal, give exactly 0.0: decided by comparing, for float noise over a small eps is large.
     """
+    # Rewards of extreme size are divided by it, so that their sums and squares stay finite; others are as they are.
+    counted = (group, batch) if "batch" in (scale, baseline.removesuffix("_mean")) else (group,)
+    size = scale_of(*(float(np.abs(values).max(initial=0.0)) for values in counted))
+    group, batch = group / size, batch / size
     compared = batch if baseline == "batch_mean" else group
     if _all_equal(compared):
         return np.zeros_like(group)
-    return _CENTRED[baseline](group, batch) / _DIVISOR[scale](group, batch, eps)
+    advantages = _CENTRED[baseline](group, batch) / _DIVISOR[scale](group, batch, eps / size)
+    with np.errstate(over="ignore"):  # infinite ones are an error of `token_advantages`
+        return advantages * size if scale == "none" else advantages
 
 
 def outcome_advantages(
@@ -94,8 +103,23 @@ def token_advantages(groups: Sequence[Earned], objective: Objective) -> list[lis
     """`outcome_weight * A_outcome + process_weight * A_process` per group and output, each normalised over its own set.
 
     One number per output where steps do not count (`process_weight` 0), else one per token. A weight of 0 leaves what
-    the other gives alone. Raises RewardError for NaN or infinity, ObjectiveError for ends that do not rise.
+    the other gives alone. Raises RewardError for NaN or infinity and for advantages beyond float32, ObjectiveError for
+    ends that do not rise.
     """
+    advantages = _token_advantages(groups, objective)
+    for number, group in enumerate(advantages):
+        for of_output in group:
+            largest = max(map(abs, of_output), default=0.0) if isinstance(of_output, list) else abs(of_output)
+            if not largest <= LARGEST:
+                raise RewardError(
+                    f"The rewards of group {number} are so large that an advantage is {largest:.3g}, and training "
+                    f"computes with numbers up to {LARGEST:.3g}: scale the rewards, or divide by their standard "
+                    'deviation (objective.scale = "group").'
+                )
+    return advantages
+
+
+def _token_advantages(groups: Sequence[Earned], objective: Objective) -> list[list[Advantage]]:
     by_output, by_step = objective.outcome_weight, objective.process_weight
     outcome = group_advantages([group.rewards for group in groups] if by_output else [], objective)
     if not by_step:
@@ -195,6 +219,7 @@ def _ahead(steps: Iterable[tuple[int, float]], length: int, step_return: StepRet
 
 
 def _all_equal(values: Array) -> bool:
+    """Of values that are not of extreme size."""
     return values.size == 0 or float(np.ptp(values)) <= _EQUAL_WITHIN * max(1.0, float(np.abs(values).max()))
 
 

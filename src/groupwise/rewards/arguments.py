@@ -42,7 +42,9 @@ def build_request(
     _check_columns(signature, set(make), columns)
     taken = {name: made() for name, made in make.items() if signature.takes(name)}
     taken |= {name: [prompt.row.get(name) for prompt, _ in outputs] for name in columns if signature.takes(name)}
-    state = {"global_step": context.step, "max_steps": context.total_steps}
+    state = {"global_step": context.step, "max_steps": context.total_steps, "epoch": context.epoch}
+    if context.epochs is not None:
+        state["num_train_epochs"] = context.epochs
     return {"columns": taken, "count": len(outputs), "state": state}
 
 

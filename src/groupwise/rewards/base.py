@@ -13,13 +13,31 @@ Values = list[list[float | None]]
 """Per group, per output: a reward, or None where the output was not scored."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What one call for all outputs of a step came to.
+
+    `key` names the reward, or what else was called, among all; `who` in messages. `scored`: whether any output or step
+    got a value; `fault` is why the first one did not, empty where that was not for a failure. `covered`: whether each
+    output got a value from another reward.
+    """
+
+    key: str
+    who: str
+    scored: bool
+    fault: str = ""
+    covered: bool = False
+
+
 @dataclass
 class RewardContext:
     """What a reward may know and report beside its values.
 
-    `step` counts optimizer batches from 0, of `total_steps`. `metrics` collects numbers for the step's event,
-    `extras` columns for `rollouts.jsonl` (one entry per output, in the order of the groups), `warn` shows a
-    sentence to the user.
+    `step` counts optimizer batches that are over, of `total_steps`, and `epoch` passes over the prompts, of `epochs`
+    where that is known.
+    `metrics` collects numbers for the step's event, `extras` columns for `rollouts.jsonl` (one entry per output, in the
+    order of the groups), `faults` why outputs have no value (the first one suffices), `outcomes` what calls came to.
+    `warn` shows a sentence to the user.
     """
 
     step: int
@@ -27,6 +45,10 @@ class RewardContext:
     metrics: dict[str, float] = field(default_factory=dict)
     extras: dict[str, list[Any]] = field(default_factory=dict)
     warn: Callable[[str], None] = lambda message: None
+    epoch: float = 0.0
+    epochs: int | None = None
+    faults: list[str] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
 
 
 @runtime_checkable

@@ -144,14 +144,33 @@ def _json_value(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
-class Caller:
-    """Calls one function, sync or async. Keeps one event loop for life, so that clients bound to it stay usable."""
+class TrainerState(SimpleNamespace):
+    """What a function finds as `trainer_state`: those fields of the class of that name in transformers that a reward
+    can use. Another field is an AttributeError that names these."""
 
-    def __init__(self, function: Callable[..., Any], stepwise: bool = False) -> None:
+    def __init__(self, **fields: Any) -> None:
+        # One process computes rewards here, so it is always the first.
+        super().__init__(is_local_process_zero=True, is_world_process_zero=True, **fields)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"trainer_state has no `{name}` here; it has {', '.join(sorted(vars(self)))}")
+
+
+class Caller:
+    """Calls one function, sync or async. Keeps one event loop for life, so that clients bound to it stay usable.
+
+    `wait` gives what an awaitable comes to, where that is not for the event loop of this thread; `let_through` are
+    exceptions that are no answer of the function.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], stepwise: bool = False, wait: Callable[[Awaitable[Any]], Any] | None = None,
+        let_through: tuple[type[BaseException], ...] = (),
+    ) -> None:  # fmt: skip
         self.signature = describe(function, stepwise)
-        self._function = function
+        self._function, self._let_through = function, let_through
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[Any] | None = None
+        self._wait = wait or self._wait_here
 
     def call(self, request: Message) -> Message:
         """Call the function with `columns` (name -> one entry for each of `count` outputs) and `state`.
@@ -159,8 +178,15 @@ class Caller:
         Gives `values`, the `failures` of single outputs (index -> traceback), `metrics` and `extras`; or `unusable`,
         how the result prints when it is not a list; or `error`, a traceback.
         """
+        process = os.getpid()
+        answer = self._answer(request)
+        if os.getpid() != process:  # forked by the function, and came back: not the process that was asked
+            os._exit(0)
+        return answer
+
+    def _answer(self, request: Message) -> Message:
         notes = Notes()
-        state = SimpleNamespace(**request["state"], epoch=0.0)
+        state = TrainerState(**request["state"])
         helpers = dict(zip(HELPERS, (state, notes.metric, notes.extra), strict=True))
         given = {name: helper for name, helper in helpers.items() if self.signature.takes(name)}
         failures: dict[int, str] = {}
@@ -176,20 +202,15 @@ class Caller:
             if not isinstance(result, Iterable) or isinstance(result, str | bytes | dict):
                 return {"unusable": f"{type(result).__name__} {repr(result)[:200]}"}
             values = list(map(as_numbers if self.signature.stepwise else as_number, result))
+        except self._let_through:
+            raise
         except BaseException as error:  # noqa: BLE001 - whatever a user's function raises is an answer, counted by the caller
             return {"error": tail(error)}
         return {"values": values, "failures": failures, "metrics": notes.metrics, "extras": notes.extras}
 
-    def cancel(self) -> bool:
-        """Ask an async call that is under way to stop; False where there is none, since a sync one cannot be asked."""
-        if self._loop is None or self._task is None or not self._loop.is_running():
-            return False
-        self._loop.call_soon_threadsafe(self._task.cancel)
-        return True
-
     def close(self) -> None:
-        """Close the event loop, unless a call that never came back still runs in it."""
-        if self._loop is not None and not self._loop.is_running():
+        """Close the event loop."""
+        if self._loop is not None:
             self._loop.close()
 
     def _each(self, request: Message, given: Message) -> list[Any]:
@@ -207,13 +228,12 @@ class Caller:
         results = [attempt(index) for index in range(request["count"])]
         return self._wait(_settle(results)) if any(map(inspect.isawaitable, results)) else results
 
-    def _wait(self, awaitable: Awaitable[Any]) -> Any:
+    def _wait_here(self, awaitable: Awaitable[Any]) -> Any:
         import asyncio  # costs as much as everything else here together, and most functions are not async
 
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-        self._task = self._loop.create_task(_finish(awaitable))
-        return self._loop.run_until_complete(self._task)
+        return self._loop.run_until_complete(_finish(awaitable))
 
 
 async def _finish(value: Any) -> Any:
@@ -223,7 +243,14 @@ async def _finish(value: Any) -> Any:
 async def _settle(results: list[Any]) -> list[Any]:
     import asyncio
 
-    return await asyncio.gather(*map(_finish, results), return_exceptions=True)
+    return await asyncio.gather(*map(_attempt, results), return_exceptions=True)
+
+
+async def _attempt(value: Any) -> Any:
+    try:
+        return await _finish(value)
+    except (SystemExit, KeyboardInterrupt) as error:  # a task that raised one would take the event loop with it
+        return error
 
 
 def tail(error: BaseException) -> str:
@@ -322,25 +349,34 @@ def die_with_parent(parent: int, lifeline: int) -> None:
 
 
 def serve(stream: BinaryIO) -> None:
-    """Load the function that the first message names, answer with its signature, then answer calls until the end."""
+    """Load the function that the first message names, answer with its signature, then answer calls until the end.
+
+    Each reply has the `number` of its request, from 0, and the `process` that it comes from.
+    """
 
     def receive() -> bytes:
         return stream.read(int.from_bytes(stream.read(8), "little"))
+
+    number = 0
+
+    def answer(reply: Message) -> None:
+        send(stream, {"number": number, "process": os.getpid(), **reply})
 
     start = pickle.loads(receive())
     sys.path[:] = start["path"]
     try:
         caller = Caller(load(start["spec"]), start["stepwise"])
     except LoadError as error:
-        return send(stream, {"error": str(error)})
-    send(stream, {"signature": asdict(caller.signature)})
+        return answer({"error": str(error)})
+    answer({"signature": asdict(caller.signature)})
     while data := receive():
+        number += 1
         try:
             request = pickle.loads(data)
         except Exception as error:  # noqa: BLE001 - rows may hold objects whose classes do not import here
-            send(stream, {"error": tail(error)})
+            answer({"error": tail(error)})
         else:
-            send(stream, caller.call(request))
+            answer(caller.call(request))
 
 
 def main() -> None:
@@ -350,6 +386,9 @@ def main() -> None:
     for descriptor in (channel, lifeline):
         os.set_inheritable(descriptor, False)
     die_with_parent(parent, lifeline)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    # A child that the function forks has the socket too; it must neither read a request nor answer one.
+    os.register_at_fork(after_in_child=lambda: os.dup2(nowhere, channel))
     with socket.socket(fileno=channel) as connection, connection.makefile("rwb") as stream:
         serve(stream)  # type: ignore[arg-type]
 

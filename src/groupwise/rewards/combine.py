@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from statistics import fmean, stdev
 from typing import TypeVar
 
+from groupwise.averages import mean, std
 from groupwise.errors import RewardError
-from groupwise.rewards.base import Reward, RewardContext, Values
+from groupwise.rewards.base import Outcome, Reward, RewardContext, Values
 from groupwise.rewards.calling import as_number
 from groupwise.rewards.checks import check_values
 from groupwise.types import Group, Score, ScoredGroup
@@ -37,16 +37,30 @@ def score_groups(
     weights = check_weights(weights, len(rewards))
     names = unique_names([reward.name for reward in rewards])
     columns: dict[str, list[float | None]] = {}
+    faults: dict[str, list[str]] = {}
     for name, reward, (values, report) in zip(names, rewards, _called(rewards, groups, context), strict=True):
         given = [as_number(value) for of_group in values for value in of_group]
         checked = check_values(reward.name, groups, given)
         columns[name] = [value for of_group in checked for value in of_group]
         publish(name, reward.name, columns[name], report, context)
+        faults[name] = report.faults
+    context.outcomes += _outcomes(columns, faults)
     parts = [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     scores = iter([Score(weighted_sum(part.values(), weights), parts=part) for part in parts])
     scored = [ScoredGroup(group, tuple(next(scores) for _ in group.completions)) for group in groups]
     context.metrics["rewards/unscored"] = float(sum(reward is None for group in scored for reward in group.rewards))
     return scored
+
+
+def _outcomes(columns: Mapping[str, Sequence[float | None]], faults: Mapping[str, list[str]]) -> Iterator[Outcome]:
+    """What each reward's call came to; nothing where there are no outputs."""
+    for name, values in columns.items():
+        others = [column for other, column in columns.items() if other != name]
+        covered = all(any(value is not None for value in of_output) for of_output in zip(*others, strict=True))
+        if values:
+            scored = any(value is not None for value in values)
+            fault = next(iter(faults[name]), "")
+            yield Outcome(f"rewards/{name}", f"Reward `{name}`", scored, fault, bool(others) and covered)
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
@@ -78,7 +92,7 @@ def run_all(
         with lock:
             context.warn(message)
 
-    reports = [replace(context, metrics={}, extras={}, warn=warn) for _ in rewards]
+    reports = [replace(context, metrics={}, extras={}, faults=[], warn=warn) for _ in rewards]
     own_process = [index for index, reward in enumerate(rewards) if getattr(reward, "own_process", False)]
     # This thread has time for one of them where it has nothing else to do.
     beside = own_process[:-1] if len(own_process) == len(rewards) else own_process
@@ -116,8 +130,8 @@ def publish(
         context.extras[column if column not in context.extras else f"{name}/{column}"] = entries
     scored = [value for value in values if value is not None]
     if scored:
-        context.metrics[f"{place}/{name}/mean"] = fmean(scored)
-        context.metrics[f"{place}/{name}/std"] = stdev(scored) if len(scored) > 1 else 0.0
+        context.metrics[f"{place}/{name}/mean"] = mean(scored)
+        context.metrics[f"{place}/{name}/std"] = std(scored)
 
 
 def check_weights(weights: Sequence[float] | None, count: int, kind: str = "reward") -> Sequence[float]:
@@ -132,6 +146,13 @@ def check_weights(weights: Sequence[float] | None, count: int, kind: str = "rewa
 
 
 def weighted_sum(values: Iterable[float | None], weights: Sequence[float]) -> float | None:
-    """`sum of weight * value` over the values that are there; None where there is none."""
+    """`sum of weight * value` over the values that are there; None where there is none. Raises RewardError where that
+    is beyond the largest float."""
     terms = [weight * value for value, weight in zip(values, weights, strict=True) if value is not None]
-    return sum(terms) if terms else None
+    total = sum(terms) if terms else None
+    if total is not None and not math.isfinite(total):
+        raise RewardError(
+            f"The weighted rewards {terms} of an output add up to {total}, which is not finite: scale the rewards, or "
+            "lower their weights."
+        )
+    return total

@@ -43,10 +43,13 @@ class _Judge:
             context.warn(f"reward model `{self.name}`: {self.model.remark}")
         context.metrics |= {f"{own}/version": float(version), f"{own}/unread": float(len(unread))}
         context.extras[f"{self.name}/version"] = [version] * len(judged)
-        if unread and not self._told:
+        if not unread:
+            return found
+        first, why = min(unread.items())
+        context.faults.append(why)
+        if not self._told:
             self._told = True
             outputs = [(group, index) for group in groups for index in range(len(group.completions))]
-            first, why = min(unread.items())
             context.warn(
                 f"reward model `{self.name}` cannot read an output, which is not scored: {why}\n"
                 f"{show_output(*outputs[first])}\nFurther ones are only counted, in {own}/unread."

@@ -13,10 +13,10 @@ from typing import NamedTuple, Protocol
 from groupwise.config import ProcessSection
 from groupwise.errors import ConfigError, RewardError
 from groupwise.models.codec import Codec
-from groupwise.rewards.adapters import FunctionCalls
 from groupwise.rewards.base import RewardContext
 from groupwise.rewards.calling import Number
 from groupwise.rewards.checks import show_output
+from groupwise.rewards.functions import FunctionCalls
 from groupwise.types import Completion, Group
 from groupwise.wording import shown
 
@@ -47,6 +47,8 @@ Cuts = list[list[Cut]]
 
 class Segmenter(Protocol):
     """Says where the steps of all outputs end."""
+
+    name: str
 
     def __call__(self, groups: Sequence[Group], context: RewardContext) -> Cuts:
         """One cut per output of each group."""
@@ -91,6 +93,8 @@ def at_characters(positions: Iterable[int], characters: Sequence[int]) -> list[B
 
 class OwnSegmenter:
     """Finds boundaries from an output's own text and tokens, in this process."""
+
+    name = "boundaries"
 
     def __init__(self, codec: Codec, boundaries: Callable[[str, Completion, Sequence[int]], list[Boundary]]) -> None:
         self._codec, self._boundaries = codec, boundaries
@@ -148,6 +152,7 @@ class FunctionSegmenter:
 
     def __init__(self, codec: Codec, calls: FunctionCalls) -> None:
         self._codec, self._calls = codec, calls
+        self.name = calls.name
 
     def __call__(self, groups: Sequence[Group], context: RewardContext) -> Cuts:
         """See `Segmenter`. Raises RewardError for positions that do not rise within the text."""

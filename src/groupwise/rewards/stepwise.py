@@ -9,15 +9,14 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from groupwise.errors import RewardError
-from groupwise.rewards.adapters import MODEL, FunctionCalls, ModelOptions, load_stepwise, open_reward_model
-from groupwise.rewards.base import RewardContext
+from groupwise.rewards.adapters import MODEL, ModelOptions, load_stepwise, open_reward_model
+from groupwise.rewards.base import Outcome, RewardContext
 from groupwise.rewards.checks import check_number, shorten, show_output
 from groupwise.rewards.combine import check_weights, publish, run_all, unique_names, weighted_sum
+from groupwise.rewards.functions import FunctionCalls
+from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import Cut, Cuts, Segmenter
 from groupwise.types import Group, Score, ScoredGroup, Step
-
-PATIENCE = 10
-"""After so many batches in a row without a single boundary the segmenter is taken to be wrong."""
 
 StepValues = list[list[list[float | None]]]
 """Per group, per output, per step: a reward, or None where the step was not scored."""
@@ -104,21 +103,24 @@ def load_step_reward(
 class StepScorer:
     """Cuts outputs into steps and gives each the weighted sum of its rewards."""
 
-    def __init__(self, segmenter: Segmenter, rewards: Sequence[StepReward], weights: Sequence[float] | None) -> None:
-        self._segmenter, self._rewards = segmenter, rewards
+    def __init__(
+        self, segmenter: Segmenter, rewards: Sequence[StepReward], weights: Sequence[float] | None,
+        patience: Patience | None = None,
+    ) -> None:  # fmt: skip
+        self._segmenter, self._rewards, self._patience = segmenter, rewards, patience or Patience()
         self._weights = check_weights(weights, len(rewards), "step reward")
-        self._uncut = 0
 
     def __call__(self, scored: Sequence[ScoredGroup], context: RewardContext, *, training: bool) -> list[ScoredGroup]:
         """The groups with `Score.steps` filled in.
 
         Metrics: `step_rewards/<name>/mean` and `/std` over the steps that were scored. Raises RewardError on unusable
-        values, and where no output of a training batch had any boundary, for so many batches in a row.
+        values.
         """
         groups = [group.group for group in scored]
-        cuts = self._segmenter(groups, context)
+        finding = replace(context, faults=[])
+        cuts = self._segmenter(groups, finding)
         if training:
-            self._count_uncut(groups, cuts, context)
+            self._look_for_boundaries(groups, cuts, finding)
         values = []
         names = unique_names([reward.name for reward in self._rewards])
         called = run_all(self._rewards, context, lambda reward, report: reward(groups, cuts, report))
@@ -126,6 +128,9 @@ class StepScorer:
             flat = [value for of_group in found for of_output in of_group for value in of_output]
             publish(name, reward.name, flat, report, context, "step_rewards")
             values.append(found)
+            if flat:
+                some, fault = any(value is not None for value in flat), next(iter(report.faults), "")
+                context.outcomes.append(Outcome(f"step_rewards/{name}", f"Step reward `{name}`", some, fault))
         return [
             replace(group, scores=tuple(self._scores(group.scores, cuts[g], [found[g] for found in values])))
             for g, group in enumerate(scored)
@@ -140,22 +145,21 @@ class StepScorer:
             rewards = [None if cut.failed else weighted_sum(parts, self._weights) for parts in by_step]
             yield replace(score, steps=tuple(map(Step, cut.ends, rewards, cut.texts)))
 
-    def _count_uncut(self, groups: Sequence[Group], cuts: Cuts, context: RewardContext) -> None:
-        """Warn where nothing was found in a whole batch, and end what goes on so."""
-        uncut = [cut for of_group in cuts for cut in of_group if not cut.failed]
-        if not uncut or any(cut.found for cut in uncut):
-            self._uncut = 0
+    def _look_for_boundaries(self, groups: Sequence[Group], cuts: Cuts, context: RewardContext) -> None:
+        """Tell of a step in which the segmenter failed everywhere, or found nothing at all, which goes on so only where
+        there were boundaries before: outputs of one step are then what the policy has learned."""
+        every = [cut for of_group in cuts for cut in of_group]
+        if not every:
             return
-        self._uncut += 1
+        uncut = [cut for cut in every if not cut.failed]
+        name, fault = self._segmenter.name, next(iter(context.faults), "")
+        context.outcomes.append(Outcome(f"segmenter/{name}", f"Segmenter `{name}`", bool(uncut), fault))
+        if not uncut:
+            return
         longest = max(
             ((group, i) for group in groups for i in range(len(group.completions))),
             key=lambda one: len(one[0].completions[one[1]].text),
         )
-        found = f"the segmenter found no boundary in any output, so each is one step\n{show_output(*longest)}"
-        if self._uncut >= PATIENCE:
-            raise RewardError(
-                f"For {self._uncut} batches in a row {found}\nSet `process.segmenter` to what this model's steps end "
-                "with, or score outputs (reward.functions)."
-            )
-        if self._uncut == 1:
-            context.warn(f"{found}\nAfter {PATIENCE} batches in a row this is an error. See [process].")
+        found = any(cut.found for cut in uncut)
+        said = f"the segmenter found no boundary in any output, so each is one step\n{show_output(*longest)}"
+        self._patience.boundaries(found, said, context.warn)

@@ -1,4 +1,4 @@
-"""Where reward functions run: in a process of their own that can be killed, or in a thread of this one that cannot."""
+"""Where reward functions run: in a process of their own that can be killed, or in this one, where they cannot be."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import pickle
-import queue
 import signal
 import socket
 import subprocess
@@ -14,13 +13,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
-from groupwise.errors import RewardError
+from groupwise.errors import RewardError, Stopped
 from groupwise.rewards import calling
 from groupwise.rewards.calling import Caller, Message, Signature
+
+if TYPE_CHECKING:
+    import asyncio
 
 START_TIMEOUT = 120.0  # a reward file may import large libraries; this never counts against the limit of a call
 CLOSE_TIMEOUT = 2.0
@@ -40,6 +43,14 @@ class CallFailed(Exception):
         self.detail = detail
 
 
+Late = Callable[[str], None]
+"""Takes the stack of a call that is over its limit and goes on."""
+
+
+def _unheard(stack: str) -> None:
+    """Where nobody listens."""
+
+
 class Runner(Protocol):
     """Runs one function. After any failure the next call finds it ready again.
 
@@ -50,10 +61,15 @@ class Runner(Protocol):
     signature: Signature
     own_process: bool
     timeouts: int
-    restarts: int
 
-    def call(self, request: Message, limit: float) -> Message:
-        """The answer to a request (see `Caller.call`) within `limit` seconds. Raises CallFailed."""
+    @property
+    def restarts(self) -> int: ...
+
+    def call(self, request: Message, limit: float, late: Late = _unheard) -> Message:
+        """The answer to a request (see `Caller.call`) within `limit` seconds. Raises CallFailed.
+
+        A call that cannot be stopped may take longer: `late` is then told, from another thread, where it is.
+        """
 
     def close(self) -> None:
         """End what runs. Calling it twice is fine."""
@@ -80,6 +96,7 @@ class Worker:
         self._start_timeout = start_timeout
         self._log = _open_log(log)
         self._log_start = 0
+        self._number = self._answering = 0
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._spawn()
@@ -88,16 +105,20 @@ class Worker:
             self.close()
             raise
 
-    def call(self, request: Message, limit: float) -> Message:
-        """Have the function called. When it takes longer than `limit` or ends its process, a new one is started."""
+    def call(self, request: Message, limit: float, late: Late = _unheard) -> Message:
+        """Have the function called. When it takes longer than `limit` or ends its process, a new one is started.
+
+        Raises RewardError where something else than the worker answered.
+        """
         if self._process is None or self._process.poll() is not None:
             self._restart()
         if not self._is_ready:
             self._ready()
         deadline = time.monotonic() + limit
+        self._number += 1
         try:
             self._send(request, deadline)
-            reply = self._receive(deadline)
+            reply = self._checked(self._receive(deadline))
         except TimeoutError:
             self.timeouts += 1
             self._restart()
@@ -154,7 +175,18 @@ class Worker:
         if "error" in reply:
             raise RewardError(f"{self._kind} `{self._spec}` cannot be loaded: {reply['error']}")
         self._is_ready = True
+        self._number, self._answering = 0, reply["process"]
         return Signature(**reply["signature"])
+
+    def _checked(self, reply: Message) -> Message:
+        number, process = reply["number"], reply["process"]
+        if (number, process) != (self._number, self._answering):
+            raise RewardError(
+                f"{self._kind} `{self._spec}`: request {self._number} to process {self._answering} got the reply to "
+                f"request {number} of process {process}. A child process that the function forks must not come back "
+                "from it: end it inside the function (os._exit), or use subprocess."
+            )
+        return reply
 
     def _restart(self) -> None:
         self._kill()
@@ -229,46 +261,123 @@ def _left(deadline: float) -> float:
 
 
 class InProcess:
-    """Runs a callable in a thread of this process, under a soft limit.
+    """Runs a callable in this process, a sync one in the thread that calls, which is where TRL runs it.
 
-    A sync function that takes too long cannot be stopped: it is left behind in its thread, and its late result is
-    dropped. An async one is cancelled.
+    In the main thread it may set signals, as `signal.alarm` needs. It cannot be stopped: a call over its limit is told
+    of and waited for. An async function runs in an event loop of its own thread, and is cancelled at its limit.
     """
 
     own_process = False
 
     def __init__(self, function: Callable[..., Any], stepwise: bool = False) -> None:
         self.timeouts = 0
-        self.restarts = 0
-        self._function, self._stepwise = function, stepwise
-        self._caller = Caller(function, stepwise)
+        self._loop = _LoopThread()
+        self._caller = Caller(function, stepwise, self._wait, (KeyboardInterrupt, Stopped, CallFailed))
         self.signature = self._caller.signature
+        self._limit, self._deadline = 0.0, 0.0
+        self._watch = threading.Timer(0.0, lambda: None)
 
-    def call(self, request: Message, limit: float) -> Message:
-        """Call the function and wait at most `limit` seconds for it."""
-        caller, answers = self._caller, queue.SimpleQueue[Message]()
+    @property
+    def restarts(self) -> int:
+        """Event loops that a function blocked, so that another had to be made."""
+        return self._loop.left_behind
 
-        def run() -> None:
-            answers.put(caller.call(request))
-            if caller is not self._caller:  # this call was left behind, and came back after all
-                caller.close()
+    def call(self, request: Message, limit: float, late: Late = _unheard) -> Message:
+        """Call the function. Raises CallFailed where it raised, or was async and took longer than `limit`."""
+        thread = threading.get_ident()
 
-        thread = threading.Thread(target=run, daemon=True, name="groupwise-reward")
-        thread.start()
-        try:
-            reply = answers.get(timeout=limit)
-        except queue.Empty:
+        def over() -> None:
             self.timeouts += 1
-            if caller.cancel():
-                thread.join(CANCEL_TIMEOUT)
-            if thread.is_alive():  # it may hold the caller's event loop for good
-                self.restarts += 1
-                self._caller = Caller(self._function, self._stepwise)
-            raise CallFailed("timeout", f"it took longer than {limit:g} s") from None
+            late(_stack_of(thread))
+
+        self._limit, self._deadline = limit, time.monotonic() + limit
+        self._watch = threading.Timer(limit, over)
+        self._watch.daemon = True
+        self._watch.start()
+        try:
+            reply = self._caller.call(request)
+        finally:
+            self._watch.cancel()
         if "error" in reply:
             raise CallFailed("error", reply["error"])
         return reply
 
+    def _wait(self, awaitable: Awaitable[Any]) -> Any:
+        """What an async function gives. Raises CallFailed at the limit of the call under way."""
+        self._watch.cancel()
+        try:
+            return self._loop.run(awaitable, _left(self._deadline))
+        except _Late:
+            self.timeouts += 1
+            raise CallFailed("timeout", f"it took longer than {self._limit:g} s") from None
+
     def close(self) -> None:
-        """Close the event loop of async functions."""
-        self._caller.close()
+        """End the event loop of async functions."""
+        self._loop.close()
+
+
+class _Late(Exception):
+    """An awaitable that did not finish in time."""
+
+
+class _LoopThread:
+    """An event loop in a thread of its own, kept from call to call: the calling thread may have one that runs already,
+    as in a notebook. `left_behind` counts those that a function blocked."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.current_thread()
+        self.left_behind = 0
+
+    def run(self, awaitable: Awaitable[Any], limit: float) -> Any:
+        """What the awaitable comes to. Raises _Late after `limit` seconds, when it is cancelled."""
+        import asyncio  # takes longer to import than all else here, and most functions are not async
+
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=_serve, args=(self._loop,), daemon=True, name="groupwise-reward")
+            self._thread.start()
+        ended = threading.Event()
+        future = asyncio.run_coroutine_threadsafe(_settled(awaitable, ended), self._loop)
+        try:
+            value, error = future.result(limit)
+        except TimeoutError:
+            future.cancel()
+            if not ended.wait(CANCEL_TIMEOUT):  # it holds the loop, maybe for good
+                self.close(wait=0.0)
+                self.left_behind += 1
+            raise _Late from None
+        if error is not None:
+            raise error
+        return value
+
+    def close(self, wait: float = CLOSE_TIMEOUT) -> None:
+        """Let the loop end, when it gets its turn, and wait so many seconds for that."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(wait)
+            self._loop = None
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+async def _settled(awaitable: Awaitable[Any], ended: threading.Event) -> tuple[Any, BaseException | None]:
+    """What it comes to, or what it raised: a loop would pass some exceptions on to its own thread, and end."""
+    try:
+        return await awaitable, None
+    except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+        return None, error
+    finally:
+        ended.set()
+
+
+def _stack_of(thread: int) -> str:
+    """Where a thread is, from the user's first frame on."""
+    frame = sys._current_frames().get(thread)
+    frames = traceback.extract_stack(frame) if frame else []
+    ours = [index for index, one in enumerate(frames) if one.filename == calling.__file__]
+    lines = "".join(traceback.format_list(frames[ours[-1] + 1 :] if ours else frames)).rstrip().splitlines()
+    return "\n".join(lines[-calling.TRACEBACK_LINES :])

@@ -68,6 +68,7 @@ def train(parts: Parts) -> None:
                 record.metrics |= {"iteration": iteration, "policy_version": p.learner.version}
                 p.watch.groups(record, scored, credit)
             p.checkpoints.maybe(step)
-            p.learner.check()  # whether any update can still be expected to be applied
+            p.rollouts.check()  # whether anything was found that ends the run: a judge that fails,
+            p.learner.check()  # updates that are all refused
         p.rounds.update(p.checkpoints)  # the reward model: labelled samples of this iteration, and replay
     p.checkpoints.finish()

@@ -30,7 +30,8 @@ from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, loa
 from groupwise.models.narrow import narrow_model
 from groupwise.models.reward_model import RewardModel
 from groupwise.models.size import parameter_count, weight_bytes
-from groupwise.rewards.adapters import FunctionCalls
+from groupwise.rewards.functions import FunctionCalls
+from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.collected import Collected
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
@@ -45,7 +46,7 @@ from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
 from groupwise.run.rounds import NoRounds, RewardModelRounds, Rounds, Task
 from groupwise.run.saving import Clock, Saver, Stateful
-from groupwise.run.scoring import as_judged, open_functions, open_trained, scorer_of
+from groupwise.run.scoring import as_judged, check_thread, open_functions, open_trained, scorer_of
 from groupwise.run.settings import (
     eval_sampling_of,
     learner_settings,
@@ -204,7 +205,9 @@ def open_evaluation(job: Job, model: Model, given: Given, engine: Engine, scorer
         scorer.warn(f"{held_out.dropped_long} held-out prompts are too long and were left out")
     draw = Draw(eval_sampling_of(job), job.eval.num_generations, job.seed, "eval")
     schedule = Schedule(job.eval.every, total_steps(job))
-    return Evaluation(held_out.prompts, engine, scorer, draw, schedule, job.eval.threshold)
+    return Evaluation(
+        held_out.prompts, engine, scorer, draw, schedule, job.eval.threshold, verified=bool(job.reward.verifier)
+    )
 
 
 def open_engine(job: Job, model: Model, closing: ExitStack) -> Engine:
@@ -244,8 +247,10 @@ def build(
     judged, judged_given = as_judged(job, given)
     judges = functions if judged is job else open_functions(judged, judged_given, folder, closing)
     model = open_model(job, given, watch.terminal.say, training=True)
-    scorer = scorer_of(job, functions, model.codec, warn)
-    judge = scorer_of(judged, judges, model.codec, warn)
+    patience = Patience(job.reward.patience, total_steps(job))
+    scorer = scorer_of(job, functions, model.codec, warn, patience)
+    judge = scorer_of(judged, judges, model.codec, warn, patience)
+    check_thread(given, warn)
     prompts = training_prompts(job, model, given)
     _check_prompts(prompts, model.codec, warn)
     engine, guard = open_engine(job, model, closing), open_guard(job, model, warn)
@@ -260,15 +265,20 @@ def build(
     stream = PromptStream(prompts.prompts, seed=job.seed, shuffle=job.data.shuffle)
     draw = Draw(sampling_of(job), job.sampling.num_generations, job.seed, "train")
     progress = Progress(job.train.iterations, job.train.steps)
+    for one in (scorer, judge):
+        one.follow(stream, job.train.prompts_per_step)
     rounds: Rounds = NoRounds()
+    verifier: Scorer | None = None
     if trains_reward_model(job):
         first = GuardedEngine(engine, guard, "In outputs for the reward model")
-        verifier = Scorer(judges.rewards, None, total_steps(job), warn) if job.reward.verifier else None
+        if job.reward.verifier:
+            verifier = Scorer(judges.rewards, None, total_steps(job), warn, patience=patience)
+            verifier.follow(stream, job.train.prompts_per_step)
         rounds = _open_rounds(
             _Opened(_placed(job), given, folder, watch, model, prompts.prompts, first, progress), trained(), verifier,
             functions.segmenter,
         )  # fmt: skip
-    stateful = Stateful(progress, stream, learner, reference, evaluation, clock, rounds)
+    stateful = Stateful(progress, stream, learner, reference, evaluation, clock, rounds, patience)
     saver = Saver(folder, job.checkpoint, stateful, watch)
     parts = Parts(
         progress=progress,

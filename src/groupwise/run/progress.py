@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from groupwise.errors import Stopped
 from groupwise.watch.terminal import Terminal
 from groupwise.watch.words import duration
 
@@ -76,7 +77,7 @@ class StopSignals:
             threading.Thread(target=self._say, daemon=True).start()
         elif number != signal.SIGHUP:  # a terminal that closes often sends several, and means nothing by it
             self._at_once = True
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+            raise KeyboardInterrupt if number == signal.SIGINT else Stopped(128 + number)
 
     def _say(self) -> None:
         lost = self.unsaved()

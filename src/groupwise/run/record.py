@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from groupwise.learn.optimizer import refusal
 from groupwise.learn.pack import Credit
+from groupwise.rewards.base import Outcome
 from groupwise.run.folder import RunFolder
 from groupwise.types import Scored
 from groupwise.watch.events import EventsFile, RolloutsFile, Sink
@@ -17,12 +18,14 @@ from groupwise.watch.terminal import Terminal
 
 
 class Record:
-    """One step under way. `metrics` becomes its event; `extras` are columns that rewards add to the rollouts."""
+    """One step under way. `metrics` becomes its event; `extras` are columns that rewards add to the rollouts, and
+    `outcomes` is what their calls came to."""
 
     def __init__(self, step: int) -> None:
         self.step = step
         self.metrics: dict[str, Any] = {}
         self.extras: dict[str, list[Any]] = {}
+        self.outcomes: list[Outcome] = []
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isclose, nan
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Protocol
 
+from groupwise.averages import mean, std
 from groupwise.data.stream import PromptStream
 from groupwise.engines.base import Engine, generate
 from groupwise.learn.learner import Learner
 from groupwise.models.codec import Codec
 from groupwise.rewards.base import Reward, RewardContext
 from groupwise.rewards.combine import score_groups
+from groupwise.rewards.patience import Patience
 from groupwise.run.record import Record
 from groupwise.seeds import group_seed
 from groupwise.types import Group, GroupKey, Prompt, Request, Sampling, Scored
@@ -67,25 +70,44 @@ class SpecialTokens:
 class Scorer:
     """The job's rewards and their weights, called on the groups of a step, and what scores steps.
 
-    `look` is shown the outputs first.
+    `patience` ends a run whose rewards give nothing, step after step; without one nothing does. `look` is shown the
+    outputs first.
     """
 
     def __init__(
         self, rewards: Sequence[Reward], weights: Sequence[float] | None, total_steps: int,
-        warn: Callable[[str], None], steps: StepScores | None = None,
-        look: Callable[[Sequence[Group]], None] = lambda groups: None,
+        warn: Callable[[str], None], steps: StepScores | None = None, *,
+        patience: Patience | None = None, look: Callable[[Sequence[Group]], None] = lambda groups: None,
     ) -> None:  # fmt: skip
         self.rewards, self.weights, self.total_steps, self.warn = rewards, weights, total_steps, warn
         self.steps, self._look = steps or NoSteps(), look
+        self.patience = patience or Patience()
+        self._epoch: Callable[[], float] = float
+        self._epochs: int | None = None
 
-    def __call__(self, groups: Sequence[Group], record: Record, *, training: bool = False) -> Scored:
-        """One score per output; what the rewards report goes into the record. `training`: the groups are trained on."""
+    def follow(self, prompts: PromptStream, prompts_per_step: int) -> None:
+        """Tell rewards how far training is in these prompts."""
+        self._epoch = lambda: prompts.epoch
+        self._epochs = math.ceil(self.total_steps * prompts_per_step / len(prompts))
+
+    def __call__(
+        self, groups: Sequence[Group], record: Record, *, training: bool = False, epoch: float | None = None
+    ) -> Scored:
+        """One score per output; what the rewards report goes into the record.
+
+        `training`: the groups are trained on, in the step of the record, which began at `epoch`. Raises RewardError.
+        """
         self._look(groups)
-        context = RewardContext(step=max(0, record.step - 1), total_steps=self.total_steps, warn=self.warn)
+        done = record.step - 1 if training else record.step
+        epoch = self._epoch() if epoch is None else epoch
+        context = RewardContext(max(0, done), self.total_steps, warn=self.warn, epoch=epoch, epochs=self._epochs)
         by_output = score_groups(groups, self.rewards, self.weights, context)
         scored = self.steps(by_output, context, training=training)
         record.metrics |= context.metrics
         record.extras |= context.extras
+        record.outcomes += context.outcomes
+        if training:
+            self.patience.count(context.outcomes)
         return scored
 
 
@@ -124,13 +146,18 @@ class Rollouts:
 
     def collect(self, step: int, record: Record) -> Scored:
         """Sample and score a step's groups."""
+        epoch = self.prompts.epoch
         with record.time("sample"):
             groups = self.draw.groups(self.engine, self.prompts.take(self.prompts_per_step), step)
         with record.time("reward"):
-            scored = self.scorer(groups, record, training=True)
+            scored = self.scorer(groups, record, training=True, epoch=epoch)
         record.metrics |= summary(scored) | step_summary(scored)
         record.metrics |= {"epoch": self.prompts.epoch, "data/dropped_long": float(self.dropped_long)}
         return scored
+
+    def check(self) -> None:
+        """Raise what was found in the step, and ends the run now that it is whole."""
+        self.scorer.patience.check()
 
     def load_weights(self, learner: Learner) -> None:
         """Sample from the learner's weights from now on."""
@@ -144,8 +171,8 @@ def summary(scored: Scored) -> dict[str, float]:
     known = [[r for r in group.rewards if r is not None] for group in scored]
     rewards = [r for group in known for r in group]
     return {
-        "reward": fmean(rewards) if rewards else nan,
-        "reward_std": fmean([stdev(group) if len(group) > 1 else 0.0 for group in known]),
+        "reward": mean(rewards) if rewards else nan,
+        "reward_std": mean([std(group) for group in known]),
         "frac_reward_zero_std": fmean(map(_all_equal, known)),
         "completions/mean_length": fmean(lengths),
         "completions/min_length": float(min(lengths)),
@@ -164,7 +191,7 @@ def step_summary(scored: Scored) -> dict[str, float]:
     rewards = [reward for of_output in known for reward in of_output]
     firsts = [steps[0].reward for steps in outputs if steps[0].reward is not None]
     return {
-        "step_reward": fmean(rewards) if rewards else nan,
+        "step_reward": mean(rewards) if rewards else nan,
         "steps/per_output": fmean(map(len, outputs)),
         "steps/first_right": fmean(reward >= RIGHT_STEP for reward in firsts) if firsts else nan,
         "steps/unscored": float(sum(not of_output for of_output in known)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -231,8 +231,11 @@ class RewardModelRounds:
         return new, [row for row, out in zip(rows, held, strict=True) if out]
 
     def _verified(self, groups: Sequence[Group]) -> Scored:
-        assert self.task.verifier is not None
-        return self.task.verifier(groups, Record(self.task.progress.step))
+        verifier, record = self.task.verifier, Record(self.task.progress.step)
+        assert verifier is not None
+        verified = verifier(groups, record)
+        verifier.patience.count_quietly([replace(one, key=f"verifier/{one.key}") for one in record.outcomes])
+        return verified
 
     def _tried(self, rows: Sequence[Row]) -> dict[str, float]:
         learner = self.task.learner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoReference, Reference
+from groupwise.rewards.patience import Patience
 from groupwise.run.evaluate import Evaluator
 from groupwise.run.folder import RunFolder
 from groupwise.run.progress import Progress, unsaved_steps
@@ -47,6 +48,7 @@ class Stateful:
     evaluation: Evaluator
     clock: Clock
     rounds: Rounds
+    patience: Patience = field(default_factory=Patience)
     best: float | None = None
 
     def tensors(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -62,6 +64,7 @@ class Stateful:
             "seconds": self.clock.seconds,
             "best": self.best,
             "rounds": self.rounds.state(),
+            "patience": self.patience.state(),
         }
         return {**files, **({"reference": reference} if reference else {}), **self.rounds.tensors()}, state
 
@@ -73,6 +76,7 @@ class Stateful:
         for name, value in state["evaluation"].items():
             setattr(self.evaluation, name, value)
         self.clock.before, self.best = state["seconds"], state["best"]
+        self.patience.load(state["patience"])
         self._restore_rounds(saved)
 
     def fork(self, saved: Checkpoint) -> None:

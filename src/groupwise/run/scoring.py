@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,9 +15,11 @@ from groupwise.errors import RewardError
 from groupwise.models.codec import Codec
 from groupwise.models.reward_model import RewardModel, Source, new_reward_model, parameters_of
 from groupwise.models.size import weight_bytes
-from groupwise.rewards.adapters import MODEL, FunctionCalls, ModelOptions, load_reward, load_stepwise
+from groupwise.rewards.adapters import MODEL, ModelOptions, load_reward, load_stepwise
 from groupwise.rewards.base import Reward
+from groupwise.rewards.functions import FunctionCalls
 from groupwise.rewards.model import ModelReward, ModelStepReward
+from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import segmenter_of
 from groupwise.rewards.stepwise import StepReward, StepScorer, load_step_reward
 from groupwise.run.folder import RunFolder
@@ -113,14 +116,30 @@ def _named_or_handed(
         yield function
 
 
-def scorer_of(job: Job, functions: Functions, codec: Codec, warn: Callable[[str], None]) -> Scorer:
-    """What scores outputs and, where the job says so, their steps."""
+def scorer_of(
+    job: Job, functions: Functions, codec: Codec, warn: Callable[[str], None], patience: Patience | None = None
+) -> Scorer:
+    """What scores outputs and, where the job says so, their steps; `patience` says when they end a run."""
+    patience = patience or Patience()
     steps = None
     if functions.step_rewards:
         segmenter = segmenter_of(job.process, codec, functions.segmenter)
-        steps = StepScorer(segmenter, functions.step_rewards, job.reward.step_weights)
+        steps = StepScorer(segmenter, functions.step_rewards, job.reward.step_weights, patience)
     look = SpecialTokens(codec, warn)
-    return Scorer(functions.rewards, job.reward.weights, total_steps(job), warn, steps, look)
+    return Scorer(
+        functions.rewards, job.reward.weights, total_steps(job), warn, steps, patience=patience, look=look
+    )
+
+
+def check_thread(given: Given, warn: Callable[[str], None]) -> None:
+    """Say where functions from Python do not run in the main thread, without which they can set no signal."""
+    named = any(map(callable, (*given.rewards, *given.step_rewards, *given.verifier)))
+    if named and threading.current_thread() is not threading.main_thread():
+        warn(
+            f"this runs in the thread {threading.current_thread().name!r}, and so do the reward functions that were "
+            "handed over: what needs the main thread (signal.alarm, as in math_verify) fails in them. Call groupwise "
+            "from the main thread, or name the functions as `file.py:name`"
+        )
 
 
 def reward_model_bytes(job: Job, policy: Source | int, trust_remote_code: bool, dtype: torch.dtype) -> dict[str, int]:

@@ -18,7 +18,7 @@ from groupwise.jobfile import to_toml
 from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.run import loop
-from groupwise.run.evaluate import Evaluation
+from groupwise.run.evaluate import ABOVE, Evaluation
 from groupwise.run.fit import settle
 from groupwise.run.folder import RunFolder, git_commit
 from groupwise.run.given import Given
@@ -32,12 +32,14 @@ from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.run.settings import total_steps
 from groupwise.watch import events
 from groupwise.watch.terminal import Mode, Terminal, make_terminal
-from groupwise.watch.words import duration
+from groupwise.watch.words import duration, number
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. Accuracies are shares of held-out outputs whose reward is at least `eval.threshold`.
+    """What a run came to. `eval_before` and `eval_after` are held-out accuracies: shares of outputs that are right by
+    the verifier, or by the only reward where that is 0 or 1; None where there is no such thing. The mean reward of the
+    same outputs is `eval_reward_before` and `eval_reward_after`.
 
     `stopped_by` is the signal that ended the run before its last step, or None. `lost_output` names the streams that
     could not be written to the end, each with the reason.
@@ -155,12 +157,14 @@ def _take_up(saved: Checkpoint, forked: bool, stateful: Stateful, saver: Saver) 
 
 def _result(job: Job, folder: RunFolder, stateful: Stateful, commit: str | None) -> Result:
     first, last = stateful.evaluation.first or {}, stateful.evaluation.last or {}
+    before, after = first.get("accuracy"), last.get("accuracy")
     progress = stateful.progress
     return Result(
         run=folder.name,
         steps=progress.step,
-        eval_before=first.get("accuracy"),
-        eval_after=last.get("accuracy"),
+        # Values other than 0 and 1 that came later tell that the first ones were no accuracy either.
+        eval_before=None if ABOVE in last else before,
+        eval_after=after,
         eval_reward_before=first.get("reward"),
         eval_reward_after=last.get("reward"),
         seconds=round(stateful.clock.seconds, 1),
@@ -176,9 +180,11 @@ def _closing_line(result: Result, total: int) -> str:
     if result.stopped_by is not None:
         return f"stopped after step {result.steps} of {total}; go on with: groupwise resume {result.run}"
     took = f"{duration(result.seconds)} · run: {result.run}"
-    if result.eval_before is None or result.eval_after is None:
-        return f"done in {took}"
-    return f"held-out accuracy {result.eval_before:.2f} -> {result.eval_after:.2f} in {took}"
+    if result.eval_before is not None and result.eval_after is not None:
+        return f"held-out accuracy {result.eval_before:.2f} -> {result.eval_after:.2f} in {took}"
+    if result.eval_reward_before is not None and result.eval_reward_after is not None:
+        return f"held-out reward {number(result.eval_reward_before)} -> {number(result.eval_reward_after)} in {took}"
+    return f"done in {took}"
 
 
 def _rescue(saver: Saver, error: Exception) -> None:

@@ -101,8 +101,11 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = {
     "Evaluation": (
         Metric("eval/reward", "reward", "Mean reward of the held-out outputs."),
         Metric("eval/reward_ci95", "reward", "Half the width of the 95 % confidence interval of `eval/reward`."),
-        Metric("eval/accuracy", "share", "Held-out outputs whose reward reaches `[eval] threshold`."),
+        Metric("eval/accuracy", "share", "Right held-out outputs, by the verifier or an only reward that is 0 or 1."),
         Metric("eval/accuracy_ci95", "share", "Half the width of the 95 % confidence interval of `eval/accuracy`."),
+        Metric("eval/above_threshold", "share", "Held-out outputs whose other rewards reach `[eval] threshold`."),
+        Metric("eval/above_threshold_ci95", "share", "Half the width of the 95 % interval of `eval/above_threshold`."),
+        Metric("eval/rewards/<name>", "reward", "Mean of one of several rewards over held-out outputs."),
         Metric("eval/step_accuracy", "share", "Steps of held-out outputs with a reward of at least 0.5."),
         Metric("eval/step_accuracy_ci95", "share", "Half the width of the 95 % interval of `eval/step_accuracy`."),
         Metric("eval/first_step_accuracy", "share", "Held-out outputs whose first step's reward is at least 0.5."),

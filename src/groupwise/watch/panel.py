@@ -76,7 +76,8 @@ class Progress:
     latest: dict[str, Any] = field(default_factory=dict)
     rewards: deque[float] = field(default_factory=lambda: deque(maxlen=40))
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
-    evals: list[tuple[int, float]] = field(default_factory=list)
+    evals: list[tuple[int, float | None, float | None]] = field(default_factory=list)
+    """Of each evaluation its step, and its accuracy and mean reward where it has them."""
     verdict: str | None = None
     sample: Sample | None = None
     doing: str = ""
@@ -92,9 +93,9 @@ class Progress:
             return
         self.latest.update(event)
         judge = of_reward_model(event)
-        accuracy = event.get("reward_model/eval/accuracy" if judge else "eval/accuracy", event.get("eval/reward"))
-        if accuracy is not None:
-            self.evals.append((self.step, accuracy))
+        accuracy = event.get("reward_model/eval/accuracy" if judge else "eval/accuracy")
+        if accuracy is not None or event.get("eval/reward") is not None:
+            self.evals.append((self.step, accuracy, event.get("eval/reward")))
         if not is_step(event):
             return
         self.verdict = why(event)
@@ -192,12 +193,14 @@ def _judge(progress: Progress) -> list[Text]:
 
 
 def _held_out(progress: Progress) -> list[Text]:
-    if not progress.evals:
+    """The accuracy of held-out outputs, or their reward where not every evaluation has one."""
+    evals = progress.evals
+    name, column = ("accuracy", 1) if all(one[1] is not None for one in evals) else ("reward", 2)
+    known = [(one[0], one[column]) for one in evals if one[column] is not None]
+    if not known:
         return []
-    (_, first), (step, last) = progress.evals[0], progress.evals[-1]
-    known = "eval/accuracy" in progress.latest or of_reward_model(progress.latest)
-    name = "accuracy" if known else "reward"
-    since = f"{name}, from {number(first)} · step {step}" if len(progress.evals) > 1 else f"{name}, at the start"
+    (_, first), (step, last) = known[0], known[-1]
+    since = f"{name}, from {number(first)} · step {step}" if len(known) > 1 else f"{name}, at the start"
     return [Text.assemble(("held out  ", "dim"), (f"{number(last):<7}", "bold green"), (since, "dim"))]
 
 

@@ -346,9 +346,9 @@ def _steps_cell(event: Mapping[str, Any]) -> str:
 def eval_line(event: Mapping[str, Any]) -> str:
     """An evaluation in one line, the reward with the half-width of its 95 % interval."""
     found = [f"reward {number(event.get('eval/reward'))} +- {number(event.get('eval/reward_ci95'))}"]
-    shown = ("eval/accuracy", "eval/step_accuracy", "eval/right_by_luck")
-    named = sorted(name for name in event if name in shown or name.startswith("eval/pass@"))
-    found += [f"{name.removeprefix('eval/')} {number(event[name])}" for name in named]
+    shown = ("eval/accuracy", "eval/above_threshold", "eval/step_accuracy", "eval/right_by_luck")
+    named = sorted(name for name in event if name in shown or name.startswith(("eval/pass@", "eval/rewards/")))
+    found += [f"{name.removeprefix('eval/').removeprefix('rewards/')} {number(event[name])}" for name in named]
     found.append(f"length {number(event.get('eval/mean_length'))}")
     return f"eval at step {event['step']}: " + "  ".join(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,13 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def number(value: float | None) -> str:
-    """Three significant digits (`0.0123`, `1.00`), whole from 1000 (`12,400`), a dash where there is none."""
+    """Three significant digits (`0.0123`, `1.00`), whole from 1000 (`12,400`), `1.23e+15` beyond, a dash for none."""
     if value is None:
         return ABSENT
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
+    if abs(value) >= 1e12:
+        return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
 
 
@@ -55,7 +58,8 @@ def sparkline(values: list[float]) -> str:
 def _bar(value: float, low: float, high: float) -> str:
     if not math.isfinite(value):
         return " "
-    return _BARS[round(7 * (value - low) / (high - low))] if high > low else _BARS[3]
+    # Halved, since the difference of two floats may be beyond the largest one.
+    return _BARS[round(7 * (value / 2 - low / 2) / (high / 2 - low / 2))] if high / 2 > low / 2 else _BARS[3]
 
 
 def is_step(event: Mapping[str, Any]) -> bool:
@@ -88,5 +92,24 @@ def why(event: Mapping[str, Any]) -> str | None:
     cause = f"in every group all {what} earned the same reward, so every advantage is 0"
     if event.get("loss"):
         return f"The rewards teach nothing in this step: {cause}. What is left of the loss is not theirs (the KL term)."
+    said = f"Nothing is learned in this step: {cause} and the loss exactly 0."
+    missing = sum(number for name, number in event.items() if _is_fault(name) and number)
+    if missing:
+        return f"{said} {missing:,.0f} outputs or calls of it failed or were not scored: the warnings say why."
+    spread = [value for name, value in event.items() if _SPREAD.fullmatch(name) and value is not None]
+    if spread and not any(spread):
+        return (
+            f"{said} All outputs of the step earned the same ({reward if step_reward is None else step_reward:g}). "
+            "Where that goes on, look in rollouts.jsonl whether the reward reads the outputs as it should."
+        )
     cure = "Prompts that are neither too easy nor too hard, more outputs per prompt or a finer reward help."
-    return f"Nothing is learned in this step: {cause} and the loss exactly 0. This is not a fault. {cure}"
+    return f"{said} This is not a fault. {cure}"
+
+
+_FAULTS = ("/failed", "/timeouts", "/unread", "rewards/unscored", "steps/unscored", "updates/refused")
+_SPREAD = re.compile(r"(step_)?rewards/[^/]+/std")
+
+
+def _is_fault(name: str) -> bool:
+    """Whether a metric counts what went wrong in a step."""
+    return name.endswith(_FAULTS) and not name.startswith(("eval/", "reward_model/"))
