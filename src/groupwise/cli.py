@@ -18,6 +18,7 @@ from groupwise.jobfile import show as show_job
 from groupwise.jobfile.reward_model import is_reward_model_run, load_reward_job
 from groupwise.models.heap import own_process
 from groupwise.run import inputs
+from groupwise.run.asking import messages_of, only_one
 from groupwise.streams import Output, kept
 
 if TYPE_CHECKING:
@@ -136,28 +137,37 @@ def evaluate(
 
 @app.command()
 def sample(
-    target: Target, prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="A text, or - for standard input.")],
+    target: Target,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="A text, or - for standard input.")] = None,
+    messages: Annotated[str | None, typer.Option(metavar="FILE", help="A conversation in JSON, or - .")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message to begin with.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without a template.")] = False,
     n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="How many outputs.")] = 1,
     temperature: Annotated[float | None, typer.Option(metavar="T", min=0, help="Default: as in evaluation.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Decides the draws.")] = 0,
     which: Which = "latest", set_: Sets = None, json_: JsonResult = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
-    """Continue a prompt with a run's weights."""
+    """Continue a prompt with a run's weights: a user's message where it was trained on messages."""
     inputs.check_target(target, which, set_ or ())
+    content = only_one(prompt, None if messages is None else messages_of(messages, _standard_input))
+    content = _standard_input() if content == "-" else content
     from groupwise.run import api
 
-    if prompt == "-" and sys.stdin is None:
-        raise ConfigError("The prompt is - for standard input, which is closed. Give it as an argument.")
-    text = sys.stdin.read() if prompt == "-" else prompt
     outputs = api.sample(
-        target, text, n=n, temperature=temperature, seed=seed, which=which, overrides=set_ or (),
-        trust_remote_code=trust_remote_code,
+        target, content, raw=raw, system=system, n=n, temperature=temperature, seed=seed, which=which,
+        overrides=set_ or (), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if json_:
         for output in outputs:
             typer.echo(json.dumps({"text": output.text, "tokens": len(output.token_ids), "finish": output.finish}))
     else:
         typer.echo("\n---\n".join(output.text for output in outputs))
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise ConfigError("The prompt is - for standard input, which is closed. Give it as an argument.")
+    return sys.stdin.read()
 
 
 @app.command()

@@ -18,6 +18,7 @@ from groupwise.jobfile import at_home, differences, load_job
 from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.models.load import without_bars
+from groupwise.run.asking import asked, trained_on
 from groupwise.run.doctor import examine
 from groupwise.run.evaluate import Evaluation
 from groupwise.run.export import DTYPES, exported_dtype, model_card
@@ -146,16 +147,20 @@ def evaluate(
 
 @without_bars()
 def sample(
-    target: str | Path, prompt: str | list[Message], *, n: int = 1, temperature: float | None = None, seed: int = 0,
-    which: str = "latest", overrides: Sequence[str] = (), trust_remote_code: bool = False,
+    target: str | Path, prompt: str | list[Message], *, raw: bool = False, system: str | None = None, n: int = 1,
+    temperature: float | None = None, seed: int = 0, which: str = "latest", overrides: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> list[Completion]:  # fmt: skip
     """Continue a prompt `n` times with a run's weights, by the job's evaluation settings.
 
-    `temperature` replaces theirs; 0 is greedy. Raises GroupwiseError.
+    A text is a user's message where the run was trained on messages, unless it is `raw`; `system` begins the
+    conversation. `temperature` replaces that of evaluation; 0 is greedy. Raises GroupwiseError.
     """
     given = Given(trust_remote_code=trust_remote_code)
     job, model, _ = _opened(target, overrides, which, given, {})
     narrow(model)
+    known = None if raw else trained_on(job, RunFolder(Path(target)) if Path(target).expanduser().is_dir() else None)
+    prompt = asked(prompt, known, raw=raw, system=system, usual=job.data.system, say=_to_stderr)
     model.codec.check([model.codec.render(prompt)])
     token_ids = model.codec.encode_prompt(prompt)
     sampling = eval_sampling_of(job)
@@ -180,18 +185,20 @@ def label(
 ) -> LabelResult:  # fmt: skip
     """Label the steps of outputs by continuations from the end of each, into the file `output` (`.jsonl`).
 
-    The outputs are those of a run (`target` without `data`), those that rows bring (`completion` or `outputs`), or are
-    sampled. What goes on is a run's weights (`which`: base, latest or best) or a job's model. A file that was begun by
-    the same call is continued. `ask` is `n`, `soft`, `limit`, `pattern`: see `Ask`. `say` takes a line per block.
-    Raises GroupwiseError.
+    The outputs are those of a run (`target` without `data`, or with the rows that it was handed from Python), those
+    that rows bring (`completion` or `outputs`), or are sampled. What goes on is a run's weights (`which`: base, latest
+    or best) or a job's model. A file that was begun by the same call is continued. `ask` is `n`, `soft`, `limit`,
+    `pattern`: see `Ask`. `say` takes a line per block. Raises GroupwiseError.
     """
-    from groupwise.run.label import Ask, write_labels
+    from groupwise.run.label import Ask, own_rows, write_labels
 
     given, named = _hand_over((data, None), (reward, None, None), trust_remote_code)
+    given = given if given.rows is None else replace(given, rows=list(given.rows))  # they are looked at twice
     named |= {"model": model}
+    folder = RunFolder(Path(target)) if target is not None and Path(target).expanduser().is_dir() else None
+    run = folder if folder is not None and (data is None or own_rows(folder, given.rows)) else None
     job, opened, saved = _opened(target, overrides, which, given, named)
     narrow(opened)
-    run = RunFolder(Path(target)) if target is not None and Path(target).is_dir() and data is None else None
     completer = {
         "model": opened.source, "revision": job.model.revision, "step": saved.step if saved else 0,
         "commit": getattr(opened.loaded.policy.model.config, "_commit_hash", None),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,11 +20,12 @@ from torch import nn
 from groupwise.config import Job, ProcessSection
 from groupwise.data.files import PromptSet
 from groupwise.errors import ConfigError, DataError
+from groupwise.jobfile import load_job
 from groupwise.learn.agreement import Guard
 from groupwise.models.codec import Codec
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.folder import RunFolder
-from groupwise.run.given import Given
+from groupwise.run.given import PYTHON, Given
 from groupwise.run.guarded import GuardedEngine
 from groupwise.run.label_file import COUNTED, LabelFile
 from groupwise.run.monte_carlo import Completer, MonteCarlo, read_by
@@ -66,6 +67,19 @@ def weights_hash(model: nn.Module) -> str:
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return found.hexdigest()[:16]
+
+
+def own_rows(folder: RunFolder, rows: Iterable[Mapping[str, Any]] | None) -> bool:
+    """Whether rows from Python are those that a run was trained on, and bring no outputs that are to be labelled."""
+    if rows is None or not load_job(folder.job).job.data.path.startswith(PYTHON):
+        return False
+    return not any(name in row for row in rows for name in WRITTEN)
+
+
+def prompts_of_run(folder: RunFolder, codec: Codec) -> PromptSet:
+    """The prompts that a run's rollouts hold, without the columns that stood beside them."""
+    found = {line["prompt_id"]: line["prompt"] for line in (*read(older(folder.rollouts)), *read(folder.rollouts))}
+    return PromptSet(tuple(Prompt(name, said, codec.encode_prompt(said)) for name, said in found.items()), 0)
 
 
 def groups_of_run(folder: RunFolder, prompts: PromptSet, codec: Codec) -> list[Group]:
@@ -173,7 +187,11 @@ def write_labels(
             Completer(ask.n, sampling_of(job), job.seed, model.loaded.context),
             soft=ask.soft, threshold=job.eval.threshold,
         )  # fmt: skip
-        prompts = encoded_prompts(job, codec, model.loaded.context, given, None if run else ask.limit)
+        if run and given.rows is None and job.data.path.startswith(PYTHON):
+            say("the run's rows were handed over from Python: without data=rows, a reward gets none of their columns")
+            prompts = prompts_of_run(run, codec)
+        else:
+            prompts = encoded_prompts(job, codec, model.loaded.context, given, None if run else ask.limit)
         groups = groups_of_run(run, prompts, codec)[: ask.limit] if run else written_groups(prompts, codec)
         if groups is None:
             draw = Draw(sampling_of(job), job.sampling.num_generations, job.seed, "label")
