@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from groupwise.config import Job
-from groupwise.errors import GroupwiseError
+from groupwise.errors import DataError, GroupwiseError
 from groupwise.jobfile import to_toml
 from groupwise.run import inputs
 
@@ -160,9 +160,8 @@ def test_a_pipe_is_not_read(tmp_path: Path) -> None:
     import os
 
     os.mkfifo(tmp_path / "rows.jsonl")
-    inputs.check_prompts(str(tmp_path / "rows.jsonl"), "prompt")
-    os.mkfifo(tmp_path / "job.toml")
-    assert inputs.check_target(str(tmp_path / "job.toml"), "base") is None
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        inputs.check_prompts(str(tmp_path / "rows.jsonl"), "prompt")
 
 
 def test_python_is_told_before_a_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
