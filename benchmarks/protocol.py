@@ -13,8 +13,8 @@ from threading import Event, Thread, Timer
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-GRACE = 5.0
-"""Seconds that a worker has to end by itself."""
+GRACE = 60.0
+"""Seconds that a worker has to end by itself: a killed one leaves its helpers behind, and a busy machine takes long."""
 
 
 class WorkerError(Exception):
@@ -135,7 +135,11 @@ class FamilyPeak(Thread):
 
     def run(self) -> None:
         while not self._over.wait(0.02):
-            self.most = max(self.most, sum(map(_share, [os.getpid(), *_children()])))
+            self._look()
+        self._look()  # at least once, however late this thread was
+
+    def _look(self) -> None:
+        self.most = max(self.most, sum(map(_share, [os.getpid(), *_children()])))
 
     def stop(self) -> int:
         """No more looking; what was seen."""

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -59,7 +58,8 @@ def test_our_worker_samples_alone_and_multiplies(folder):
         ours.close()
 
 
-def test_a_worker_ends_by_itself_when_it_is_closed(folder):
+def test_a_worker_ends_by_itself_when_it_is_closed(folder, monkeypatch):
+    monkeypatch.setattr(protocol, "GRACE", None)  # for ever: nothing is said of how long it takes
     ours = worker(folder, MICRO, sampling_only=True)
     ours.close()
     ours.close()
@@ -79,15 +79,22 @@ def test_the_peak_of_a_family_counts_a_child_and_what_is_shared_once():
     shared = b"a" * size
 
     def peak_with(allocate):
+        (has_begun, begin), (may_end, end) = os.pipe(), os.pipe()
         child = os.fork()
         if child == 0:
             held = bytearray(b"b") * size if allocate else shared
-            time.sleep(0.5)
+            os.write(begin, b"x")
+            os.read(may_end, 1)
             os._exit(len(held) == 0)
+        os.read(has_begun, 1)
         seen = FamilyPeak()
         seen.start()
+        found = seen.stop()
+        os.write(end, b"x")
         os.waitpid(child, 0)
-        return seen.stop()
+        for descriptor in (has_begun, begin, may_end, end):
+            os.close(descriptor)
+        return found
 
     alone, both = peak_with(allocate=False), peak_with(allocate=True)
     assert 0.8 * size < both - alone < 1.2 * size

@@ -263,7 +263,7 @@ def test_a_reward_of_none_is_counted_and_no_error(at: Path) -> None:
     [
         ("raise ValueError('no such sum')", "failed", "ValueError: no such sum"),
         ("__import__('os')._exit(7)", "worker_restarts", "it ended with status 7"),
-        ("__import__('time').sleep(60)", "timeouts", "it took longer than 0.3 s"),
+        ("__import__('time').sleep(60)", "timeouts", "it took longer than 2 s"),
     ],
 )
 def test_a_reward_that_fails_on_some_outputs_costs_only_their_scores(
@@ -272,7 +272,7 @@ def test_a_reward_that_fails_on_some_outputs_costs_only_their_scores(
     """It raises, ends its process, or hangs, wherever an `a` is written."""
     text = f"def score(prompt, completion):\n    if 'a' in completion[:1]:\n        {body}\n    return 1.0\n"
     (at / "mine.py").write_text(text)
-    knobs = {"reward__timeout": 0.3, "reward__output_timeout": 0.3, "train__steps": 1}
+    knobs = {"reward__timeout": 2.0, "reward__output_timeout": 2.0, "train__steps": 1}
     ended = train(reward__functions=["mine.py:score"], sampling__num_generations=8, train__prompts_per_step=4, **knobs)
     assert ended.status == 0, ended
     assert said in ended.err
@@ -323,11 +323,11 @@ def test_a_segmenter_that_never_finds_anything(at: Path) -> None:
 def test_a_step_function_that_hangs_costs_only_the_scores_of_what_it_hangs_on(at: Path) -> None:
     body = "    if 'a' in completion[:1]:\n        __import__('time').sleep(60)\n    return [1.0] * len(steps)\n"
     (at / "mine.py").write_text("def score(completion, steps):\n" + body)
-    knobs = {"reward__timeout": 0.3, "reward__output_timeout": 0.3, "train__steps": 1}
+    knobs = {"reward__timeout": 2.0, "reward__output_timeout": 2.0, "train__steps": 1}
     ended = train("--step-reward", "mine.py:score", sampling__num_generations=8, train__prompts_per_step=4, **knobs)
     assert ended.status == 0, ended
     assert "step reward function `score` failed on an output" in ended.err
-    assert "it took longer than 0.3 s" in ended.err
+    assert "it took longer than 2 s" in ended.err
     event = events(at / "run")[-1]
     assert 0 < event["steps/unscored"] == event["step_rewards/score/failed"] < 32
     assert event["step_reward"] == 1.0, "not scored is not a reward of 0"

@@ -95,7 +95,7 @@ def test_there_is_one_lane_where_more_would_not_be_faster(monkeypatch: pytest.Mo
 
 
 def test_work_is_done_in_threads_of_its_own_with_their_share_of_torchs() -> None:
-    together = threading.Barrier(3, timeout=30)
+    together = threading.Barrier(3, timeout=600)
 
     def work() -> tuple[int, int, bool]:
         together.wait()

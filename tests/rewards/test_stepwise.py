@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -200,19 +199,17 @@ def test_a_step_function_that_hangs_costs_only_the_outputs_it_hangs_on(
     import time
     def score(completion, steps):
         if "c" in steps[0]:
-            time.sleep(60)
+            time.sleep(3600)
         return [1.0] * len(steps)
     """
     context, told = listening()
-    start = time.monotonic()
-    found = scored(in_a_file(source, timeout=0.5, output_timeout=0.5), context=context)
-    assert time.monotonic() - start < 30
+    found = scored(in_a_file(source, timeout=3.0, output_timeout=3.0), context=context)
     assert found[0] == [[(2, 1.0), (3, 1.0)], [(1, None)]]
     assert found[1][1] == [(2, 1.0), (4, 1.0), (5, 1.0)]
     assert context.metrics["step_rewards/score/failed"] == 1
     assert context.metrics["step_rewards/score/timeouts"] == 2, "of the batch, and of the output alone"
     assert "step reward function `score` failed on an output" in told[0]
-    assert "it took longer than 0.5 s" in told[0]
+    assert "it took longer than 3 s" in told[0]
 
 
 class Nothing:

@@ -42,7 +42,7 @@ def load(tmp_path: Path) -> Iterator[Load]:
         reward.close()
 
 
-def gone(pid: int, within: float = 10.0) -> bool:
+def gone(pid: int, within: float = 300.0) -> bool:
     """Whether a process ends within so many seconds, a zombie counting as ended."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
@@ -165,10 +165,10 @@ def test_the_time_to_import_does_not_count(load: Load) -> None:
     reward = load(
         """
         import time
-        time.sleep(0.8)
+        time.sleep(3.0)
         def score(completions): return [1.0] * len(completions)
     """,
-        timeout=0.5,
+        timeout=2.5,
     )
     context, told = listening()
     assert flat(reward(GROUPS, context)) == [1.0] * 4
@@ -235,8 +235,8 @@ def test_an_output_that_hangs_is_killed_and_counted(load: Load) -> None:
                     re.match(r"(a+)+$", "a" * 50 + "b")  # holds the interpreter's lock for years
             return [float(len(text)) for text in completions]
     """,
-        timeout=0.5,
-        output_timeout=0.5,
+        timeout=3.0,
+        output_timeout=3.0,
     )
     context, told = listening()
     assert reward(GROUPS, context) == [[1.0, None], [3.0, 4.0]]
@@ -246,7 +246,7 @@ def test_an_output_that_hangs_is_killed_and_counted(load: Load) -> None:
         "rewards/score/worker_restarts": 2.0,
     }
     assert len(told) == 1
-    assert "it took longer than 0.5 s" in told[0]
+    assert "it took longer than 3 s" in told[0]
     assert reward(GROUPS[1:], listening()[0]) == [[3.0, 4.0]]
 
 
@@ -259,7 +259,7 @@ def test_children_of_a_killed_worker_die_with_it(load: Load, tmp_path: Path) -> 
             pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(child.pid))
             time.sleep(60)
     """,
-        timeout=1.0,
+        timeout=5.0,
         output_timeout=0.05,
     )
     assert reward([group("a")], listening()[0]) == [[None]]
@@ -342,10 +342,13 @@ def test_an_interrupted_call_does_not_answer_the_next(load: Load) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
-    with pytest.raises(KeyboardInterrupt):
+    def call() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
         reward([group("a")], listening()[0])
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        call()
     signal.signal(signal.SIGALRM, previous)
     assert reward([group("dddd")], listening()[0]) == [[4.0]]
 

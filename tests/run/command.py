@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 HEAVY = ["groupwise.cli", "groupwise.run.api", "transformers.models.qwen3.modeling_qwen3"]
-PATIENCE = 60.0
+PATIENCE = 600.0
+"""Seconds after which something is taken to have hung; nothing that works is measured by it."""
 
 
 class Command:

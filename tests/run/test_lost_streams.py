@@ -25,7 +25,7 @@ def share(prompt, completion):
     "Waits in the second step until the stream is lost."
     global calls
     calls += 1
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     while calls > 8 and not pathlib.Path("left").exists() and time.monotonic() < until:
         time.sleep(0.01)
     return completion.count("a") / max(1, len(completion))

@@ -35,7 +35,7 @@ def taking(progress: Progress, heard: Any = None, unsaved: str | None = None) ->
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

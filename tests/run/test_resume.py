@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,13 +184,13 @@ import pathlib, time
 
 def slow(prompt, completion):
     pathlib.Path("scoring").touch()
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_stops_at_once(bench: Path, number: signal.Signals, status: int) -> None:
-    """Here in the middle of a reward that would take a minute."""
+    """Here in the middle of a reward that would take an hour."""
     (bench / "slow.py").write_text(SLOW_REWARD)
     (bench / "scoring").unlink(missing_ok=True)
     options = ["--set", 'reward.functions=["slow.py:slow"]', "--set", "eval.limit=1"]
@@ -199,10 +198,8 @@ def test_a_second_signal_stops_at_once(bench: Path, number: signal.Signals, stat
     command.wait_for((bench / "scoring").exists)
     command.signal(number)
     command.wait_for(lambda: "once more to stop at once" in command.output)
-    start = time.monotonic()
     command.signal(number)
-    command.end(status)
-    assert time.monotonic() - start < 10
+    command.end(status)  # long before the reward would be done
     assert "Traceback" not in command.error
     assert "warning: stopped at once; no step is lost; " in command.error, "it was the evaluation before the first"
     assert command.error.strip().endswith(f"go on with: groupwise resume at-once-{status}")

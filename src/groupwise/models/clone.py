@@ -19,8 +19,10 @@ _MOST_PARAMETERS = 20_000_000
 _DEEPEST = 8
 """Layers."""
 _LIMIT = re.compile(r"window(_size|_len)?$|attention_chunk_size|index_topk$|local_attention|extent$")
-_LENGTHS = {"floor_scale": 3, "log_scaling_n_floor": 3, "index_block_size": 3, "index_topk_blocks": 2}
-"""Positions at which something changes (a temperature's floor), and blocks of keys: a short row has several."""
+_LENGTHS = {"floor_scale": 3, "log_scaling_n_floor": 3, "index_block_size": 3, "index_topk_blocks": 2,
+            "rescale_every": 1}  # fmt: skip
+"""Positions at which something changes (a temperature's floor), blocks of keys, and layers after which weights are
+divided (RWKV): a short row has several, and two layers."""
 _WIDTHS = {
     "hidden_size": 64, "intermediate_size": 96, "ffn_dim": 96, "ffn_hidden_size": 96, "word_embed_proj_dim": 64,
     "num_attention_heads": 4, "head_dim": 16, "rotary_dim": 8,

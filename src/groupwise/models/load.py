@@ -18,7 +18,7 @@ from groupwise.models.attention import NAME
 from groupwise.models.hub import NOT_HERE, check_within_reach
 from groupwise.models.lora import check_no_adapter
 from groupwise.models.policy import LayoutName, Policy
-from groupwise.models.probe import Findings, probe
+from groupwise.models.probe import Findings, probe, unfit_itself
 from groupwise.models.tokenizer_files import looks_local
 from groupwise.wording import one_line
 
@@ -77,7 +77,12 @@ def load_policy(
         model, unused = _load_weights(path, chosen, revision, trust_remote_code)
     if gradient_checkpointing:
         checkpoint_gradients(model, path)
-    policy = Policy(model, chosen, findings.head, findings.cached, findings.direct, findings.aligned).to(where)
+    policy = Policy(
+        model, chosen, findings.head, findings.cached, findings.direct, findings.aligned,
+        stays_training=findings.stays_training,
+    ).to(where)  # fmt: skip
+    if not findings.proven and (unfit := unfit_itself(policy.model)):
+        raise ModelError(f"The model {path} ({config.model_type}) cannot be trained: {unfit}.")
     line = _describe(policy, findings, layout, compute)
     if unused:
         line += f"; {len(unused)} weights of the folder are not used ({', '.join(unused[:3])})"
@@ -220,12 +225,16 @@ def _describe(policy: Policy, findings: Findings, asked: str, compute: torch.dty
         how = "each output with its own prompt, as asked"
     else:
         how = f"each output with its own prompt, because {findings.reason}"
+    if not findings.proven:
+        how += "; tried on a few rows of its own"
     if policy.head is None:
         how += "; whole logits, because its head is more than a matrix"
     if policy.layout == "plain" and not policy.cached:
         how += "; slow sampling, because its cache cannot be used"
     elif policy.layout == "plain" and policy.aligned:
         how += "; prompts of one length sampled together, because padding would change what it computes"
+    if policy.stays_training:
+        how += "; always in train mode, because it changes its weights in eval mode"
     return f"{kind}, {size:.1f}M parameters, {name} on {policy.device}: {how}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,22 +34,28 @@ class Policy(nn.Module):
     means that the head is more than a matrix and the model's own forward is used (whole logits are held then). `cached`
     says that the model's own cache may be used for decoding in the plain layout, `aligned` that prompts must not be
     padded there, `direct` that the shared layout may go past the model's modules. Every dropout is off, and the module
-    stays in train mode: in eval mode gradient checkpointing would do nothing.
+    stays in train mode: in eval mode gradient checkpointing would do nothing. For a model that changes its weights in
+    eval mode (`stays_training`) there is no other mode: who samples, saves or copies them would have others.
     """
 
     def __init__(
         self, model: PreTrainedModel, layout: LayoutName, head: HeadShape | None, cached: bool = False,
-        direct: bool = False, aligned: bool = False,
+        direct: bool = False, aligned: bool = False, *, stays_training: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.layout: LayoutName = layout
         self.head = head
         self.cached, self.aligned = cached, aligned
+        self.stays_training = stays_training
         self.packed = PackedProducts()
         self.direct = DirectBody(model) if direct and layout == "shared" and DirectBody.fits(model) else None
         silence_dropout(self.model)
         self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """As for any module, but that a model which changes its weights in eval mode is never in it."""
+        return super().train(mode or self.stays_training)
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,8 @@ attention, and the log-probs equal those of the stock model. Several architectur
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,8 @@ from groupwise.models.policy import silence_dropout
 from groupwise.models.rows import CachedRows, whole_rows
 
 _TOLERANCE = 2e-4
+_ROUNDING = 2e-2
+"""The same for a model of real size: its logits are tens, over tens of layers, and a fault moves them by a tenth."""
 # Two groups of unlike lengths, longer than a clone's windows, so that windows matter.
 _GROUPS = [((3, 9, 4, 7, 11, 2, 5, 8), ((5, 8, 2, 6, 1, 12), (6, 3))), ((10, 2, 6), ((7,), (4, 9, 9, 3)))]
 assert len(_GROUPS[0][0]) > WINDOW
@@ -31,8 +35,9 @@ class Findings:
 
     `cached` tells whether the model's own cache decodes rightly in the plain layout, and `aligned` that it does so only
     for rows that begin at position 0, unpadded; `direct` whether a forward past the model's modules computes what they
-    do in the shared one. `unfit` says why no policy can be made of the class at
-    all; empty where one can.
+    do in the shared one; `stays_training` that the model changes its weights in eval mode. `proven` is False where no
+    clone could be made, so that nothing of this is known: see `unfit_itself`. `unfit` says why no policy can be made of
+    the class at all; empty where one can.
     """
 
     shared: bool
@@ -43,6 +48,8 @@ class Findings:
     unfit: str = ""
     direct: bool = False
     aligned: bool = False
+    stays_training: bool = False
+    proven: bool = True
 
 
 def probe(config: PreTrainedConfig, trust_remote_code: bool = False) -> Findings:
@@ -56,44 +63,80 @@ def _probe(config: PreTrainedConfig, trust_remote_code: bool) -> Findings:
     stream = plain_stream(_GROUPS)
     try:
         clone = tiny_clone(config, trust_remote_code)
+        before = copy.deepcopy(clone.state_dict())
         with torch.no_grad():
             logits = _stock_logits(clone.eval(), stream)
     except Exception as error:  # noqa: BLE001 - a boundary: what cannot even be shrunk is served by its own forward
-        return Findings(False, f"no tiny clone of {config.model_type} could be made ({_first_line(error)})", None)
+        return Findings(
+            False, f"no tiny clone of {config.model_type} could be made ({_first_line(error)})", None, proven=False
+        )
+    changed = _changed(clone, before)
     silence_dropout(clone)
     clone.train()
     with torch.no_grad():
+        if changed:  # it is never in eval mode then
+            logits = _stock_logits(clone, stream)
         unfit = _unfit(clone, stream, logits)
+        if not unfit and _changed(clone, before):
+            unfit = "it changes its weights while it computes"
         expected, _ = dense_logprobs(logits.flatten(0, 1)[stream.predictor_T], stream.target_T, 1.0)
         head = _find_head(clone, stream, expected)
-        padded = _try_cache(clone, aligned=False)
-        cached = padded or _try_cache(clone, aligned=True)
+        padded = not changed and _try_cache(clone, aligned=False)
+        cached = padded or (not changed and _try_cache(clone, aligned=True))
         shared, reason, difference = _try_shared(clone, expected)
     if shared and head is None:
         shared, reason = False, "its head is more than a matrix"
     direct = shared and DirectBody.fits(clone) and _try_direct(clone)
     if head is not None:
         head = _head_shape(config)  # a factor may be computed of a width, and the clone's widths are its own
-    return Findings(shared, reason, head, difference, cached, unfit, direct, aligned=cached and not padded)
+    aligned = cached and not padded
+    return Findings(shared, reason, head, difference, cached, unfit, direct, aligned, stays_training=changed)
+
+
+@torch.no_grad()
+def unfit_itself(model: PreTrainedModel) -> str:
+    """Why no policy can be made of a model that no clone speaks for, found on a few short rows of its own; empty where
+    one can. The model has its dropout off; it is left in train mode.
+
+    What a token predicts must depend on it and its past alone: that is all that rows of stock attention need.
+    """
+    stream = plain_stream(_GROUPS, model.device)
+    versions = [parameter._version for parameter in model.parameters()]
+    try:
+        logits = _stock_logits(model.eval(), stream)
+        found = "" if versions == [p._version for p in model.parameters()] else "it changes its weights in eval mode"
+        model.train()
+        return found or _unfit(model, stream, logits, every=4, tolerance=_ROUNDING)
+    except Exception as error:  # noqa: BLE001 - a boundary: whatever it raises, these rows are what training computes
+        return f"it does not compute rows of tokens ({_first_line(error)})"
+    finally:
+        model.train()
+
+
+def _changed(clone: PreTrainedModel, before: Mapping[str, Tensor]) -> bool:
+    return any(not torch.equal(tensor, before[name]) for name, tensor in clone.state_dict().items())
 
 
 def _stock_logits(clone: PreTrainedModel, stream: Stream) -> Tensor:
     return clone(input_ids=stream.input_ids, attention_mask=stream.attention_mask, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def _unfit(clone: PreTrainedModel, stream: Stream, logits: Tensor) -> str:
-    """Why a token's logits are not a function of it and its past alone; empty where they are."""
+def _unfit(
+    clone: PreTrainedModel, stream: Stream, logits: Tensor, *, every: int = 1, tolerance: float = _TOLERANCE
+) -> str:
+    """Why a token's logits are not a function of it and its past alone; empty where they are. The first row is cut at
+    every `every`-th token, from its end."""
     for module in clone.modules():
         for name, value in vars(module).items():
             if "jitter" in name and isinstance(value, float) and value:
                 return f"{name} in its {type(module).__name__} is chance that cannot be turned off"
-    if not torch.allclose(_stock_logits(clone, stream), logits, atol=_TOLERANCE):
+    if not torch.allclose(_stock_logits(clone, stream), logits, atol=tolerance):
         return "in train mode it computes something else than in eval mode, with every dropout off"
     assert stream.attention_mask is not None
     for row, (ids, length) in enumerate(zip(stream.input_ids, stream.attention_mask.sum(-1).tolist(), strict=True)):
-        for cut in range(1 if row == 0 else length, length + 1):
+        for cut in range(length, 0, -every) if row == 0 else [length]:
             alone = clone(input_ids=ids[None, :cut], use_cache=False).logits[0]
-            if not torch.allclose(alone, logits[row, :cut], atol=_TOLERANCE):
+            if not torch.allclose(alone, logits[row, :cut], atol=tolerance):
                 other = "tokens after it" if cut < length else "the padding beside it"
                 return f"what a token predicts depends on {other}, so this is no causal language model"
     return ""
