@@ -6,6 +6,7 @@ from pathlib import Path
 from groupwise import jobfile
 from groupwise.jobfile import reward_model
 from groupwise.watch import metrics
+from groupwise.watch.panel import Sample, draw_svg
 
 KEYS = "<!-- Written by docs/generate.py from src/groupwise/jobfile/reward_model.py. -->", "<!-- end of keys -->"
 
@@ -17,7 +18,15 @@ def reward_models() -> str:
     return f"{page[:start]}\n\n{reward_model.reference()}\n{page[end:]}"
 
 
+def terminal() -> str:
+    """The picture of the terminal, drawn from the recorded events of one run of the embedded job, up to its step 80."""
+    recorded = json.loads(Path(__file__).with_name("terminal.json").read_text(encoding="utf-8"))
+    sample = Sample(**recorded["sample"])
+    return draw_svg(recorded["events"], total_steps=recorded["total_steps"], title=recorded["title"], sample=sample)
+
+
 PAGES = {
+    "terminal.svg": terminal,
     "configuration.md": jobfile.reference,
     "metrics.md": metrics.document,
     "reward-models.md": reward_models,

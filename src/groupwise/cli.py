@@ -263,7 +263,7 @@ def plan(
     if job is not None and Path(job).is_dir():
         job = str(Path(job) / "job.toml")
     options = _options(model, data, reward, step_reward, eval_data, run)
-    inputs.check_job(load_job(job, set_ or (), options).job)
+    inputs.check_job(load_job(job, set_ or (), options).job, functions=False)
     from groupwise.run import api
     from groupwise.run.plan import in_text
 

@@ -84,7 +84,7 @@ def plan(
 
     given, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
     resolved = load_job(job, overrides, {"model": model, "run": run, **named, **options})
-    check_job(resolved.job)
+    check_job(resolved.job, functions=False)
     return plan_of(resolved.job, given)
 
 

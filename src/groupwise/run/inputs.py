@@ -34,14 +34,14 @@ _WHOLE = 10_000_000
 """Bytes up to which a JSON file, which can only be read as a whole, is read twice."""
 
 
-def check_job(job: Job) -> None:
-    """Refuse a job whose model, data or functions are not there. Raises GroupwiseError."""
+def check_job(job: Job, functions: bool = True) -> None:
+    """Refuse a job whose model, data or, where they are needed, functions are not there. Raises GroupwiseError."""
     check_model(job.model.path)
-    check_functions(job.reward.functions, "reward function")
-    check_functions(job.reward.step_functions, "step reward function", stepwise=True)
-    check_functions(job.reward.verifier, "reward function")
-    if job.process.function is not None:
-        check_functions([job.process.function], "segmenter", stepwise=True)
+    if functions:
+        check_functions(job.reward.functions, "reward function")
+        check_functions(job.reward.step_functions, "step reward function", stepwise=True)
+        check_functions(job.reward.verifier, "reward function")
+        check_functions([job.process.function] if job.process.function else [], "segmenter", stepwise=True)
     check_prompts(job.data.path, job.data.prompt_column)
     if job.eval.data is not None:
         check_prompts(job.eval.data, job.data.prompt_column)
