@@ -109,8 +109,10 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
     ("use_liger_kernel use_liger_loss", "Log-probs are chunked by themselves where the model allows it: remove it."),
     ("trust_remote_code", "It is consent rather than a setting: give `--trust-remote-code`, or in Python "
      "`trust_remote_code=True`."),
-    ("system_prompt apply_chat_template chat_template", "The chat template is used where the prompt is a list of "
-     "messages; its options are `data.chat_template_kwargs`."),
+    ("system_prompt", "data.system"),
+    ("apply_chat_template", "data.chat"),
+    ("chat_template", "It is the tokenizer's, used where a prompt is a list of messages (`data.chat` makes one of a "
+     "text); its options are `data.chat_template_kwargs`."),
     ("remove_unused_columns", "Every column reaches the reward by its name; there is nothing to set."),
     ("repetition_penalty", "Training draws from the model's own distribution, so nothing is penalised: remove it."),
     ("dynamic_sampling filter_groups", "Groups whose rewards are all equal are sampled all the same: remove it."),
