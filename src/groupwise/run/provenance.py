@@ -20,8 +20,10 @@ from groupwise import __version__
 from groupwise.config import BUILTIN, TRAINED, Job
 from groupwise.data.stream import columns_digest, contents_digest
 from groupwise.errors import DataError, RunFolderError
+from groupwise.jobfile.reward_model import RewardModelJob
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.models.kernels import compiled, processor
+from groupwise.models.reward_model import RewardModel
 from groupwise.rewards.adapters import MODEL
 from groupwise.rewards.sources import sources_of
 from groupwise.run.given import PYTHON, Given
@@ -83,6 +85,17 @@ def provenance_of(
     return Provenance(fixed, judging, base, computed_by(device))
 
 
+def provenance_of_examples(
+    job: RewardModelJob, model: RewardModel, train: Sequence[Any], held_out: Sequence[Any]
+) -> Provenance:  # fmt: skip
+    """What goes into the training of a reward model: its backbone, and encoded examples to learn from and to hold
+    out."""
+    fixed, base = model_digests(job.model, getattr(model.model.config, "_commit_hash", None))
+    data = {f"what it learns from ({job.data})": train, f"what is held out ({job.eval_data or job.data})": held_out}
+    fixed |= {name: _digest("\n".join(map(repr, examples)).encode()) for name, examples in data.items()}
+    return Provenance(fixed, {}, base, computed_by(model.device))
+
+
 def computed_by(device: torch.device) -> dict[str, str]:
     """What decides the last bits of what is computed here."""
     found = {
@@ -98,8 +111,14 @@ def computed_by(device: torch.device) -> dict[str, str]:
     }  # fmt: skip
 
 
-def check_resumed(saved: Checkpoint, now: Provenance, warn: Callable[[str], None]) -> Provenance:
-    """Say what is not as it was when `saved` was written; returns `now` with the changes so far.
+FORK: Final = "use --fork FOLDER to start a new run from the checkpoint"
+
+
+def check_resumed(
+    saved: Checkpoint, now: Provenance, warn: Callable[[str], None], otherwise: str = FORK
+) -> Provenance:  # fmt: skip
+    """Say what is not as it was when `saved` was written; returns `now` with the changes so far. `otherwise` is what
+    is left to do where it cannot be put back.
 
     Raises DataError where prompts or model are others, RunFolderError where the checkpoint does not say.
     """
@@ -110,7 +129,7 @@ def check_resumed(saved: Checkpoint, now: Provenance, warn: Callable[[str], None
     if fixed := changed(before.fixed, now.fixed):
         raise DataError(
             f"A resumed run would not be the same run: since step {saved.step} {'; '.join(fixed)}. Put that back to "
-            "what it was, or use --fork FOLDER to start a new run from the checkpoint."
+            f"what it was, or {otherwise}."
         )
     said = [f"{one} since step {saved.step}" for one in changed(before.judging, now.judging)]
     for sentence in said:

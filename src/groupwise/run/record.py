@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from groupwise.learn.checkpoint import Checkpoint
 from groupwise.learn.optimizer import refusal
 from groupwise.learn.pack import Credit
 from groupwise.rewards.base import Outcome
 from groupwise.run.folder import RunFolder
 from groupwise.types import Scored
+from groupwise.watch import events
 from groupwise.watch.events import EventsFile, RolloutsFile, Sink
 from groupwise.watch.terminal import Terminal
 
@@ -124,3 +126,16 @@ def with_lost_output(result: R, folder: RunFolder, terminal: Terminal) -> R:
     if result.stopped_by is None:
         folder.write_result(asdict(result))
     return result
+
+
+def warn_of_missing_lines(folder: RunFolder, saved: Checkpoint, watch: Watch) -> None:
+    """Lines that stood in a file when the checkpoint was written, and do not any more."""
+    now = watch.lines()
+    for name, before in saved.state["lines"].items():
+        if now.get(name, before) != before:
+            gone = events.missing_steps(folder.path / name, saved.step)
+            where = f" (nothing of {gone})" if gone else ""
+            watch.terminal.warn(
+                f"{name} has {now[name]} lines up to step {saved.step}, and had {before} when that was saved{where}: "
+                "lines were deleted or cut since"
+            )

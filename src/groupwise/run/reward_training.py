@@ -38,7 +38,8 @@ from groupwise.models.reward_model import RewardModel, Source, new_reward_model
 from groupwise.run.export import save_reward_model
 from groupwise.run.folder import RunFolder, git_commit
 from groupwise.run.progress import Progress, StopSignals, unsaved_steps
-from groupwise.run.record import Record, Watch, warn_of_refused, with_lost_output
+from groupwise.run.provenance import JOB, Provenance, check_resumed, provenance_of_examples
+from groupwise.run.record import Record, Watch, warn_of_missing_lines, warn_of_refused, with_lost_output
 from groupwise.run.saving import Clock
 from groupwise.seeds import stable_hash
 from groupwise.watch import events
@@ -99,6 +100,7 @@ class _Session:
     progress: Progress
     clock: Clock
     watch: Watch
+    made_by: Provenance
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     saved_step: int = 0
@@ -128,8 +130,12 @@ class _Session:
     def save(self) -> None:
         """Save now."""
         tensors, counters = self.learner.state_dict()
-        state = {"learner": counters, "seconds": self.clock.seconds, "before": self.before, "after": self.after}
-        checkpoint.save(self.folder.checkpoints, self.progress.step, tensors=tensors, state=state)
+        state = {
+            "step": self.progress.step, "learner": counters, "seconds": self.clock.seconds, "before": self.before,
+            "after": self.after, "made_by": self.made_by.state(), "lines": self.watch.lines(),
+        }  # fmt: skip
+        texts = {JOB: _as_toml(self.job)}
+        checkpoint.save(self.folder.checkpoints, self.progress.step, tensors=tensors, state=state, texts=texts)
         checkpoint.prune(self.folder.checkpoints, KEEP)
         self.saved_step, self.saved_seconds = self.progress.step, self.clock.seconds
 
@@ -147,6 +153,7 @@ class _Session:
         """Take up where `saved` left off."""
         tensors = {name: saved.tensors(name) for name in ("reward_model", "reward_optimizer")}
         self.learner.load_state_dict(tensors, saved.state["learner"])
+        self.made_by = check_resumed(saved, self.made_by, self.watch.terminal.warn, "start a new run")
         self.progress.step = self.saved_step = saved.step
         self.clock.before = saved.state["seconds"]
         self.saved_seconds = self.clock.seconds
@@ -180,13 +187,22 @@ def resume_reward_model(
     clock, folder = Clock(), RunFolder.open(Path(run))
     old = load_reward_job({}, base=folder.job)
     new = load_reward_job({"run": str(run)}, overrides, base=folder.job)
-    fixed = [key for key, may in changed_keys(old, new).items() if not may]
-    if fixed:
-        raise ConfigError(f"A resumed run would not be the same run with another {', '.join(fixed)}: start a new one.")
+    _refuse_changes(old, new, "")
     with folder.lock():
         warnings: list[str] = []
         saved = checkpoint.latest(folder.checkpoints, warnings.append)
+        if saved is not None:
+            edited = (
+                f"The job.toml of this run was edited since update {saved.step} ({saved.path / JOB} is as it was). "
+            )
+            _refuse_changes(load_reward_job({}, base=saved.path / JOB), new, edited)
         return _run(_prepared(new, given), folder, show, clock, saved, resumed=True, warnings=warnings)
+
+
+def _refuse_changes(old: RewardModelJob, new: RewardModelJob, found: str) -> None:
+    if fixed := [key for key, may in changed_keys(old, new).items() if not may]:
+        keys = ", ".join(fixed)
+        raise ConfigError(f"{found}A resumed run would not be the same run with another {keys}: start a new one.")
 
 
 @dataclass(frozen=True)
@@ -234,16 +250,24 @@ def _run(
             terminal.warn(warning)
         watch = Watch([], terminal, None)
         closing.callback(watch.close)
-        session = _Session(job, folder, learner, train, prepared.held_out.examples, progress, clock, watch)
+        held_out = prepared.held_out.examples
+        made_by = provenance_of_examples(job, prepared.model, train, held_out)
+        session = _Session(job, folder, learner, train, held_out, progress, clock, watch, made_by)
         terminal.say(_line(session))
         if saved is not None:
             session.restore(saved)
         if resumed:
             # Only what was read whole, and found to be of this run, takes the place of what came after it.
             folder.cut_back(saved.step if saved else None)
-        folder.write_job(tomlkit.dumps(job.model_dump(exclude_none=True)))
+        folder.write_job(_as_toml(job))
         watch.sinks.append(EventsFile(folder.events))
+        if saved is not None:
+            warn_of_missing_lines(folder, saved, watch)
         return _rest(session, saved, terminal)
+
+
+def _as_toml(job: RewardModelJob) -> str:
+    return tomlkit.dumps(job.model_dump(exclude_none=True))
 
 
 def _rest(session: _Session, saved: Checkpoint | None, terminal: Terminal) -> RewardResult:

@@ -126,9 +126,7 @@ def scorer_of(
         segmenter = segmenter_of(job.process, codec, functions.segmenter)
         steps = StepScorer(segmenter, functions.step_rewards, job.reward.step_weights, patience)
     look = SpecialTokens(codec, warn)
-    return Scorer(
-        functions.rewards, job.reward.weights, total_steps(job), warn, steps, patience=patience, look=look
-    )
+    return Scorer(functions.rewards, job.reward.weights, total_steps(job), warn, steps, patience=patience, look=look)
 
 
 def check_thread(given: Given, warn: Callable[[str], None]) -> None:

@@ -26,7 +26,7 @@ from groupwise.run.loop import Parts
 from groupwise.run.parts import build, open_sinks
 from groupwise.run.progress import StopSignals
 from groupwise.run.provenance import Provenance, check_resumed, provenance_of
-from groupwise.run.record import Watch, with_lost_output
+from groupwise.run.record import Watch, warn_of_missing_lines, with_lost_output
 from groupwise.run.resuming import Start
 from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.run.settings import total_steps
@@ -94,7 +94,7 @@ def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: C
             folder.write_job(saver.job)
         open_sinks(watch, job, folder, start.saved.step if start.saved else None, closing)
         if start.saved is not None and not start.forked:
-            _say_missing(folder, start.saved, watch)
+            warn_of_missing_lines(folder, start.saved, watch)
         parts.rollouts.load_weights(parts.learner)
         try:
             with StopSignals(parts.progress, terminal, saver.unsaved, folder.name):
@@ -128,19 +128,6 @@ def _made_by(job: Job, given: Given, parts: Parts) -> Provenance:
     held_out = parts.evaluation.prompts if isinstance(parts.evaluation, Evaluation) else ()
     commit = getattr(model.config, "_commit_hash", None)
     return provenance_of(job, given, commit, model.device, parts.rollouts.prompts.prompts, held_out)
-
-
-def _say_missing(folder: RunFolder, saved: Checkpoint, watch: Watch) -> None:
-    """Lines that stood in a file when the checkpoint was written, and do not any more."""
-    now = watch.lines()
-    for name, before in saved.state["lines"].items():
-        if now.get(name, before) != before:
-            gone = events.missing_steps(folder.path / name, saved.step)
-            where = f" (nothing of {gone})" if gone else ""
-            watch.terminal.warn(
-                f"{name} has {now[name]} lines up to step {saved.step}, and had {before} when that was saved{where}: "
-                "lines were deleted or cut since"
-            )
 
 
 def _take_up(saved: Checkpoint, forked: bool, stateful: Stateful, saver: Saver) -> None:
