@@ -170,7 +170,7 @@ def test_where_positions_begin_after_the_pad_token_the_longest_row_fits() -> Non
     assert longest == 12
     model = AutoModelForCausalLM.from_config(config)
     assert model(torch.full((1, longest), 3)).logits.shape[1] == longest
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, longest + 1), 3))
 
 

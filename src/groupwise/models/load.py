@@ -17,6 +17,7 @@ from groupwise.errors import ModelError
 from groupwise.models.attention import NAME
 from groupwise.models.hub import NOT_HERE, check_within_reach
 from groupwise.models.lora import check_no_adapter
+from groupwise.models.multimodal import check_causal, freeze_towers, remark
 from groupwise.models.policy import LayoutName, Policy
 from groupwise.models.probe import Findings, probe, unfit_itself
 from groupwise.models.tokenizer_files import looks_local
@@ -68,6 +69,7 @@ def load_policy(
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"The model {path} is quantized, and such weights cannot be trained: use what it came from.")
+    check_causal(config, path)
     with quiet_transformers():
         findings = probe(config, trust_remote_code)
     if findings.unfit:
@@ -75,6 +77,7 @@ def load_policy(
     chosen = choose_layout(layout, findings, path)
     with quiet_transformers():
         model, unused = _load_weights(path, chosen, revision, trust_remote_code)
+    frozen = freeze_towers(model)
     if gradient_checkpointing:
         checkpoint_gradients(model, path)
     policy = Policy(
@@ -84,7 +87,9 @@ def load_policy(
     if not findings.proven and (unfit := unfit_itself(policy.model)):
         raise ModelError(f"The model {path} ({config.model_type}) cannot be trained: {unfit}.")
     line = _describe(policy, findings, layout, compute)
-    if unused:
+    if said := remark(config, frozen):
+        line += f"; {said}"
+    elif unused:
         line += f"; {len(unused)} weights of the folder are not used ({', '.join(unused[:3])})"
     return LoadedPolicy(policy, line, compute, source_dtype(config), context_length(config))
 

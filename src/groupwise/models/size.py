@@ -8,12 +8,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from groupwise.errors import ModelError
+from groupwise.models.multimodal import check_causal
 from groupwise.wording import one_line
 
 
 def parameter_count(config: PreTrainedConfig, trust_remote_code: bool = False, auto: Any = AutoModelForCausalLM) -> int:
     """Parameters of the model that a configuration describes, tied ones once; causal, unless `auto` is another class of
     transformers'. Raises ModelError."""
+    if auto is AutoModelForCausalLM:
+        check_causal(config, config.name_or_path or config.model_type)
     try:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=trust_remote_code)

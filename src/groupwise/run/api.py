@@ -17,7 +17,8 @@ from groupwise.errors import ConfigError, DataError, RunFolderError
 from groupwise.jobfile import at_home, differences, load_job
 from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
-from groupwise.models.load import without_bars
+from groupwise.models.load import quiet_transformers, without_bars
+from groupwise.models.multimodal import with_towers
 from groupwise.run.asking import asked, trained_on
 from groupwise.run.doctor import examine
 from groupwise.run.evaluate import Evaluation
@@ -228,7 +229,13 @@ def export(
     if lost:
         _to_stderr(lost)
     card = model_card(job.model_dump(mode="json"), saved, lost)
-    write_folder(model.loaded.policy.model, model.codec, Path(target), source=model.source, dtype=chosen, card=card)
+    with quiet_transformers():
+        whole, without = with_towers(
+            model.loaded.policy.model, model.source, job.model.revision, trust_remote_code
+        )
+    if without:
+        _to_stderr(without)
+    write_folder(whole, model.codec, Path(target), source=model.source, dtype=chosen, card=card)
     return Path(target)
 
 

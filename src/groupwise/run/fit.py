@@ -4,7 +4,7 @@ What was settled stands in the run folder's job, so that a resumed run cuts its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from groupwise.config import BUILTIN, Job
@@ -56,17 +56,25 @@ def _with(job: Job, budget: int, checkpointing: bool) -> Job:
     return job.model_copy(update=changes)
 
 
+def _largest(size: int | Sequence[int] | None) -> int:
+    """Of a width that may differ between layers."""
+    return max(size, default=0) if isinstance(size, Sequence) else size or 0
+
+
 def _is_roomy(job: Job, given: Given) -> bool:
     """Whether twice what a step may take by a rough count is free: then nothing is traced, which takes its time."""
     if job.model.path == BUILTIN:
         return True
     config = load_config(job.model.path, revision=job.model.revision, trust_remote_code=given.trust_remote_code)
     text, sampling = config.get_text_config(), job.sampling
-    width = int(text.hidden_size)
-    inner = int(getattr(text, "intermediate_size", None) or 4 * width)
+    width = int(getattr(text, "hidden_size", None) or 0)
+    inner = _largest(getattr(text, "intermediate_size", None)) or 4 * width
+    layers = int(getattr(text, "num_hidden_layers", None) or 0)
+    if not width * layers:
+        return False  # a class that calls it otherwise is traced
     rows = min(job.train.prompts_per_step * sampling.num_generations, sampling.max_live_outputs)
     stored = rows * sampling.max_completion_length * 2 * width
     kept = memory_settings(job)[0] * (_PER_LAYER[0] * width + _PER_LAYER[1] * inner)
     weights = 24 * parameter_count(config, given.trust_remote_code)
-    needed = weights + 4 * int(text.num_hidden_layers) * (stored + kept)
+    needed = weights + 4 * layers * (stored + kept)
     return 2 * needed < available_memory(choose_device(job.model.device))
