@@ -195,6 +195,7 @@ def label(
     )  # fmt: skip
     out = f" ({found.left_out:,} left out)" if found.left_out else ""
     typer.echo(f"{found.output}: {found.outputs:,} outputs{out}, {found.steps:,} steps, {found.right:,} of them right")
+    _exit(found.stopped_by)
 
 
 @app.command()

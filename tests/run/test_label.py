@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,47 @@ def test_killed_and_given_again_it_is_the_same_file(blocks: int, monkeypatch: py
     assert Path("labels.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     assert len([line for line in told if line.startswith("block")]) == 2 - blocks
     assert (again.outputs, again.steps, again.continuations) == (4, 8, 12)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_lets_the_block_finish_and_the_same_command_goes_on(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(number, signal.default_int_handler)
+    told: list[str] = []
+    add = LabelFile.add
+
+    def add_and_stop(file: LabelFile, *block: Any) -> None:
+        signal.raise_signal(number)
+        add(file, *block)
+
+    label("whole.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelFile, "add", add_and_stop)
+        stopped = label(say=told.append)
+    signal.signal(number, before)
+    assert (stopped.stopped_by, stopped.outputs) == (number, 2)
+    assert told[-1] == "stopped after block 1 of 2; go on with the same command"
+    again = label()
+    assert (again.stopped_by, again.outputs) == (None, 4)
+    assert Path("labels.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+def test_a_second_signal_ends_labelling_at_once_and_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def stop_twice(file: LabelFile, *block: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr(LabelFile, "add", stop_twice)
+    with pytest.raises(SystemExit):
+        label(say=told.append)
+    signal.signal(signal.SIGTERM, before)
+    said = next(line for line in told if line.startswith("stopped at once"))
+    assert said.startswith("stopped at once; lost: block 1, about ")
+    assert said.endswith("go on with: the same command")
 
 
 def test_what_is_done_is_not_done_again() -> None:

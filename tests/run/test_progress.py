@@ -31,7 +31,7 @@ class Heard:
 
 
 def taking(progress: Progress, heard: Any = None, unsaved: str | None = None) -> StopSignals:
-    return StopSignals(progress, heard or Heard(), lambda: unsaved, "runs/x")
+    return StopSignals(progress, heard or Heard(), lambda: unsaved, "groupwise resume runs/x")
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -58,7 +58,7 @@ def test_the_first_signal_is_remembered_and_said_with_what_another_would_lose(nu
         os.kill(os.getpid(), number)
         wait_for(lambda: heard.said)
     assert progress.stopped == number
-    assert heard.said == [f"{STOPPING}, which loses step 3, about 2 min 0 s of work"]
+    assert heard.said == [f"{STOPPING.format(unit='step')}, which loses step 3, about 2 min 0 s of work"]
     assert heard.warned == []
 
 

@@ -129,6 +129,14 @@ def test_auto_is_plain_where_standard_output_is_no_terminal(monkeypatch: pytest.
     assert type(make_terminal("auto", total_steps=2, title="demo", console=Console(file=Screen()))) is Plain
 
 
+def test_auto_is_plain_where_there_are_no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    screen = Screen()
+    terminal = make_terminal("auto", total_steps=2, title="demo", console=Console(file=screen))
+    terminal.close("the end")
+    assert screen.getvalue() == "the end\n"
+
+
 def test_plain_lines_keep_their_columns(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = make_terminal("plain", total_steps=120, title="demo")
     terminal.write(BASELINE)

@@ -30,6 +30,7 @@ from groupwise.run.guarded import GuardedEngine
 from groupwise.run.label_file import COUNTED, LabelFile
 from groupwise.run.monte_carlo import Completer, MonteCarlo, read_by
 from groupwise.run.parts import Model, encoded_prompts, open_engine
+from groupwise.run.progress import Progress, StopSignals, unsaved_steps
 from groupwise.run.record import Record
 from groupwise.run.rollouts import Draw, Scorer
 from groupwise.run.scoring import as_judged, open_functions
@@ -48,7 +49,8 @@ WRITTEN = ("completion", "outputs")
 @dataclass(frozen=True)
 class LabelResult:
     """What is in the file: labelled outputs and their steps, how many labels are above one half, outputs left out
-    because a step could not be labelled, continuations that were drawn and their tokens; and seconds of this call."""
+    because a step could not be labelled, continuations that were drawn and their tokens; and seconds of this call.
+    `stopped_by` is the signal that ended it before the last block."""
 
     output: str
     outputs: int
@@ -58,6 +60,7 @@ class LabelResult:
     continuations: int
     tokens: int
     seconds: float
+    stopped_by: int | None = None
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -214,17 +217,34 @@ def _write(file: LabelFile, blocks: Blocks, labeller: MonteCarlo, say: Callable[
     start, first = time.monotonic(), file.so_far["blocks"]
     if first:
         say(f"{file.path} has {first} of {len(blocks)} blocks already")
-    with file.writing():
-        for number in range(first, len(blocks)):
+    progress, saved = Progress(1, len(blocks), done=first), [start]
+
+    def unsaved() -> str | None:
+        return unsaved_steps(file.so_far["blocks"] + 1, progress.step, time.monotonic() - saved[-1], "block")
+
+    with file.writing(), StopSignals(progress, _Said(say), unsaved, "the same command", "block"):
+        for number in (step - 1 for _ in progress.iterations() for step in progress.steps()):
             before = labeller.continuations, labeller.tokens
             labelled = labeller.label(labeller.verifier(blocks[number]()))
             drawn = {"continuations": labeller.continuations - before[0], "tokens": labeller.tokens - before[1]}
             file.add(labelled, labeller.soft, drawn)
+            saved.append(time.monotonic())
             seconds = time.monotonic() - start
             left = seconds / (number + 1 - first) * (len(blocks) - number - 1)
             say(_progress(file, f"block {number + 1} of {len(blocks)}", labeller.tokens / max(seconds, 1e-9), left))
     counts = {name: count for name, count in file.so_far.items() if name in COUNTED}
-    return LabelResult(str(file.path), **counts, seconds=time.monotonic() - start)
+    stopped = progress.stopped if progress.step < progress.total else None
+    if stopped is not None:
+        say(f"stopped after block {progress.step} of {progress.total}; go on with the same command")
+    by = None if stopped is None else int(stopped)
+    return LabelResult(str(file.path), **counts, seconds=time.monotonic() - start, stopped_by=by)
+
+
+class _Said:
+    """One place for all that there is to say."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = self.warn = say
 
 
 def _progress(file: LabelFile, block: str, speed: float, left: float) -> str:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from groupwise.errors import Stopped
-from groupwise.watch.terminal import Terminal
 from groupwise.watch.words import duration
 
-STOPPING = "stopping after this step; once more to stop at once"
+STOPPING = "stopping after this {unit}; once more to stop at once"
+
+
+class Speaks(Protocol):
+    """Who tells a person what becomes of a signal."""
+
+    def say(self, message: str) -> None:
+        """Show a sentence."""
+
+    def warn(self, message: str) -> None:
+        """Show a sentence that wants attention."""
 
 
 class Progress:
@@ -42,13 +50,15 @@ class StopSignals:
     """While active, Ctrl-C, SIGTERM and SIGHUP let the step under way finish; a further Ctrl-C or SIGTERM ends it at
     once. A signal that whoever started us has had ignored, as nohup does, stays ignored.
 
-    `unsaved` tells what ending at once would lose, as in `step 3, about 2 min of work`; None: nothing.
+    `unsaved` tells what ending at once would lose, as in `step 3, about 2 min of work` (None: nothing), `way_on` the
+    command that goes on, and `unit` what is counted.
     """
 
     def __init__(
-        self, progress: Progress, terminal: Terminal, unsaved: Callable[[], str | None], run: str | Path
+        self, progress: Progress, terminal: Speaks, unsaved: Callable[[], str | None], way_on: str, unit: str = "step"
     ) -> None:
-        self.progress, self.terminal, self.unsaved, self.run = progress, terminal, unsaved, run
+        self.progress, self.terminal, self.unsaved = progress, terminal, unsaved
+        self.way_on, self.unit = way_on, unit
         self._before: dict[signal.Signals, Any] = {}
         self._at_once = False
 
@@ -67,8 +77,8 @@ class StopSignals:
             signal.signal(number, handler)
         if self._at_once:
             lost = self.unsaved()
-            found = "no step is lost" if lost is None else f"lost: {lost}"
-            self.terminal.warn(f"stopped at once; {found}; go on with: groupwise resume {self.run}")
+            found = f"no {self.unit} is lost" if lost is None else f"lost: {lost}"
+            self.terminal.warn(f"stopped at once; {found}; go on with: {self.way_on}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.progress.stopped is None:
@@ -81,12 +91,12 @@ class StopSignals:
 
     def _say(self) -> None:
         lost = self.unsaved()
-        self.terminal.say(STOPPING + ("" if lost is None else f", which loses {lost}"))
+        self.terminal.say(STOPPING.format(unit=self.unit) + ("" if lost is None else f", which loses {lost}"))
 
 
-def unsaved_steps(first: int, last: int, seconds: float) -> str | None:
+def unsaved_steps(first: int, last: int, seconds: float, unit: str = "step") -> str | None:
     """The work that no checkpoint has, in words; None where `first` is after `last`."""
     if first > last:
         return None
-    steps = f"step {first}" if first == last else f"steps {first} to {last}"
+    steps = f"{unit} {first}" if first == last else f"{unit}s {first} to {last}"
     return f"{steps}, about {duration(seconds)} of work"

@@ -273,7 +273,7 @@ def _as_toml(job: RewardModelJob) -> str:
 def _rest(session: _Session, saved: Checkpoint | None, terminal: Terminal) -> RewardResult:
     """What is left of a run, to its result."""
     try:
-        with StopSignals(session.progress, terminal, session.unsaved, session.folder.name):
+        with StopSignals(session.progress, terminal, session.unsaved, f"groupwise resume {session.folder.name}"):
             if saved is None and session.held_out:
                 with session.watch.step(0) as record:
                     session.evaluate(record)

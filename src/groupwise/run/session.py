@@ -97,7 +97,7 @@ def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: C
             warn_of_missing_lines(folder, start.saved, watch)
         parts.rollouts.load_weights(parts.learner)
         try:
-            with StopSignals(parts.progress, terminal, saver.unsaved, folder.name):
+            with StopSignals(parts.progress, terminal, saver.unsaved, f"groupwise resume {folder.name}"):
                 if start.saved is None or start.forked:
                     parts.evaluation.baseline(watch, parts.progress.step)
                 if start.forked:
@@ -179,7 +179,8 @@ def _rescue(saver: Saver, error: Exception) -> None:
     try:
         saver.rescue()
     except GroupwiseError as other:
-        error.add_note(f"The last step could not be saved: {other}")
+        if str(other) != str(error):  # a full disk says it once
+            error.add_note(f"The last step could not be saved: {other}")
 
 
 def _next_steps(job: Job, result: Result) -> str | None:

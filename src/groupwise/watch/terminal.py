@@ -71,8 +71,10 @@ def make_terminal(
         return JsonLines(out)
     if mode == "quiet":
         return Quiet(out, total_steps)
-    # rich also takes a pipe for a terminal where FORCE_COLOR is set; a panel that moves has no place there.
-    if mode == "auto" and out.isatty() and console.is_interactive and "utf" in console.encoding.lower():
+    # rich also takes a pipe for a terminal where FORCE_COLOR is set; a panel that moves has no place there, and none
+    # where COLUMNS says that there are no columns.
+    drawn = out.isatty() and console.is_interactive and console.width > 0 and "utf" in console.encoding.lower()
+    if mode == "auto" and drawn:
         return LivePanel(console, out, total_steps, title, history)
     return Plain(out, total_steps)
 
