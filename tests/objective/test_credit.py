@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupwise.errors import ConfigError, ObjectiveError, RewardError
-from groupwise.objective import PRESETS, Objective, group_advantages, less_kl, outcome_advantages
+from groupwise.objective import PRESETS, Objective, group_advantages, less_kl, outcome_advantages, token_advantages
 
 rewards_of_a_group = st.lists(st.integers(-20, 20), min_size=2, max_size=9).filter(lambda found: len(set(found)) > 1)
 
@@ -141,3 +141,37 @@ def test_a_penalty_lowers_rewards_and_leaves_unscored_outputs_alone() -> None:
     assert less_kl([1.0, None, 0.0], [2.0, 5.0, -4.0], beta=0.5) == [0.0, None, 2.0]
     with pytest.raises(ValueError, match="zip"):
         less_kl([1.0], [2.0, 3.0], beta=0.5)
+
+
+@pytest.mark.parametrize("size", [1e101, 1e200, 1.7e308])
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out"])
+def test_rewards_of_extreme_size_have_the_advantages_of_their_ratios(size: float, scale: str, baseline: str) -> None:
+    """Sums and squares of them leave float64; eps is nothing beside them."""
+    objective = replace(PRESETS["grpo"], scale=scale, baseline=baseline, scale_eps=0.0)  # type: ignore[arg-type]
+    small = [[1.0, -1.0, 0.5, 0.0], [0.25, 1.0, 1.0, None]]
+    large = [[None if value is None else value * size for value in group] for group in small]
+    for found, expected in zip(group_advantages(large, objective), group_advantages(small, objective), strict=True):
+        assert found == pytest.approx(expected)
+
+
+def test_a_group_of_usual_rewards_beside_one_of_extreme_size_is_as_it_is_alone() -> None:
+    alone = outcome_advantages([1.0, 0.0, 0.0])
+    assert group_advantages([[1.0, 0.0, 0.0], [1e200, 0.0, 0.0]], PRESETS["grpo"])[0] == alone
+
+
+def test_an_advantage_that_training_cannot_hold_is_an_error() -> None:
+    group = Outcomes([1e200, 0.0])
+    objective = replace(PRESETS["grpo"], scale="none")
+    with pytest.raises(RewardError, match=r"advantage is 5e\+199, .*scale the rewards"):
+        token_advantages([group], objective)
+    assert token_advantages([Outcomes([1e30, 0.0])], objective)[0] == pytest.approx([5e29, -5e29])
+
+
+class Outcomes:
+    """A group of which only outputs are scored."""
+
+    def __init__(self, rewards: list[float | None]) -> None:
+        self.rewards = rewards
+        self.steps: list[list[tuple[int, float | None]]] = [[] for _ in rewards]
+        self.lengths = [1] * len(rewards)

@@ -73,7 +73,7 @@ def test_a_finished_run_stays_as_it_is(done: Path, capsys: pytest.CaptureFixture
     assert (result.eval_reward_before, result.eval_reward_after) == (
         before[2]["eval_reward_before"], before[2]["eval_reward_after"],
     )  # fmt: skip
-    assert "held-out accuracy" in capsys.readouterr().out.splitlines()[-1]
+    assert "held-out reward" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_finished_run_goes_on_with_more_steps(bench: Path, done: Path, tmp_path: Path) -> None:

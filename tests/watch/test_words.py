@@ -77,3 +77,24 @@ def test_steps_may_teach_where_outputs_do_not() -> None:
     assert "all outputs, or all steps, earned the same" in str(why(both))
     unlike = alike | {"frac_reward_zero_std": 0.0, "frac_advantage_zero": 1.0, "step_reward": 1.0}
     assert "all outputs, or all steps, earned the same" in str(why(unlike)), "rewards that do not count teach nothing"
+
+
+def test_that_nothing_is_a_fault_is_said_only_where_there_was_none() -> None:
+    alike = {"step": 1, "reward": 1.0, "frac_reward_zero_std": 1.0, "loss": 0.0, "rewards/score/std": 0.5}
+    assert "This is not a fault." in str(why(alike | {"rewards/score/failed": 0.0, "rewards/unscored": 0.0}))
+    for name in (
+        "rewards/score/failed", "rewards/score/timeouts", "rewards/unscored", "step_rewards/score/failed",
+        "rewards/judge/unread", "segmenter/cut/failed", "steps/unscored", "updates/refused",
+    ):  # fmt: skip
+        said = str(why(alike | {name: 3.0}))
+        assert "fault" not in said, name
+        assert "3 outputs or calls of it failed or were not scored" in said
+    same = str(why(alike | {"reward": 0.0, "rewards/score/std": 0.0}))
+    assert "fault" not in same, "a reward that is the same for every output may not read them"
+    assert "All outputs of the step earned the same (0)" in same
+
+
+def test_numbers_beyond_all_measure_stay_short() -> None:
+    assert number(1.7e308) == "1.70e+308"
+    assert number(-(10.0**15)) == "-1.00e+15"
+    assert sparkline([-1.7e308, 0.0, 1.7e308]) == "▁▅█"

@@ -59,7 +59,7 @@ def _bar(value: float, low: float, high: float) -> str:
     if not math.isfinite(value):
         return " "
     # Halved, since the difference of two floats may be beyond the largest one.
-    return _BARS[round(7 * (value / 2 - low / 2) / (high / 2 - low / 2))] if high / 2 > low / 2 else _BARS[3]
+    return _BARS[round(7 * ((value / 2 - low / 2) / (high / 2 - low / 2)))] if high / 2 > low / 2 else _BARS[3]
 
 
 def is_step(event: Mapping[str, Any]) -> bool:
