@@ -101,7 +101,8 @@ class RewardSection(Section):
 
     functions: list[str] = Field(default_factory=lambda: [BUILTIN])
     """`file.py:name` (run in a worker process), `package.module:name`, `model:DIR` (a reward model, or a hub id in its
-    place), `reward_model` (the one that the run trains), or `builtin:arithmetic`; none where steps alone are scored."""
+    place), `reward_model` (the one that the run trains), `builtin:arithmetic`, or `builtin:gsm8k` (the last number
+    against the one after `####` in the column `answer`); none where steps alone are scored."""
     weights: list[float] | None = None
     """One weight per function; the reward is their weighted sum. Default: 1 each."""
     step_functions: list[str] = Field(default_factory=list)

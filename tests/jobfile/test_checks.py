@@ -92,7 +92,7 @@ def test_steps_alone_need_no_reward_of_outputs() -> None:
         ["objective.preset=cispo", "objective.epsilon_high=1"],
         ["objective.epsilon=inf", "objective.epsilon_high=inf"],
         ["objective.preset=dapo", "objective.kl=k3", "objective.beta=0.01"],
-        ["objective.kl=k2", "objective.beta=0"],
+        ["objective.kl=k2", "objective.beta=0.1"],
         [*STEPS, "objective.outcome_weight=0", "objective.step_return=mean", "objective.step_normalization=index"],
         [*STEPS, "objective.process_weight=0", "eval.data=held.jsonl"],
         [*STEPS, "process.segmenter=token_ids", "process.token_ids=[5, 6]"],
@@ -104,7 +104,7 @@ def test_steps_alone_need_no_reward_of_outputs() -> None:
         ["train.updates_per_batch=8"],
         ["train.steps=10", "train.warmup_steps=10"],
         ["eval.every=10", "eval.data=held-out.jsonl"],
-        ["eval.num_generations=4", "eval.temperature=1", "eval.top_p=0.9"],
+        ["eval.data=h.jsonl", "eval.num_generations=4", "eval.temperature=1", "eval.top_p=0.9"],
     ],
 )
 def test_what_is_unusual_but_can_work_is_allowed(overrides):

@@ -20,6 +20,7 @@ from groupwise.config import (
 )
 from groupwise.errors import ConfigError
 from groupwise.jobfile import reward_model_checks
+from groupwise.jobfile.effects import without_effect
 
 REASONS = {
     ("objective.kl", "k1"): (
@@ -35,9 +36,11 @@ _DEFAULT_CAP = ObjectiveSection().importance_sampling_cap
 _OFF = ProcessSection().model_dump()
 
 
-def check(job: Job, origins: Mapping[str, str]) -> None:
-    """Raise ConfigError with the first problem of the job."""
+def check(job: Job, origins: Mapping[str, str], *, training: bool = True) -> None:
+    """Raise ConfigError with the first problem of the job: of any use of it, and of its `training`."""
     for problem in problems(job, origins):
+        raise ConfigError(problem)
+    for problem in without_effect(job) if training else ():
         raise ConfigError(problem)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -91,12 +91,14 @@ class Setting(NamedTuple):
 
 
 def load_job(
-    source: str | Path | None = None, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None
-) -> Resolved:
+    source: str | Path | None = None, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None,
+    *, training: bool = True,
+) -> Resolved:  # fmt: skip
     """Resolve a job: defaults, the preset's, the file's, `options` by name, `overrides` (`"section.key=value"`).
 
     `source` is a path or the name of a shipped recipe; None is the recipe `arithmetic`, or no file at all when
-    the options name another model or other data. An option of None was not given. Raises ConfigError.
+    the options name another model or other data. An option of None was not given. Keys that training would not read
+    are refused where it is for `training`. Raises ConfigError.
     """
     given = [*_from_options(options or {}), *(one for text in overrides for one in _from_override(text))]
     settings = _exchanged([*_from_source(source, given), *given])
@@ -108,13 +110,14 @@ def load_job(
         both_tables = isinstance(value, dict) and isinstance(values.get(key), dict)
         values[key] = values[key] | value if both_tables else value
         origins[key] = origin
+    _leave_other_data(values, origins)
     if _steps_alone(values, origins):
         values["reward.functions"] = []
         origins["reward.functions"] = origins["reward.step_functions"]
     for key in _PATHS & values.keys():
         values[key] = at_home(values[key])
     job = _validated(values, origins)
-    check(job, origins)
+    check(job, origins, training=training)
     return Resolved(*filled(job, origins))
 
 
@@ -128,6 +131,27 @@ def _exchanged(settings: Sequence[Setting]) -> list[Setting]:
             gone = [one for one in settings[:later] if is_of(settings[index].value, one.key, one.value)]
             kept = [one for one in kept if one not in gone]
     return kept
+
+
+_OF_DATA = ("data.revision", "data.subset", "data.split", "eval.data", "eval.split")
+
+
+def _leave_other_data(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Take off what a recipe says of its own data where other data takes its place: splits, and what is held out."""
+
+    def drop(keys: Iterable[str]) -> None:
+        for key in keys:
+            if key in values and origins[key].startswith("recipe "):
+                del values[key]
+                origins[key] = "default"
+
+    own = values.get("data.path", BUILTIN) == BUILTIN or origins["data.path"].startswith("recipe ")
+    if not own:
+        drop(_OF_DATA)
+        if values.get("eval.data") is None:
+            drop([key for key in values if key.startswith("eval.")])
+    elif not origins["eval.data"].startswith("recipe "):
+        drop(["eval.split"])
 
 
 def _steps_alone(values: Mapping[str, Any], origins: Mapping[str, str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from groupwise.config import Section, is_resumable
 from groupwise.errors import ConfigError
 from groupwise.jobfile.checks import day_problems
+from groupwise.jobfile.effects import beside
 from groupwise.jobfile.elsewhere import OF_REWARD_MODELS
 from groupwise.jobfile.load import at_home, parse_override
 from groupwise.jobfile.phrases import advice, as_toml, choices, found, suggestion, wanted
@@ -115,7 +116,23 @@ def load_reward_job(
         raise ConfigError(problem)
     if job.kind == "outcome" and job.separator is not None:
         raise ConfigError("`separator` has no effect with --kind outcome, which judges no steps. Remove it.")
+    for problem in _without_effect(job):
+        raise ConfigError(problem)
     return job
+
+
+def _without_effect(job: RewardModelJob) -> Iterator[str]:
+    """Keys that this training would not read."""
+    fields = RewardModelJob.model_fields
+    if job.revision is not None and Path(job.model).is_dir():
+        yield f"`revision` has no effect beside the folder {job.model}: revisions are those of the hub. Remove it."
+    whys = [beside(path, "split") for path in (job.data, job.eval_data) if path is not None]
+    if all(whys) and job.split != fields["split"].default:
+        yield f'`split` = "{job.split}" has no effect beside {whys[0]}. Remove it.'
+    if job.eval_data is not None and job.eval_share != fields["eval_share"].default:
+        yield "`eval_share` has no effect beside `eval_data`, which is what is held out. Remove one of them."
+    if job.eval_data is None and job.eval_share == 0 and job.eval_every:
+        yield "`eval_every` has no effect where `eval_share` is 0: nothing is held out. Remove it."
 
 
 def changed_keys(old: RewardModelJob, new: RewardModelJob) -> dict[str, bool]:

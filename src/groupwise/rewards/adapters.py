@@ -33,7 +33,7 @@ from groupwise.types import Group
 if TYPE_CHECKING:
     from groupwise.models.reward_model import Kind, RewardModel
 
-BUILTINS = {"arithmetic": "groupwise.rewards.arithmetic:score"}
+BUILTINS = {"arithmetic": "groupwise.rewards.arithmetic:score", "gsm8k": "groupwise.rewards.gsm8k:score"}
 MODEL = "model:"
 """Begins the name of a reward model: `model:DIR`, or `model:ID` of the hub."""
 STEPWISE_BUILTINS = {"arithmetic": "groupwise.rewards.arithmetic:score_steps"}
@@ -75,7 +75,7 @@ def load_reward(
     """The reward that `spec` names, loaded and ready.
 
     `file.py:name` and `package.module:name` run in a worker process, whose prints are appended to `log` (default: a
-    temporary file); `builtin:arithmetic` and callables run in the thread that calls; `model:DIR` is a reward model,
+    temporary file); `builtin:...` and callables run in the thread that calls; `model:DIR` is a reward model,
     opened by `models`; a Reward is returned as it is. Limits in seconds, which hold for functions: `timeout` for a
     step's outputs together, `output_timeout` for one alone. Raises RewardError where it cannot be loaded, ModelError
     for a model.

@@ -290,7 +290,7 @@ def _opened(
     check_weights(None if target is None else str(target), which)
     in_run = target is not None and Path(target).is_dir()
     folder = RunFolder.open(Path(target or "")) if in_run else RunFolder(Path(target or ""))
-    job = load_job(folder.job if in_run else target, overrides, named).job
+    job = load_job(folder.job if in_run else target, overrides, named, training=False).job
     saved = None
     if in_run and which != "base":
         saved = checkpoint.load(folder.best) if which == "best" else checkpoint.latest(folder.checkpoints, _to_stderr)

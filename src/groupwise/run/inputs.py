@@ -78,7 +78,7 @@ def check_eval(target: str, which: str, overrides: Sequence[str], options: Mappi
 
 def check_label(target: str | None, which: str, overrides: Sequence[str], options: Mapping[str, Any]) -> None:
     """Refuse what cannot be labelled. Raises GroupwiseError."""
-    job = load_job(None, overrides, options).job if target is None else check_target(target, which, overrides, options)
+    job = _job(None, overrides, options) if target is None else check_target(target, which, overrides, options)
     check_model(job.model.path)
     _check_judges(job)
     check_prompts(job.data.path, job.data.prompt_column)
@@ -105,11 +105,15 @@ def check_target(
     path = Path(target)
     in_run = path.is_dir()
     folder = RunFolder.open(path) if in_run else RunFolder(path)
-    job = load_job(folder.job if in_run else target, overrides, options).job
+    job = _job(folder.job if in_run else target, overrides, options)
     if in_run and which != "base" and not any(folder.checkpoints.glob("*/")):
         raise RunFolderError(f"{target} has no checkpoint yet. Its model before training is --which base.")
     check_model(job.model.path)
     return job
+
+
+def _job(source: str | Path | None, overrides: Sequence[str], options: Mapping[str, Any] | None) -> Job:
+    return load_job(source, overrides, options, training=False).job
 
 
 def check_weights(target: str | None, which: str) -> None:
