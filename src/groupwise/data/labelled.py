@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 from groupwise.data.messages import as_content, template_options
+from groupwise.data.objects import of_split, rows_or_splits
 from groupwise.data.rows import TableRows, read_rows
 from groupwise.errors import DataError
 from groupwise.models.judging import Content, Example, Graded, Output, Preferred, Steps, Stepwise
@@ -32,7 +33,7 @@ def load_examples(
         name, found = source, read_rows(source, revision=revision, split=split)
         rows = list(map(_without_text_label, found) if isinstance(found, TableRows) and found.only_texts else found)
     else:
-        name, rows = "the given rows", list(source)
+        name, rows = "the given rows", list(of_split(rows_or_splits(source, "rows"), split, "split"))
     if not rows:
         raise DataError(f"{name} has no rows.")
     columns = _format(rows[0], kind, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from groupwise.data.messages import TEMPLATE_COLUMNS
@@ -14,6 +14,20 @@ from groupwise.wording import shown
 def remarks(prompts: Sequence[Prompt], codec: Codec) -> list[str]:
     """A sentence or two for each thing, with how many of the prompts it is so of."""
     return [*_texts(prompts, codec), *_answered(prompts), *_options(prompts, codec)]
+
+
+def unread(prompts: Sequence[Prompt], reads: Callable[[str], bool], column: str) -> str:
+    """The columns that neither prompt (`column`), template nor any function reads, in a sentence; empty for none."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.row)
+    known = (column, *TEMPLATE_COLUMNS)  # what becomes of the template's is said in `remarks`
+    found = [name for name in names if name not in known and not reads(name)]
+    if not found:
+        return ""
+    subject, verb = ("columns", "are") if len(found) > 1 else ("column", "is")
+    return (
+        f"the {subject} {', '.join(map(repr, found))} of the data {verb} read by nothing: a function is handed "
+        "the columns that it names, and all of them where it takes **kwargs"
+    )
 
 
 def _texts(prompts: Sequence[Prompt], codec: Codec) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from groupwise.jobfile.checks import check
 from groupwise.jobfile.describe import json_schema, reference, show, template
-from groupwise.jobfile.load import Resolved, at_home, load_job, read_once, recipe_names
+from groupwise.jobfile.load import Resolved, at_home, load_job, read_once, recipe_names, refuse_loaded
 from groupwise.jobfile.save import Difference, differences, resumable_keys, to_toml
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "read_once",
     "recipe_names",
     "reference",
+    "refuse_loaded",
     "resumable_keys",
     "show",
     "template",

@@ -100,6 +100,7 @@ def load_job(
     the options name another model or other data. An option of None was not given. Keys that training would not read
     are refused where it is for `training`. Raises ConfigError.
     """
+    refuse_loaded("job", source)
     given = [*_from_options(options or {}), *(one for text in overrides for one in _from_override(text))]
     settings = _exchanged([*_from_source(source, given), *given])
     preset = next((one.value for one in reversed(settings) if one.key == "objective.preset"), None)
@@ -217,9 +218,23 @@ def _from_options(options: Mapping[str, Any]) -> Iterator[Setting]:
     for name, value in options.items():
         if value is None:
             continue
+        refuse_loaded(name, value)
         key = short.get(name, name)
         value = [value] if key in FUNCTIONS and isinstance(value, str | Path) else value
         yield from _flatten(_nested(key, _plain(name, value)), "--" + name.replace("_", "-"))
+
+
+def refuse_loaded(name: str, value: Any) -> None:
+    """Say of a loaded model or tokenizer what to give in its place. Raises ConfigError."""
+    if not hasattr(value, "save_pretrained"):
+        return
+    place = getattr(getattr(value, "config", value), "name_or_path", "") or getattr(value, "name_or_path", "")
+    was = f' It was loaded from "{place}": model="{place}" takes that.' if place else ""
+    raise ConfigError(
+        f"`{name}` got a loaded {type(value).__name__}, and a run begins from a folder or hub id, which brings "
+        f"the tokenizer along and can be read again.{was} Changed since, it is saved first: "
+        'model.save_pretrained("mine"), tokenizer.save_pretrained("mine"), and then model="mine".'
+    )
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -56,6 +56,10 @@ class _Judge:
             )
         return found
 
+    def takes(self, name: str) -> bool:
+        """A model reads prompts and outputs, and no other column."""
+        return False
+
     def close(self) -> None:
         """Nothing is held that its owner would not let go of."""
 

@@ -76,6 +76,10 @@ class FunctionStepReward:
             values.append(check_number(self.name, value, group, index, kind=self._calls.kind, step=step))
         return values
 
+    def takes(self, name: str) -> bool:
+        """Whether a call hands this to the function."""
+        return self._calls.takes(name)
+
     def close(self) -> None:
         """End the worker process, if there is one."""
         self._calls.close()

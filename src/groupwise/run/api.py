@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from groupwise.config import Job
+from groupwise.data.objects import rows_or_splits
 from groupwise.engines.base import generate
 from groupwise.errors import ConfigError, DataError, RunFolderError
-from groupwise.jobfile import at_home, differences, load_job
+from groupwise.jobfile import at_home, differences, load_job, refuse_loaded
 from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.models.load import quiet_transformers, without_bars
@@ -194,10 +195,10 @@ def label(
     from groupwise.run.label import Ask, own_rows, write_labels
 
     given, named = _hand_over((data, None), (reward, None, None), trust_remote_code)
-    given = given if given.rows is None else replace(given, rows=list(given.rows))  # they are looked at twice
+    handed = None if isinstance(given.rows, Mapping) else given.rows
     named |= {"model": model}
     folder = RunFolder(Path(target)) if target is not None and Path(target).expanduser().is_dir() else None
-    run = folder if folder is not None and (data is None or own_rows(folder, given.rows)) else None
+    run = folder if folder is not None and (data is None or own_rows(folder, handed)) else None
     job, opened, saved = _opened(target, overrides, which, given, named)
     narrow(opened)
     completer = {
@@ -267,7 +268,9 @@ def _hand_over(
         if isinstance(one, str | Path) or one is None:
             named[key] = one
         else:
-            named[key], objects[key] = f"{PYTHON}rows", one
+            refuse_loaded(key, one)
+            objects[key] = rows_or_splits(one, key)
+            named[key] = PYTHON + ("splits" if isinstance(objects[key], Mapping) else "rows")
     handed: dict[str, list[Callable[..., Any]]] = {}
     for key, given in zip(("reward", "step_reward", "verifier"), functions, strict=True):
         several = [given] if isinstance(given, str) or callable(given) else list(given or ())
@@ -286,6 +289,7 @@ def _opened(
 ) -> tuple[Job, Model, Checkpoint | None]:  # fmt: skip
     """A job (None: the embedded one) and its model, with a run's weights where the target is a run, and the checkpoint
     that they are from; the model is as before training where `load` is false."""
+    refuse_loaded("target", target)
     target = at_home(str(target)) if isinstance(target, Path) else at_home(target)
     check_weights(None if target is None else str(target), which)
     in_run = target is not None and Path(target).is_dir()

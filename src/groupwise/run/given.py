@@ -9,6 +9,8 @@ from typing import Any
 PYTHON = "python:"
 """Marks, in a job, what was handed over as a Python object and cannot be named in a file."""
 Rows = Iterable[Mapping[str, Any]]
+Splits = Mapping[str, Any]
+"""Several data sets, by the names of their splits."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class Given:
     """What a job file cannot hold: objects from Python, and the consent to run a model's own code."""
 
     rewards: Sequence[Callable[..., Any]] = ()
-    rows: Rows | None = None
-    eval_rows: Rows | None = None
+    rows: Rows | Splits | None = None
+    eval_rows: Rows | Splits | None = None
     trust_remote_code: bool = False
     step_rewards: Sequence[Callable[..., Any]] = ()
     verifier: Sequence[Callable[..., Any]] = ()

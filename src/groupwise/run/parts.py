@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import psutil
 import torch
@@ -13,7 +13,8 @@ import torch
 from groupwise.config import BUILTIN, TRAINED, Job
 from groupwise.data import arithmetic
 from groupwise.data.files import PromptSet, load_prompts
-from groupwise.data.remarks import remarks
+from groupwise.data.objects import Splits, of_split
+from groupwise.data.remarks import remarks, unread
 from groupwise.data.stream import PromptStream
 from groupwise.disk import fixed, in_words
 from groupwise.engines.base import Engine
@@ -152,7 +153,8 @@ def training_prompts(job: Job, model: Model, given: Given) -> PromptSet:
 
 def encoded_prompts(job: Job, codec: Codec, context: int | None, given: Given, limit: int | None = None) -> PromptSet:
     """The same for a model that is not loaded, whose rows have at most `context` tokens; the first `limit` of them."""
-    rows = _rows(job.data.path, given.rows, "data", lambda: arithmetic.questions("train", job.seed, TRAINING_QUESTIONS))
+    built_in = partial(arithmetic.questions, "train", job.seed, TRAINING_QUESTIONS)
+    rows = _rows(job.data.path, given.rows, "data", job.data.split, built_in)
     longest = _room(job, context, job.sampling.max_completion_length, "sampling.max_completion_length")
     return load_prompts(job.data, codec, longest, rows=rows, limit=limit)
 
@@ -163,7 +165,7 @@ def held_out_prompts(job: Job, model: Model, given: Given) -> PromptSet | None:
     if section.data is None and job.data.path != BUILTIN:
         return None
     path = section.data or BUILTIN
-    rows = _rows(path, given.eval_rows, "eval_data", arithmetic.held_out)
+    rows = _rows(path, given.eval_rows, "eval_data", section.split, arithmetic.held_out)
     # Another split of the same data set is of the same revision; another data set has none of its own.
     other = {} if path == job.data.path else {"revision": None, "subset": None}
     data = job.data.model_copy(update={"path": path, "split": section.split, **other})
@@ -172,7 +174,7 @@ def held_out_prompts(job: Job, model: Model, given: Given) -> PromptSet | None:
     return load_prompts(data, model.codec, longest, rows=rows, limit=section.limit)
 
 
-def _rows(path: str, handed: Rows | None, name: str, built_in: Callable[[], Rows]) -> Rows | None:
+def _rows(path: str, handed: Rows | Splits | None, name: str, split: str, built_in: Callable[[], Rows]) -> Rows | None:
     """Rows that are in memory already; None where `path` names them."""
     if path == BUILTIN:
         return built_in()
@@ -180,7 +182,7 @@ def _rows(path: str, handed: Rows | None, name: str, built_in: Callable[[], Rows
         return None
     if handed is None:
         raise DataError(f"This job's {name} ({path}) was handed over from Python; hand it over again: {name}=rows.")
-    return handed
+    return of_split(handed, split, "eval.split" if name == "eval_data" else "data.split")
 
 
 def _room(job: Job, context: int | None, completion: int, key: str) -> int | None:
@@ -253,6 +255,10 @@ def build(
     check_thread(given, warn)
     prompts = training_prompts(job, model, given)
     _check_prompts(prompts, model.codec, warn)
+    if ignored := unread(
+        prompts.prompts, lambda name: functions.reads(name) or judges.reads(name), job.data.prompt_column
+    ):
+        watch.terminal.say(ignored)
     engine, guard = open_engine(job, model, closing), open_guard(job, model, warn)
     evaluation = open_evaluation(job, model, given, GuardedEngine(engine, guard, "In held-out outputs"), judge)
     learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype), guard)

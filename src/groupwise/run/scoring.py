@@ -47,6 +47,11 @@ class Functions:
     step_rewards: Sequence[StepReward]
     segmenter: FunctionCalls | None
 
+    def reads(self, column: str) -> bool:
+        """Whether any of them is handed a column of the data set; of an object that does not tell, it is taken so."""
+        every = [*self.rewards, *self.step_rewards, *([self.segmenter] if self.segmenter else [])]
+        return any(not hasattr(one, "takes") or one.takes(column) for one in every)
+
 
 def open_functions(
     job: Job, given: Given, folder: RunFolder | None, closing: ExitStack, trained: Callable[[], RewardModel] = _untold

@@ -1,0 +1,89 @@
+"""Objects of a notebook given to the functions of the package: data sets work, loaded models get a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import groupwise
+from groupwise.errors import ConfigError, DataError
+from tests.run.tiny import rollouts, save_model
+
+ROWS = [{"prompt": a + b, "want": "a", "note": "x"} for a in "abcd" for b in "ab"]
+SMALL: dict[str, Any] = {
+    "num_generations": 2, "max_completion_length": 4, "prompts_per_step": 2, "steps": 1, "show": "quiet",
+}  # fmt: skip
+
+
+def share(prompt: str, completion: str, want: str) -> float:
+    return completion.count(want) / max(1, len(completion))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("given") / "model")
+
+
+def test_a_generator_is_read_once_and_trained_on_whole(model: Path, tmp_path: Path) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield from ROWS
+
+    groupwise.train(model=model, data=rows(), reward=share, run=tmp_path / "run", **SMALL)
+    assert len(rollouts(tmp_path / "run")) == 2
+
+
+def test_splits_are_picked_by_the_jobs_keys(model: Path, tmp_path: Path) -> None:
+    both = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS[:4]), "test": datasets.Dataset.from_list(ROWS[4:])}
+    )
+    run = tmp_path / "run"
+    groupwise.train(
+        model=model, data=both, eval_data=both, reward=share, run=run,
+        overrides=["data.split=test", "eval.split=train"], **SMALL,
+    )  # fmt: skip
+    assert {line["prompt"] for line in rollouts(run)} <= {row["prompt"] for row in ROWS[4:]}
+    with pytest.raises(DataError, match=r"no split 'dev'; it has 'train', 'test'\. Name one in `eval\.split`"):
+        groupwise.train(
+            model=model, data=both, eval_data=both, reward=share, run=tmp_path / "other",
+            overrides=["eval.split=dev"], **SMALL,
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"`data\.split` = \"test\" has no effect beside rows from Python"):
+        groupwise.train(model=model, data=ROWS, reward=share, overrides=["data.split=test"], **SMALL)
+
+
+def test_columns_that_nothing_reads_are_named_once(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = SMALL | {"show": "plain"}
+    groupwise.train(model=model, data=ROWS, reward=share, run=tmp_path / "run", **options)
+    assert capsys.readouterr().out.count("the column 'note' of the data is read by nothing") == 1
+
+    def all_of_them(completions: list[str], **kwargs: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    groupwise.train(model=model, data=ROWS, reward=all_of_them, run=tmp_path / "all", **options)
+    assert "read by nothing" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", ["train", "doctor", "plan", "evaluate", "sample", "label"])
+def test_a_loaded_model_gets_one_sentence(call: str, model: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    calls = {"evaluate": ((loaded,), {}), "sample": ((loaded, "a"), {}), "label": ((), {"output": "labels.jsonl"})}
+    given, options = calls.get(call, ((), {}))
+    if not given:
+        options = options | {"model": loaded, "data": ROWS, "reward": share}
+    with pytest.raises(ConfigError, match="got a loaded Qwen3ForCausalLM, and a run begins from a folder") as caught:
+        getattr(groupwise, call)(*given, **options)
+    assert f'model="{model}" takes that' in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "processing_class"])
+def test_a_loaded_tokenizer_gets_one_sentence(name: str, model: Path) -> None:
+    with pytest.raises(ConfigError, match=f"`{name}` got a loaded .*, and a run begins from a folder"):
+        groupwise.train(model=model, data=ROWS, reward=share, **{name: AutoTokenizer.from_pretrained(model)})
