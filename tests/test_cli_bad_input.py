@@ -116,7 +116,7 @@ def test_what_the_command_line_itself_refuses(at: Path) -> None:
     assert call("train", "--step", "3").status == 2
     refused(train("--quiet", "--json"), "--quiet and --json")
     refused(train("--set", "train.steps"), "--set takes section.key=value")
-    recipes = "(arithmetic, arithmetic-iterative, arithmetic-prm, arithmetic-process)"
+    recipes = "(arithmetic, arithmetic-iterative, arithmetic-prm, arithmetic-process, gsm8k)"
     refused(call("sample", "run", "a"), f"run is no run folder, no job file and no recipe {recipes}")
 
 
