@@ -7,7 +7,7 @@ from groupwise.jobfile.reward_model import RewardModelJob, changed_keys, is_rewa
 KEYS = (
     "schema_version task kind model data run revision split eval_data eval_share eval_every seed device dtype separator"
     " date max_length epochs batch_size learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm"
-    " tokens_per_micro_batch checkpoint_every"
+    " tokens_per_micro_batch checkpoint_every checkpoint_minutes"
 )
 PAGE = Path(__file__).parents[2] / "docs" / "reward-models.md"
 NAMED = {"kind": "outcome", "model": "m", "data": "d"}
