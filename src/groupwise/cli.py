@@ -6,19 +6,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from groupwise import __version__
-from groupwise.config import knobs
 from groupwise.errors import ConfigError, GroupwiseError
 from groupwise.jobfile import at_home, json_schema, load_job, read_once, template
 from groupwise.jobfile import show as show_job
-from groupwise.jobfile.elsewhere import ELSEWHERE
-from groupwise.jobfile.phrases import suggestion
+from groupwise.jobfile.load import meant_as_keys
 from groupwise.jobfile.reward_model import is_reward_model_run, load_reward_job
 from groupwise.models.heap import own_process
 from groupwise.run import inputs
@@ -373,19 +370,12 @@ def _status() -> int:
         return 2
     except SystemExit as ended:
         if ended.code == 2:
-            _explain_options(sys.argv[1:])
+            commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]  # it is a group
+            options = {name for command in commands for one in command.params for name in one.opts}
+            for sentence in meant_as_keys(sys.argv[1:], options):
+                typer.echo(f"groupwise: {sentence}", err=True)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return 0
-
-
-def _explain_options(arguments: Sequence[str]) -> None:
-    """Say of options that are keys, here or elsewhere, how a key is set."""
-    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]  # it is a group
-    options = {name for command in commands for one in command.params for name in one.opts}
-    for given in (one.partition("=")[0] for one in arguments if one.startswith("--")):
-        near = suggestion(given.lstrip("-").replace("-", "_"), list(knobs()), ELSEWHERE)
-        if given not in options and near:
-            typer.echo(f"groupwise: {given} is no option; a key is given by --set section.key=value.{near}", err=True)
 
 
 def _status_without(out: Output) -> int:

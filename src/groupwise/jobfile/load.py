@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -309,6 +309,14 @@ def _unknown(key: str, value: Any) -> str:
             return f"there is no key `{key}`.{near}"
     meant = foreign or next((leaf for leaf in leaves if leaf.rpartition(".")[2] in own), key)
     return f"there is no key `{meant}`.{suggestion(meant, list(knobs()), ELSEWHERE)}"
+
+
+def meant_as_keys(arguments: Sequence[str], options: Collection[str]) -> Iterator[str]:
+    """How a key is given, for each argument of a command that looks like an option, is none, and is near a key."""
+    for given in (one.partition("=")[0] for one in arguments if one.startswith("--")):
+        near = suggestion(given.lstrip("-").replace("-", "_"), list(knobs()), ELSEWHERE)
+        if given not in options and near:
+            yield f"{given} is no option; a key is given by --set section.key=value.{near}"
 
 
 def _leaves(key: str, value: Any) -> Iterator[str]:
