@@ -50,7 +50,7 @@ def test_the_shared_layout_is_taken_where_it_is_right(kind: str) -> None:
     assert findings.head == SHARED[kind]
     assert findings.cached
     assert findings.unfit == ""
-    assert seconds < 5, "default configurations are those of large models: the clone is not small"
+    assert seconds < 60, "default configurations are those of large models: the clone is not small"
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -60,7 +60,7 @@ def test_the_plain_layout_is_taken_elsewhere_and_the_reason_is_given(kind: str) 
     assert PLAIN[kind] in findings.reason
     assert findings.cached == (kind not in WITHOUT_CACHE)
     assert findings.unfit == ""
-    assert seconds < 5
+    assert seconds < 60
 
 
 def test_probing_leaves_torchs_generator_as_it_was() -> None:
@@ -232,4 +232,4 @@ def test_a_clone_that_stays_large_is_not_made() -> None:
     config = CONFIG_MAPPING["xlstm"]()  # names its widths as nobody else does
     findings, seconds = timed(config)
     assert "no tiny clone of xlstm" in findings.reason
-    assert seconds < 5
+    assert seconds < 60

@@ -207,7 +207,7 @@ def test_rates_are_of_this_machine(at: Path, layout: LayoutName, cached: bool) -
     assert 1e7 < found.flops_many < 1e15
     assert 1e7 < found.bytes_memory < 1e13
     for seconds in (found.operation_decoding, found.operation_forward, found.operation_training):
-        assert 1e-8 < seconds < 1e-2
+        assert 1e-8 < seconds < 1
 
 
 def test_seconds_by_hand() -> None:

@@ -318,6 +318,25 @@ def test_held_out_examples_that_cannot_be_read_are_counted_and_left_out(
     assert bool(result["after"]) == bool(left)
 
 
+ODD = {
+    "nothing held out": ([{"prompt": "a", "completion": "b", "label": i} for i in (0, 1)], "no example is held out"),
+    "one label": ([{"prompt": c, "completion": "b", "label": 1} for c in "abcdefgh"], "labels are 1: there is nothing"),
+    "equal pairs": ([{"prompt": c, "chosen": "a", "rejected": "a"} for c in "abcdefgh"], "pairs have the same text"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_data_from_which_little_can_be_learned_is_remarked_on(
+    bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(bench)
+    rows, said = ODD[name]
+    given = options(data=str(save_rows(tmp_path / "rows.jsonl", rows)))
+    ended = call("reward-model", "train", *given, "--run", str(tmp_path / "run"))
+    assert ended.status == 0, ended.err
+    assert said in ended.err
+
+
 @pytest.mark.parametrize(
     "more", [["--set", "max_length=2"], ["--model", "nowhere/at/all"], ["--data", "nothing.jsonl"]]
 )

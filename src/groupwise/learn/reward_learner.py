@@ -68,6 +68,15 @@ class EncodedSet(NamedTuple):
     dropped: int
     reason: str
 
+    def remarks(self) -> Iterator[str]:
+        """Why little can be learned from these examples, where that is so."""
+        labels = [label for example in self.examples for label in example.labels if label is not None]
+        if labels and min(labels) == max(labels):
+            yield f"all {len(labels)} labels are {labels[0]:g}: there is nothing to tell apart"
+        same = sum(not example.labels and example.rows[0] == example.rows[1] for example in self.examples)
+        if same:
+            yield f"{same} pairs have the same text as chosen and as rejected, of which nothing is learned"
+
 
 def encode_examples(model: RewardModel, examples: Sequence[Example]) -> EncodedSet:
     """Examples as `encode_readable` gives them. Raises DataError where nothing is left."""

@@ -231,9 +231,7 @@ def export(
         _to_stderr(lost)
     card = model_card(job.model_dump(mode="json"), saved, lost)
     with quiet_transformers():
-        whole, without = with_towers(
-            model.loaded.policy.model, model.source, job.model.revision, trust_remote_code
-        )
+        whole, without = with_towers(model.loaded.policy.model, model.source, job.model.revision, trust_remote_code)
     if without:
         _to_stderr(without)
     write_folder(whole, model.codec, Path(target), source=model.source, dtype=chosen, card=card)
