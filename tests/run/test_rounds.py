@@ -16,6 +16,7 @@ from groupwise.data.stream import PromptStream
 from groupwise.errors import DataError, RewardError
 from groupwise.models.judging import Row
 from groupwise.objective import objective_named
+from groupwise.rewards.patience import Patience
 from groupwise.run import loop, rounds
 from groupwise.run.collected import Collected
 from groupwise.run.evaluate import NoEvaluation
@@ -438,3 +439,15 @@ def test_held_out_examples_that_cannot_be_read_are_no_reason_to_end(
     assert len(bench.told) == 2
     said = capsys.readouterr().err
     assert said.count("nothing of this round is held out that can be read (Prompt and output have 99 tokens") == 1
+
+
+def test_a_verifier_that_gives_nothing_step_after_step_ends_the_run_when_the_step_is_saved(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    patience = bench.verifier.patience = bench.parts.rollouts.scorer.patience = Patience(2, 99)
+    [verifier] = bench.verifier.rewards
+    right = verifier.value  # type: ignore[attr-defined]
+    verifier.value = lambda text: None if bench.progress.step else right(text)  # type: ignore[attr-defined]
+    with pytest.raises(RewardError, match=r"Reward `verifier` gave no value \(None\) for any output of 2 steps"):
+        loop.train(bench.parts)
+    assert bench.log[-1] == ("save?", 2)
+    assert patience.state()["streaks"]["verifier/rewards/verifier"]["steps"] == 2
