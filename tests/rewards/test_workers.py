@@ -479,8 +479,8 @@ def test_after_a_step_of_single_calls_that_do_not_hang_comes_one_of_all_together
                 time.sleep(60)
             return [float(len(text)) for text in completions]
     """,
-        timeout=1.0,
-        output_timeout=1.0,
+        timeout=4.0,
+        output_timeout=4.0,
     )
     found = [flat(reward([group(*texts)], listening()[0])) for texts in (["bad", "bb"], ["a", "bb"], ["a", "bb"])]
     assert found == [[None, 2.0], [1.0, 2.0], [1.0, 2.0]]
