@@ -223,7 +223,7 @@ class _Prepared:
                 none = "" if found.examples else ", and none is left: nothing tells how good the model is"
                 yield f"{found.dropped} {name} were left out, the first because: {found.reason.rstrip('.')}{none}"
         if self.job.eval_share > 0 and not self.held_out.examples and not self.held_out.dropped:
-            yield "no example is held out, and nothing tells how good the model is: raise eval_share or name --eval-data"
+            yield "no example is held out: nothing tells how good the model is; raise eval_share or name --eval-data"
         yield from self.train.remarks()
 
 
