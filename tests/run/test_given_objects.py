@@ -87,3 +87,12 @@ def test_a_loaded_model_gets_one_sentence(call: str, model: Path) -> None:
 def test_a_loaded_tokenizer_gets_one_sentence(name: str, model: Path) -> None:
     with pytest.raises(ConfigError, match=f"`{name}` got a loaded .*, and a run begins from a folder"):
         groupwise.train(model=model, data=ROWS, reward=share, **{name: AutoTokenizer.from_pretrained(model)})
+
+
+def test_options_of_a_template_that_renders_no_prompt_are_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"`data\.chat_template_kwargs` \(mood\) has no effect: every prompt is a text"
+    ):
+        groupwise.train(
+            model=model, data=ROWS, reward=share, run=tmp_path / "run", chat_template_kwargs={"mood": "calm"}, **SMALL
+        )

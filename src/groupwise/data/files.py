@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from groupwise.config import DataSection
 from groupwise.data.messages import as_content, template_options
 from groupwise.data.rows import Row, Rows, read_rows
-from groupwise.errors import DataError
+from groupwise.errors import ConfigError, DataError
 from groupwise.models.codec import Codec
 from groupwise.types import Message, Prompt
 from groupwise.wording import shown
@@ -63,6 +63,15 @@ def load_prompts(
     if not prompts:
         raise DataError(f"{name} has no rows. Give at least one row with a {section.prompt_column!r} column.")
     return PromptSet(tuple(prompts), len(too_long))
+
+
+def check_template_keys(section: DataSection, prompts: PromptSet) -> None:
+    """Refuse options of the chat template where it renders no prompt. Raises ConfigError."""
+    if section.chat_template_kwargs and not any(prompt.is_conversation for prompt in prompts.prompts):
+        raise ConfigError(
+            f"`data.chat_template_kwargs` ({', '.join(section.chat_template_kwargs)}) has no effect: every prompt is a "
+            "text, and a chat template renders messages. Make messages of them with data.chat = true, or remove it."
+        )
 
 
 def _read(section: DataSection) -> Rows:
