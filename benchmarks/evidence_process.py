@@ -73,7 +73,8 @@ def run(cell: Cell) -> Result:
 
     model = ensure_warm(cell.seed, settings=WarmUp(**TASKS[cell.task]))  # type: ignore[arg-type]
     events, result = train("arithmetic-process", {
-        "model.path": str(model), "seed": cell.seed, "train.steps": STEPS, "eval.every": EVERY, "eval.limit": HELD_OUT,
+        "model.path": str(model), "data.path": "builtin:arithmetic", "seed": cell.seed, "train.steps": STEPS,
+        "eval.every": EVERY, "eval.limit": HELD_OUT,
         "checkpoint.every": 0, "checkpoint.best": False, "watch.rollouts": False,
         **{f"objective.{name}": value for name, value in CREDITS[cell.credit].items()},
     })  # fmt: skip

@@ -314,7 +314,7 @@ def test_a_segmenter_that_never_finds_anything(at: Path) -> None:
     (at / "mine.py").write_text(ONE_EACH)
     segmenter = {"process__segmenter": "pattern", "process__pattern": "Z", "train__steps": 20}
     ended = train("--step-reward", "mine.py:score", **segmenter)
-    refused(ended, "For 10 batches in a row the segmenter found no boundary in any output", "`process.segmenter`")
+    refused(ended, "For 10 steps in a row the segmenter found no boundary in any output", "`process.segmenter`")
     assert ended.err.count("warning: the segmenter found no boundary") == 1
     assert "output " in ended.err.split("groupwise: ")[0], "the warning shows one"
     assert len(events(at / "run")) == 9

@@ -148,7 +148,7 @@ def sample(
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Decides the draws.")] = 0,
     which: Which = "latest", set_: Sets = None, json_: JsonResult = False, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
-    """Continue a prompt with a run's weights: a user's message where it was trained on messages."""
+    """Continue a prompt, or answer it, with a run's weights."""
     inputs.check_target(target, which, set_ or ())
     content = only_one(prompt, None if messages is None else messages_of(messages, _standard_input))
     content = _standard_input() if content == "-" else content

@@ -6,8 +6,9 @@ from typing import Any
 
 from groupwise.config import DataSection
 from groupwise.data.files import load_prompts
-from groupwise.data.remarks import remarks
+from groupwise.data.remarks import GIVEN, remarks
 from groupwise.models.codec import Codec
+from groupwise.rewards.calling import HELPERS
 from tests.tiny_tokenizers import CHAT_TEMPLATE, byte_level
 
 CHAT, BARE = Codec(byte_level(CHAT_TEMPLATE)), Codec(byte_level())
@@ -58,3 +59,12 @@ def test_tools_that_no_template_reads_are_named() -> None:
 def test_tools_beside_a_text_are_named() -> None:
     [remark] = said({"prompt": "1+1?", "tools": [{"name": "add"}]}, codec=BARE)
     assert remark.startswith("The row has a column `tools`, which is for the chat template")
+
+
+def test_columns_that_the_outputs_hide_are_named() -> None:
+    [remark] = said({"prompt": "1+1?", "completions": "2", "answer": "2"}, codec=BARE)
+    assert remark.startswith("The column `completions` of the data is read by nothing")
+
+
+def test_they_are_the_names_that_functions_are_given() -> None:
+    assert set(HELPERS) < set(GIVEN)

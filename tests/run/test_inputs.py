@@ -64,7 +64,9 @@ CASES = [
     Case(["train", *OWN, "--reward", "no_such_package.of_mine:score"], "No module named 'no_such_package'"),
     Case(["train", *OWN, "--reward", "model:./nowhere"], "The model ./nowhere is no folder"),
     Case(["train", *OWN, "--step-reward", "none.py:score"], "there is no file"),
-    Case(["train", *OWN, "--set", "reward.verifier=['none.py:right']"], "there is no file"),
+    Case(
+        ["train", *OWN, "--eval-data", "rows.jsonl", "--set", "reward.verifier=['none.py:right']"], "there is no file"
+    ),
     Case(["plan", *OWN, "--data", "none.jsonl"], "There is no file 'none.jsonl'"),
     Case(["doctor", *OWN, "--reward", "none.py:score"], "there is no file"),
     Case(["resume", "nowhere"], "nowhere is not a run: it does not exist"),

@@ -134,7 +134,8 @@ def test_what_is_saved_is_an_ordinary_folder_with_the_same_scores(bench: Path) -
 
 def test_a_process_reward_model_keeps_its_separator(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bench)
-    assert call("reward-model", "train", *options("steps", separator=" \n", eval_share=0), "--run", "prm").status == 0
+    asked = options("steps", separator=" \n", eval_share=0, eval_every=0)
+    assert call("reward-model", "train", *asked, "--run", "prm").status == 0
     card = json.loads((bench / "prm/model/reward_model.json").read_text())
     assert card == {"kind": "process", "version": 1, "separator": " \n"}
     assert AutoModelForTokenClassification.from_pretrained(bench / "prm/model").config.num_labels == 2

@@ -95,6 +95,25 @@ def test_a_full_disk_is_an_error_that_names_the_file() -> None:
     sink.close()
 
 
+@pytest.mark.parametrize("gone", ["deleted", "moved", "replaced"])
+def test_a_file_that_is_taken_away_is_an_error(tmp_path: Path, gone: str) -> None:
+    """Its handle would take all that comes, and keep nothing of it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    sink = EventsFile(folder / "events.jsonl")
+    sink.write({"step": 1})
+    if gone == "deleted":
+        (folder / "events.jsonl").unlink()
+    else:
+        folder.rename(tmp_path / "elsewhere")
+    if gone == "replaced":
+        folder.mkdir()
+        (folder / "events.jsonl").write_text("")
+    with pytest.raises(RunFolderError, match=r"events\.jsonl was deleted, moved or replaced"):
+        sink.write({"step": 2})
+    sink.close()
+
+
 def test_a_file_that_may_not_be_made_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="Cannot write"):
         EventsFile(tmp_path / "missing" / "events.jsonl")

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from groupwise.data.messages import TEMPLATE_COLUMNS
 from groupwise.models.codec import Codec
 from groupwise.types import Prompt
 from groupwise.wording import shown
 
+GIVEN: Final = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+"""What reward functions are given beside the data set's columns, by name."""
+
 
 def remarks(prompts: Sequence[Prompt], codec: Codec) -> list[str]:
     """A sentence or two for each thing, with how many of the prompts it is so of."""
-    return [*_texts(prompts, codec), *_answered(prompts), *_options(prompts, codec)]
+    return [*_hidden(prompts), *_texts(prompts, codec), *_answered(prompts), *_options(prompts, codec)]
 
 
 def unread(prompts: Sequence[Prompt], reads: Callable[[str], bool], column: str) -> str:
     """The columns that neither prompt (`column`), template nor any function reads, in a sentence; empty for none."""
     names = dict.fromkeys(name for prompt in prompts for name in prompt.row)
-    known = (column, *TEMPLATE_COLUMNS)  # what becomes of the template's is said in `remarks`
+    known = (column, *TEMPLATE_COLUMNS, *GIVEN)  # what becomes of the template's is said in `remarks`
     found = [name for name in names if name not in known and not reads(name)]
     if not found:
         return ""
@@ -28,6 +31,16 @@ def unread(prompts: Sequence[Prompt], reads: Callable[[str], bool], column: str)
         f"the {subject} {', '.join(map(repr, found))} of the data {verb} read by nothing: a function is handed "
         "the columns that it names, and all of them where it takes **kwargs"
     )
+
+
+def _hidden(prompts: Sequence[Prompt]) -> Iterator[str]:
+    """Columns that have the name of what functions are given anyway, and so never reach one."""
+    for name in GIVEN:
+        if any(name in prompt.row for prompt in prompts):
+            yield (
+                f"The column `{name}` of the data is read by nothing: functions are given something else of that "
+                "name. Rename the column if one is to read it."
+            )
 
 
 def _texts(prompts: Sequence[Prompt], codec: Codec) -> Iterator[str]:

@@ -62,6 +62,11 @@ class LineFile:
         """Write one line. What a full disk leaves of it is dropped when the file is next cut back."""
         # A model can write half of a surrogate pair, which UTF-8 has no bytes for and JSON an escape.
         data = line.encode("utf-8", "backslashreplace") + b"\n"
+        if not self._is_there():
+            raise RunFolderError(
+                f"{self.path} was deleted, moved or replaced while it was written, so that what comes would be lost. "
+                "Leave a run's folder where it is until the run is over."
+            )
         rest = memoryview(data)
         try:
             while rest:
@@ -70,6 +75,13 @@ class LineFile:
             raise cannot_write(self.path, error, len(data)) from error
         self.size += len(data)
         self.lines += 1
+
+    def _is_there(self) -> bool:
+        """Whether the name still leads to the open file: a deleted one takes all that is written without a word."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Close the file. Calling it twice is fine."""
