@@ -96,3 +96,21 @@ def test_options_of_a_template_that_renders_no_prompt_are_refused(model: Path, t
         groupwise.train(
             model=model, data=ROWS, reward=share, run=tmp_path / "run", chat_template_kwargs={"mood": "calm"}, **SMALL
         )
+
+
+@pytest.mark.parametrize("key", ["chat", "drop_answer"])
+def test_a_key_that_no_prompt_gives_an_effect_is_refused(key: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
+    with pytest.raises(ConfigError, match=rf"`data\.{key}` = true has no effect: .*no prompt of the data"):
+        groupwise.train(model=folder, data=rows, reward=share, run=tmp_path / "run", **{key: True}, **SMALL)
+
+
+def test_an_answer_or_a_text_in_one_row_is_effect_enough(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    answered = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
+    rows = [*ROWS, {"prompt": answered, "want": "a", "note": "x"}]
+    groupwise.train(model=folder, data=rows, reward=share, run=tmp_path / "run", chat=True, drop_answer=True, **SMALL)
+    assert len(rollouts(tmp_path / "run")) == 2

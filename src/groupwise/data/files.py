@@ -16,10 +16,16 @@ from groupwise.wording import shown
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The usable prompts of a data set in its order, and how many were left out because they are too long."""
+    """The usable prompts of a data set in its order, and how many were left out because they are too long.
+
+    Of all rows that were read, also those left out: `texts` had a prompt that is a text, `answered` one that ends in a
+    message of the assistant's.
+    """
 
     prompts: tuple[Prompt, ...]
     dropped_long: int
+    texts: int = 0
+    answered: int = 0
 
 
 def load_prompts(
@@ -41,11 +47,15 @@ def load_prompts(
     longest = min((n for n in (max_prompt_length, section.max_prompt_length) if n is not None), default=None)
     prompts: list[Prompt] = []
     too_long: list[int] = []
+    texts = answered = 0
     for index, row in enumerate(_read(section) if rows is None else rows):
         if len(prompts) == limit:
             break
         where = f"{name}, row {index} (counted from 0)"
-        prompt = _prompt(row, index, section, codec, where)
+        content = _content(row, section.prompt_column, where)
+        texts += isinstance(content, str)
+        answered += not isinstance(content, str) and content[-1]["role"] == "assistant"
+        prompt = _prompt(row, index, _asked(content, section, where), section, codec, where)
         if longest is None or len(prompt.token_ids) <= longest:
             prompts.append(prompt)
         elif section.long_prompts == "drop":
@@ -62,15 +72,25 @@ def load_prompts(
         )
     if not prompts:
         raise DataError(f"{name} has no rows. Give at least one row with a {section.prompt_column!r} column.")
-    return PromptSet(tuple(prompts), len(too_long))
+    return PromptSet(tuple(prompts), len(too_long), texts, answered)
 
 
-def check_template_keys(section: DataSection, prompts: PromptSet) -> None:
-    """Refuse options of the chat template where it renders no prompt. Raises ConfigError."""
+def check_keys(section: DataSection, prompts: PromptSet) -> None:
+    """Refuse a key that has no effect on any of the prompts. Raises ConfigError."""
     if section.chat_template_kwargs and not any(prompt.is_conversation for prompt in prompts.prompts):
         raise ConfigError(
             f"`data.chat_template_kwargs` ({', '.join(section.chat_template_kwargs)}) has no effect: every prompt is a "
             "text, and a chat template renders messages. Make messages of them with data.chat = true, or remove it."
+        )
+    if section.chat and not section.system and not prompts.texts:
+        raise ConfigError(
+            "`data.chat` = true has no effect: it makes messages of texts, and no prompt of the data is a text. Remove "
+            "it."
+        )
+    if section.drop_answer and not prompts.answered:
+        raise ConfigError(
+            "`data.drop_answer` = true has no effect: no prompt of the data ends in a message of the assistant's. "
+            "Remove it."
         )
 
 
@@ -78,14 +98,20 @@ def _read(section: DataSection) -> Rows:
     return read_rows(section.path, revision=section.revision, subset=section.subset, split=section.split)
 
 
-def _prompt(row: object, index: int, section: DataSection, codec: Codec, where: str) -> Prompt:
-    column = section.prompt_column
+def _content(row: object, column: str, where: str) -> str | list[Message]:
+    """The prompt of a row as it stands there."""
     if not isinstance(row, Mapping):
         raise DataError(f"{where} has to be a mapping from column names to values, but is {shown(row)}.")
     if column not in row:
         columns = ", ".join(map(repr, row)) or "none at all"
         raise DataError(f"{where} has no column {column!r}; it has {columns}. Set data.prompt_column to the right one.")
-    content = _asked(as_content(row[column], f"{where}, column {column!r}"), section, where)
+    return as_content(row[column], f"{where}, column {column!r}")
+
+
+def _prompt(
+    row: Mapping[str, object], index: int, content: str | list[Message], section: DataSection, codec: Codec, where: str
+) -> Prompt:
+    column = section.prompt_column
     options = {} if isinstance(content, str) else template_options(row, where)
     try:
         token_ids = codec.encode_prompt(content, options)

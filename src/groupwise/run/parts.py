@@ -12,7 +12,7 @@ import torch
 
 from groupwise.config import BUILTIN, TRAINED, Job
 from groupwise.data import arithmetic
-from groupwise.data.files import PromptSet, check_template_keys, load_prompts
+from groupwise.data.files import PromptSet, check_keys, load_prompts
 from groupwise.data.objects import Splits, of_split
 from groupwise.data.remarks import remarks, unread
 from groupwise.data.stream import PromptStream
@@ -158,7 +158,7 @@ def encoded_prompts(job: Job, codec: Codec, context: int | None, given: Given, l
     longest = _room(job, context, job.sampling.max_completion_length, "sampling.max_completion_length")
     prompts = load_prompts(job.data, codec, longest, rows=rows, limit=limit)
     if limit is None:
-        check_template_keys(job.data, prompts)
+        check_keys(job.data, prompts)
     return prompts
 
 
