@@ -321,3 +321,10 @@ def test_a_hub_id_in_the_cache_is_loaded_with_its_end_tokens_and_files(
     assert codec.end_token_ids == {0, 5}
     codec.save(tmp_path / "export")
     assert (tmp_path / "export" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_half_of_a_surrogate_pair_is_named_with_its_place() -> None:
+    """Tokenizers say of it that their input has another type."""
+    codec = Codec(byte_level())
+    with pytest.raises(DataError, match=r"half of a surrogate pair \('\\ud800'\) at character 2 .* Remove it"):
+        codec.encode_prompt("a \ud800 b")

@@ -15,7 +15,7 @@ from groupwise.models import tokenizer_check, tokenizer_files
 from groupwise.models.clock import start_of, stopped
 from groupwise.models.template import suited
 from groupwise.types import Message
-from groupwise.wording import one_line, shown
+from groupwise.wording import half_character, one_line, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -249,6 +249,8 @@ class Codec:
         try:
             return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
         except Exception as error:  # what `tokenizers` raises for a character without a token is a plain Exception
+            if half := half_character(text):
+                raise DataError(f"{shown(text)} {half}") from error
             raise DataError(f"The tokenizer cannot encode {shown(text)}: {one_line(error)}") from error
 
     def _whole_runs(self, token_ids: Sequence[int]) -> Iterator[list[str]]:
