@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
 
+from groupwise.engines.base import generate
+from groupwise.engines.native import NativeEngine
 from groupwise.models import attention
 from groupwise.models.clone import WINDOW, tiny_clone
+from groupwise.models.codec import Codec
 from groupwise.models.head import HeadShape
+from groupwise.models.load import load_policy
 from groupwise.models.probe import Findings, probe
+from groupwise.models.small import character_tokenizer
 from groupwise.models.tiles import Options
+from groupwise.types import Request, Sampling
+from tests.tiny_models import GROUPS, VOCABULARY, randomized, stock_logprobs
 
 SHARED = {
     "llama": HeadShape(), "qwen2": HeadShape(), "qwen3": HeadShape(), "mistral": HeadShape(), "phi3": HeadShape(),
@@ -104,10 +120,58 @@ def test_where_left_padding_moves_something_rows_begin_at_position_0(kind: str, 
     assert (findings.shared, findings.cached, findings.aligned, findings.unfit) == (False, True, True, "")
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4"])
 def test_sparse_attention_is_no_reason_to_refuse_a_model(kind: str) -> None:
     findings = probe(CONFIG_MAPPING[kind]())
     assert (findings.unfit, findings.cached) == ("", True)
+
+
+def sparse(heads: int) -> PreTrainedModel:
+    """A DeepSeek-V3.2 whose rows are longer than what its index heads choose."""
+    config = CONFIG_MAPPING["deepseek_v32"](
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        mlp_layer_types=["dense", "sparse"], num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=2, topk_group=1, kv_lora_rank=8, q_lora_rank=12, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8, index_head_dim=16, index_n_heads=heads, index_topk=6,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return randomized(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
+
+
+@torch.no_grad()
+def test_what_sparse_attention_trains_and_samples_is_the_stock_models(tmp_path: Path) -> None:
+    stock = sparse(16)
+    stock.save_pretrained(tmp_path)
+    character_tokenizer("abcdefghijklmnopqrstuvwxyz .!?").save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), device="cpu").policy
+    assert policy.cached
+    found, expected = policy(policy.stream(GROUPS)).logprobs_T, stock_logprobs(stock, GROUPS)[0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    settings = Sampling(max_tokens=12)
+    asked = [Request(str(i), prompt, 3, settings, 100 * i) for i, prompt in enumerate([[3, 9, 4, 7, 11, 2, 8], [10]])]
+    engine = NativeEngine(policy, Codec(character_tokenizer("abcdefghijklmnopqrstuvwxyz .!?")), max_live=4)
+    outputs = generate(engine, asked)
+    groups = [(r.token_ids, [o.token_ids for o in group]) for r, group in zip(asked, outputs, strict=True)]
+    assert max(len(o.token_ids) for group in outputs for o in group) > 6, "more than what is chosen"
+    sampled = torch.tensor([x for group in outputs for o in group for x in o.sampled_logprobs])
+    torch.testing.assert_close(sampled, stock_logprobs(stock, groups)[0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads, tied", [(2, True), (4, True), (16, False)])
+def test_few_index_heads_rank_keys_alike_and_are_refused(heads: int, tied: bool) -> None:
+    stock = sparse(heads)
+    ids = torch.randint(VOCABULARY, (16, 48), generator=torch.Generator().manual_seed(0))
+    difference = (stock(ids, use_cache=False).logits[:, :24] - stock(ids[:, :24], use_cache=False).logits).abs().max()
+    assert (difference > 1e-2) == tied, "the stock model's own tokens depend on those after them"
+    assert (f"the sum of {heads} index heads" in probe(stock.config).unfit) == tied
+    assert bool(probe(stock.config).unfit) == tied
+
+
+def test_a_model_that_exchanges_its_modules_is_unfit() -> None:
+    config = CONFIG_MAPPING["big_bird"](is_decoder=True)
+    assert "it exchanges its BigBirdBlockSparseAttention for another module" in probe(config).unfit
+    assert probe(CONFIG_MAPPING["big_bird"](is_decoder=True, attention_type="original_full")).unfit == ""
 
 
 @pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_next", "nemotron_h", "mamba", "mamba2", "falcon_h1", "jamba"])

@@ -26,7 +26,7 @@ _SMALL: dict[str, Any] = {
     "head_dim": 8, "dim_head": 8, "swa_head_dim": 8, "kv_channels": 8, "attention_head_size": 8, "d_head": 8,
     "attention_head_dim": 8, "d_kv": 8, "rotary_dim": 4,
     "q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "qk_head_dim": 16,
-    "v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 16, "o_groups": 2, "o_lora_rank": 8, "d_rel": 4,
+    "v_head_dim": 8, "index_n_heads": 16, "index_head_dim": 16, "o_groups": 2, "o_lora_rank": 8, "d_rel": 4,
     # layers
     "num_layers": 2, "n_layer": 2, "n_layers": 2, "decoder_layers": 2, "encoder_layers": 1, "num_blocks": 2,
     "num_decoder_layers": 2, "num_encoder_layers": 1, "num_layers_per_stack": 1, "depth": 1, "num_global_layers": 1,
@@ -85,6 +85,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots3_note": {"text_config": _DOTS_3},
     "dots3_note_text": _DOTS_3,
+    "minimax_m3_vl_text": {"index_n_heads": 2},  # one per group of keys
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "qwen4_exp": {"text_config": _QWEN_4},
     "qwen4_exp_text": _QWEN_4,

@@ -117,8 +117,10 @@ def _shrink_heads(tiny: PreTrainedConfig, whole: PreTrainedConfig) -> None:
             groups = 4 if own == heads else 2
             setattr(tiny, name, groups)
     if own := getattr(whole, "index_n_heads", None):
-        # One per group of keys, or many whose sum ranks the keys: of two, both would often be 0 and the rank a tie.
-        tiny.index_n_heads = groups if own == getattr(whole, "num_key_value_heads", None) else 16
+        # One per group of keys, or many whose sum ranks the keys. Of few such, all are often 0 and the rank a tie that
+        # later tokens decide: a clone has as few as the model, and of many enough that it ranks as the model does.
+        by_group = own == getattr(whole, "num_key_value_heads", None) and not getattr(whole, "kv_lora_rank", None)
+        tiny.index_n_heads = groups if by_group else min(own, 16)
     if own := getattr(whole, "attention_hidden_size", None):
         tiny.attention_hidden_size = tiny.hidden_size * own // whole.hidden_size
         if hasattr(whole, "attention_head_dim"):

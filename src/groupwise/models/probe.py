@@ -6,11 +6,11 @@ attention, and the log-probs equal those of the stock model. Several architectur
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from groupwise.models.attention import KEYWORD, NAME, ForestAttention
@@ -24,6 +24,8 @@ from groupwise.models.rows import CachedRows, whole_rows
 _TOLERANCE = 2e-4
 _ROUNDING = 2e-2
 """The same for a model of real size: its logits are tens, over tens of layers, and a fault moves them by a tenth."""
+_ROWS = 16
+"""Random rows, over which keys of a sparse attention are ranked."""
 # Two groups of unlike lengths, longer than a clone's windows, so that windows matter.
 _GROUPS = [((3, 9, 4, 7, 11, 2, 5, 8), ((5, 8, 2, 6, 1, 12), (6, 3))), ((10, 2, 6), ((7,), (4, 9, 9, 3)))]
 assert len(_GROUPS[0][0]) > WINDOW
@@ -63,7 +65,7 @@ def _probe(config: PreTrainedConfig, trust_remote_code: bool) -> Findings:
     stream = plain_stream(_GROUPS)
     try:
         clone = tiny_clone(config, trust_remote_code)
-        before = copy.deepcopy(clone.state_dict())
+        before, modules = copy.deepcopy(clone.state_dict()), list(clone.modules())
         with torch.no_grad():
             logits = _stock_logits(clone.eval(), stream)
     except Exception as error:  # noqa: BLE001 - a boundary: what cannot even be shrunk is served by its own forward
@@ -77,7 +79,7 @@ def _probe(config: PreTrainedConfig, trust_remote_code: bool) -> Findings:
         if changed:  # it is never in eval mode then
             logits = _stock_logits(clone, stream)
         try:
-            unfit = _unfit(clone, stream, logits)
+            unfit = _exchanged(clone, modules) or _tied(clone) or _unfit(clone, stream, logits)
         except ValueError as error:
             # Reformer takes rows in training whose length is a multiple of its chunks.
             unfit = f"in train mode it takes no row of just any length ({_first_line(error)})"
@@ -120,6 +122,36 @@ def unfit_itself(model: PreTrainedModel) -> str:
 
 def _changed(clone: PreTrainedModel, before: Mapping[str, Tensor]) -> bool:
     return any(not torch.equal(tensor, before[name]) for name, tensor in clone.state_dict().items())
+
+
+def _exchanged(clone: PreTrainedModel, modules: Sequence[nn.Module]) -> str:
+    """Whether a forward pass put other modules in place of a model's own, as BigBird's does at its first short row: it
+    computes equal rows in two ways then, and the new ones have their dropout. Empty where it did not."""
+    if len(now := list(clone.modules())) == len(modules) and all(a is b for a, b in zip(now, modules, strict=True)):
+        return ""
+    gone = next((module for module in modules if all(module is not other for other in now)), clone)
+    found = f"it exchanges its {type(gone).__name__} for another module at rows of some lengths"
+    if kind := getattr(clone.config, "attention_type", None):
+        found += f" (attention_type is {kind!r} in its config.json; 'original_full' has no such module)"
+    return found
+
+
+def _tied(clone: PreTrainedModel) -> str:
+    """Whether a sparse attention often ranks keys alike, so that which of them are seen is up to the row's length;
+    empty where not. Of `_ROWS` rows, rounding alone may part one."""
+    config = clone.config.get_text_config()
+    if not getattr(config, "index_topk", None):
+        return ""
+    ids = torch.randint(config.vocab_size, (_ROWS, 8 * WINDOW), device=clone.device)
+    whole = clone(input_ids=ids, use_cache=False).logits[:, : 4 * WINDOW]
+    half = clone(input_ids=ids[:, : 4 * WINDOW], use_cache=False).logits
+    if ((whole - half).abs().amax((1, 2)) > _TOLERANCE).sum() < 2:
+        return ""
+    heads = getattr(config, "index_n_heads", None) or "its"
+    return (
+        f"its sparse attention ranks keys by the sum of {heads} index heads, which is often alike for several, and "
+        "which of those a token attends to depends on tokens after it"
+    )
 
 
 def _stock_logits(clone: PreTrainedModel, stream: Stream) -> Tensor:
