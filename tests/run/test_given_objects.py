@@ -114,3 +114,21 @@ def test_an_answer_or_a_text_in_one_row_is_effect_enough(tmp_path: Path) -> None
     rows = [*ROWS, {"prompt": answered, "want": "a", "note": "x"}]
     groupwise.train(model=folder, data=rows, reward=share, run=tmp_path / "run", chat=True, drop_answer=True, **SMALL)
     assert len(rollouts(tmp_path / "run")) == 2
+
+
+def test_the_doctor_names_columns_that_nothing_reads_and_prompts_that_are_in_both(
+    model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    small = {name: value for name, value in SMALL.items() if name != "show"}
+    groupwise.doctor(model=model, data=ROWS, eval_data=ROWS[:3], reward=share, **small)
+    said = capfd.readouterr().err
+    assert "the column 'note' of the data is read by nothing" in said
+    assert "All 3 held-out prompts are among those that are trained on" in said
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*ROWS[:2], {"prompt": "dd", "want": "a"}]
+    groupwise.train(model=model, data=ROWS, eval_data=rows, reward=share, run=tmp_path / "run", **SMALL)
+    assert "2 of 3 held-out prompts are among those that are trained on" in capfd.readouterr().err

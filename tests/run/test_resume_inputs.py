@@ -197,3 +197,12 @@ def test_lines_that_are_gone_are_said(at: Path, capsys: pytest.CaptureFixture[st
     assert "rollouts.jsonl has 0 lines up to step 2, and had 4 when that was saved" in said
     assert [event["step"] for event in events(at / "run")] == [0, 2, 3]
     assert resume(capsys, 4) == "", "once"
+
+
+def test_an_edited_job_is_said_where_weights_are_only_read(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replace("run/job.toml", "every = 1", "every = 2")
+    groupwise.sample("run", "ab")
+    assert "was edited" not in capsys.readouterr().err, "what may change makes no other job of it"
+    replace("run/job.toml", "learning_rate = 1e-06", "learning_rate = 0.5")
+    groupwise.sample("run", "ab")
+    assert "job.toml of this run was edited since step 2: train.learning_rate: 1e-06 -> 0.5" in capsys.readouterr().err

@@ -33,6 +33,18 @@ def unread(prompts: Sequence[Prompt], reads: Callable[[str], bool], column: str)
     )
 
 
+def in_both(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
+    """How many held-out prompts are trained on too, in a sentence; empty for none."""
+    trained = {prompt.token_ids for prompt in prompts}
+    known = sum(prompt.token_ids in trained for prompt in held_out)
+    if not known:
+        return ""
+    return (
+        f"{_count(known, len(held_out), 'held-out prompt is', 'held-out prompts are')} among those that are trained "
+        "on, so what is measured on them says little of other prompts"
+    )
+
+
 def _hidden(prompts: Sequence[Prompt]) -> Iterator[str]:
     """Columns that have the name of what functions are given anyway, and so never reach one."""
     for name in GIVEN:

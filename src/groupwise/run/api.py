@@ -31,7 +31,7 @@ from groupwise.run.inputs import check_export, check_job, check_weights
 from groupwise.run.parts import Model, narrow, open_engine, open_evaluation, open_guard, open_model
 from groupwise.run.record import Record
 from groupwise.run.report import Report
-from groupwise.run.resuming import Start, refuse_changes, start_of
+from groupwise.run.resuming import Start, edits, refuse_changes, start_of
 from groupwise.run.saving import Clock, check_shapes
 from groupwise.run.scoring import as_judged, open_functions, scorer_of
 from groupwise.run.session import Result, run_job
@@ -298,6 +298,8 @@ def _opened(
         saved = checkpoint.load(folder.best) if which == "best" else checkpoint.latest(folder.checkpoints, _to_stderr)
         if saved is None:
             raise RunFolderError(f"{target} has no checkpoint yet. Its model before training is --which base.")
+        if edited := edits(folder, saved):
+            _to_stderr(edited)
     model = open_model(job, given, _to_stderr, training=False)
     if saved is not None and load:
         _load(model, saved)

@@ -14,7 +14,7 @@ from groupwise.config import BUILTIN, TRAINED, Job
 from groupwise.data import arithmetic
 from groupwise.data.files import PromptSet, check_keys, load_prompts
 from groupwise.data.objects import Splits, of_split
-from groupwise.data.remarks import remarks, unread
+from groupwise.data.remarks import in_both, remarks
 from groupwise.data.stream import PromptStream
 from groupwise.disk import fixed, in_words
 from groupwise.engines.base import Engine
@@ -47,7 +47,7 @@ from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
 from groupwise.run.rounds import NoRounds, RewardModelRounds, Rounds, Task
 from groupwise.run.saving import Clock, Saver, Stateful
-from groupwise.run.scoring import as_judged, check_thread, open_functions, open_trained, scorer_of
+from groupwise.run.scoring import as_judged, check_thread, open_functions, open_trained, say_unread, scorer_of
 from groupwise.run.settings import (
     eval_sampling_of,
     learner_settings,
@@ -258,12 +258,11 @@ def build(
     check_thread(given, warn)
     prompts = training_prompts(job, model, given)
     _check_prompts(prompts, model.codec, warn)
-    if ignored := unread(
-        prompts.prompts, lambda name: functions.reads(name) or judges.reads(name), job.data.prompt_column
-    ):
-        watch.terminal.say(ignored)
+    say_unread(job, prompts.prompts, (functions, judges), watch.terminal.say)
     engine, guard = open_engine(job, model, closing), open_guard(job, model, warn)
     evaluation = open_evaluation(job, model, given, GuardedEngine(engine, guard, "In held-out outputs"), judge)
+    if isinstance(evaluation, Evaluation) and (known := in_both(prompts.prompts, evaluation.prompts)):
+        warn(known)
     learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype), guard)
     reference = Reference(learner.policy) if objective.needs_reference else NoReference()
     penalty = (

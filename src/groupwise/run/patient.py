@@ -16,6 +16,7 @@ import torch
 
 from groupwise.config import Job
 from groupwise.data.files import PromptSet
+from groupwise.data.remarks import in_both
 from groupwise.engines.base import Engine, generate
 from groupwise.learn.learner import Learner
 from groupwise.learn.optimizer import OptimizerSettings
@@ -25,7 +26,7 @@ from groupwise.models.load import choose_device
 from groupwise.run import parts
 from groupwise.run.given import Given
 from groupwise.run.rollouts import Scorer
-from groupwise.run.scoring import open_functions, open_trained, scorer_of
+from groupwise.run.scoring import open_functions, open_trained, say_unread, scorer_of
 from groupwise.run.settings import learner_settings, objective_of, sampling_of
 from groupwise.seeds import group_seed
 from groupwise.types import Group, GroupKey, Prompt, Request, Score, ScoredGroup
@@ -131,6 +132,10 @@ def open_patient(job: Job, given: Given, say: Callable[[str], None], closing: Ex
     scorer = scorer_of(job, functions, model.codec, warnings.append)
     prompts = parts.training_prompts(job, model, given)
     held_out = parts.held_out_prompts(job, model, given)
+    if not job.reward.verifier:  # which is not opened here
+        say_unread(job, prompts.prompts, [functions], say)
+    if held_out and (known := in_both(prompts.prompts, held_out.prompts)):
+        say(known)
     settings = learner_settings(job, model.loaded.compute_dtype)
     settings = replace(
         settings, optimizer=OptimizerSettings(learning_rate=0.0, total_updates=1, max_grad_norm=inf),

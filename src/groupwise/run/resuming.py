@@ -58,6 +58,16 @@ def job_of(saved: Checkpoint) -> Job:
         raise RunFolderError(f"The job of checkpoint {saved.path} is of another groupwise: {error}") from error
 
 
+def edits(folder: RunFolder, saved: Checkpoint) -> str:
+    """What was written into a run folder's job since a checkpoint that makes it another job, in a line; empty where
+    nothing was. Of weights that were kept as the best there is no job to compare with."""
+    if not (saved.path / JOB).is_file():
+        return ""
+    old, new = job_of(saved), load_job(folder.job, training=False).job
+    changed = [in_words(one) for one in differences(old, new) if not one.resumable]
+    return f"the job.toml of this run was edited since step {saved.step}: {', '.join(changed)}" if changed else ""
+
+
 def refuse_changes(changed: Sequence[Difference]) -> None:
     """Raise ConfigError where one of them may not be made in a run that is resumed."""
     if fixed := [one for one in changed if not one.resumable]:

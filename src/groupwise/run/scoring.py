@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from groupwise.config import TRAINED, Job
+from groupwise.data.remarks import unread
 from groupwise.errors import RewardError
 from groupwise.models.codec import Codec
 from groupwise.models.reward_model import RewardModel, Source, new_reward_model, parameters_of
@@ -26,6 +27,7 @@ from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given
 from groupwise.run.rollouts import Scorer, SpecialTokens
 from groupwise.run.settings import total_steps
+from groupwise.types import Prompt
 
 
 class _Closes(Protocol):
@@ -178,3 +180,10 @@ def open_trained(job: Job, policy: str, given: Given) -> RewardModel:
         "outcome" if TRAINED in job.reward.functions else "process",
         seed=job.seed, device=job.reward.device or job.model.device, has_head=section.first_prompts == 0,
     )  # fmt: skip
+
+
+def say_unread(job: Job, prompts: Sequence[Prompt], functions: Sequence[Functions], say: Callable[[str], None]) -> None:
+    """Name the columns that neither the prompt, its template nor any function reads."""
+    column = job.data.prompt_column
+    if found := unread(prompts, lambda name: any(some.reads(name) for some in functions), column):
+        say(found)
