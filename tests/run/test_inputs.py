@@ -162,6 +162,13 @@ def test_what_seems_wrong_and_works_is_no_error(tmp_path: Path) -> None:
     inputs.check_functions([f"{tmp_path}/r.py:score"], "reward function")
 
 
+@pytest.mark.parametrize("key", ["train.steps=5", "checkpoint.keep=3", "watch.rollouts=false"])
+def test_a_command_that_does_not_train_refuses_keys_of_training(key: str) -> None:
+    with pytest.raises(GroupwiseError, match=rf"`{key.split('=')[0]}` has no effect here"):
+        inputs.check_overrides(["eval.limit=3", key])
+    inputs.check_overrides(["eval.limit=3", "sampling.stop=['x']", "data.system=Add.", "seed=3"])
+
+
 def test_a_pipe_is_not_read(tmp_path: Path) -> None:
     import os
 

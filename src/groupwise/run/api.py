@@ -27,7 +27,7 @@ from groupwise.run.export import DTYPES, exported_dtype, model_card
 from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given
 from groupwise.run.guarded import GuardedEngine
-from groupwise.run.inputs import check_export, check_job, check_weights
+from groupwise.run.inputs import check_export, check_job, check_overrides, check_weights
 from groupwise.run.parts import Model, narrow, open_engine, open_evaluation, open_guard, open_model
 from groupwise.run.record import Record
 from groupwise.run.report import Report
@@ -290,6 +290,7 @@ def _opened(
     refuse_loaded("target", target)
     target = at_home(str(target)) if isinstance(target, Path) else at_home(target)
     check_weights(None if target is None else str(target), which)
+    check_overrides(overrides)
     in_run = target is not None and Path(target).is_dir()
     folder = RunFolder.open(Path(target or "")) if in_run else RunFolder(Path(target or ""))
     job = load_job(folder.job if in_run else target, overrides, named, training=False).job

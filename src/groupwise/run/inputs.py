@@ -19,6 +19,7 @@ from groupwise.data.rows import read_rows
 from groupwise.disk import PARTIAL, is_stream
 from groupwise.errors import ConfigError, DataError, ModelError, RunFolderError
 from groupwise.jobfile import load_job, recipe_names
+from groupwise.jobfile.load import parse_override
 from groupwise.jobfile.reward_model import RewardModelJob
 from groupwise.models.tokenizer_files import looks_local
 from groupwise.rewards.workers import Worker
@@ -30,6 +31,8 @@ WHICH = ("latest", "best", "base")
 EXPORTED = ("auto", "float32", "bfloat16", "float16")
 """Types that a model is exported in; auto is one that keeps what was learned."""
 MODEL = "model:"
+_OF_TRAINING = ("train", "checkpoint", "watch")
+"""Sections of a job that nothing but training reads."""
 _WHOLE = 10_000_000
 """Bytes up to which a JSON file, which can only be read as a whole, is read twice."""
 
@@ -102,6 +105,7 @@ def check_target(
     Returns the job. Raises GroupwiseError.
     """
     check_weights(target, which)
+    check_overrides(overrides)
     path = Path(target)
     in_run = path.is_dir()
     folder = RunFolder.open(path) if in_run else RunFolder(path)
@@ -114,6 +118,17 @@ def check_target(
 
 def _job(source: str | Path | None, overrides: Sequence[str], options: Mapping[str, Any] | None) -> Job:
     return load_job(source, overrides, options, training=False).job
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse `--set` keys of sections that only training reads. Raises ConfigError."""
+    for text in overrides:
+        key, _ = parse_override(text)
+        if (section := key.partition(".")[0]) in _OF_TRAINING:
+            raise ConfigError(
+                f"--set {text}: `{key}` has no effect here, since [{section}] says how a run is trained. Leave it out, "
+                "or give it to `groupwise train` or `resume`."
+            )
 
 
 def check_weights(target: str | None, which: str) -> None:
