@@ -31,7 +31,7 @@ from groupwise.models.probe import Findings, probe
 from groupwise.models.small import character_tokenizer
 from groupwise.models.tiles import Options
 from groupwise.types import Request, Sampling
-from tests.tiny_models import GROUPS, VOCABULARY, randomized, stock_logprobs
+from tests.tiny_models import GROUPS, SINCE_5_23, VOCABULARY, randomized, stock_logprobs
 
 SHARED = {
     "llama": HeadShape(), "qwen2": HeadShape(), "qwen3": HeadShape(), "mistral": HeadShape(), "phi3": HeadShape(),
@@ -120,6 +120,7 @@ def test_where_left_padding_moves_something_rows_begin_at_position_0(kind: str, 
     assert (findings.shared, findings.cached, findings.aligned, findings.unfit) == (False, True, True, "")
 
 
+@SINCE_5_23
 @pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4"])
 def test_sparse_attention_is_no_reason_to_refuse_a_model(kind: str) -> None:
     findings = probe(CONFIG_MAPPING[kind]())
@@ -138,6 +139,7 @@ def sparse(heads: int) -> PreTrainedModel:
     return randomized(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
 
 
+@SINCE_5_23
 @torch.no_grad()
 def test_what_sparse_attention_trains_and_samples_is_the_stock_models(tmp_path: Path) -> None:
     stock = sparse(16)
@@ -157,6 +159,7 @@ def test_what_sparse_attention_trains_and_samples_is_the_stock_models(tmp_path: 
     torch.testing.assert_close(sampled, stock_logprobs(stock, groups)[0], atol=1e-4, rtol=0)
 
 
+@SINCE_5_23
 @torch.no_grad()
 @pytest.mark.parametrize("heads, tied", [(2, True), (4, True), (16, False)])
 def test_few_index_heads_rank_keys_alike_and_are_refused(heads: int, tied: bool) -> None:
@@ -168,6 +171,7 @@ def test_few_index_heads_rank_keys_alike_and_are_refused(heads: int, tied: bool)
     assert bool(probe(stock.config).unfit) == tied
 
 
+@SINCE_5_23
 def test_a_model_that_exchanges_its_modules_is_unfit() -> None:
     config = CONFIG_MAPPING["big_bird"](is_decoder=True)
     assert "it exchanges its BigBirdBlockSparseAttention for another module" in probe(config).unfit
