@@ -22,10 +22,11 @@ from groupwise.models.codec import Codec
 from groupwise.models.small import character_tokenizer, small_model
 from groupwise.run import written
 from groupwise.run.export import exported_dtype, save_reward_model
-from groupwise.run.written import Rounding, write_folder
+from groupwise.run.written import Rounding, read_back, write_folder
 from tests.run.tiny import ALPHABET, save_model
 from tests.tiny_judges import pupil
 from tests.tiny_models import clone_of, randomized
+from tests.wide.shrink import small_config
 
 TOKENIZER = character_tokenizer(ALPHABET)
 CODEC = Codec(TOKENIZER)
@@ -350,3 +351,12 @@ def test_a_reward_model_is_kept_in_float32_where_its_sources_type_would_lose_wha
                 tensor.add_(step)
         save_reward_model(learner, tmp_path / dtype)
         assert config_in(tmp_path / dtype)["dtype"] == dtype
+
+
+@pytest.mark.parametrize("kind", ["bamba", "mbart"])
+def test_a_class_whose_own_cache_fails_on_a_few_layers_is_read_back_without_it(kind: str, tmp_path: Path) -> None:
+    """Bamba's needs a layer of attention, and a decoder alone has no cache for its encoder's half."""
+    config = small_config(kind, 32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "model")
+    read_back(model, tmp_path / "model")

@@ -19,11 +19,16 @@ _TOLD = ("layout", "direct", "head", "cached", "refused")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_class_does_what_is_said_of_it(kind: str) -> None:
-    """In another version of transformers than the stored one: it holds, or is refused or not built with a reason."""
+    """In another version of transformers than the stored one: it holds, or is refused or not built with a reason.
+
+    A row that was stored after all checks is held to the letter; of another, only what was checked then.
+    """
     found = one(kind)
     known = KNOWN.get(kind, {})
-    assert found["failed"].keys() <= known.get("failed", {}).keys(), found["failed"]
-    if known:
+    whole = set(CHECKS) <= set(known.get("checked", ()))
+    looked_at = known.get("checked", ()) if "layout" in known and not whole else CHECKS
+    assert set(found["failed"]) - (set(CHECKS) - set(looked_at)) <= known.get("failed", {}).keys(), found["failed"]
+    if whole:
         assert {name: found.get(name) for name in _TOLD} == {name: known.get(name) for name in _TOLD}
         assert ("not_built" in found) == ("not_built" in known)
 

@@ -232,8 +232,11 @@ def _logprobs(model: PreTrainedModel) -> Tensor:
     model = model.float().eval()
     model = torch.nn.Module.to(model, "cpu")
     last = int(model.config.get_text_config().vocab_size) - 1
-    logits = model(input_ids=torch.linspace(0, last, 12).long()[None]).logits.float()
-    return logits if model.get_output_embeddings() is None else torch.log_softmax(logits, -1)
+    judges = model.get_output_embeddings() is None
+    # Some causal classes cannot make a cache of a few layers; classifiers may not know the word.
+    options = {} if judges else {"use_cache": False}
+    logits = model(input_ids=torch.linspace(0, last, 12).long()[None], **options).logits.float()
+    return logits if judges else torch.log_softmax(logits, -1)
 
 
 def _not_read_back(what: str) -> ModelError:
