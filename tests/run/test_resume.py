@@ -40,7 +40,7 @@ updates_per_batch = 2
 learning_rate = 1e-3
 lr_scheduler_type = "cosine"
 [eval]
-data = "rows.jsonl"
+data = "held-out.jsonl"
 limit = 4
 every = 2
 [checkpoint]
@@ -54,6 +54,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     at = tmp_path_factory.mktemp("resume")
     save_model(at / "model")
     save_rows(at / "rows.jsonl")
+    save_rows(at / "held-out.jsonl", [{"prompt": letter * 3, "want": "a"} for letter in "abcdef"])
     save_rewards(at / "rewards.py")
     (at / "job.toml").write_text(JOB)
     train(at, "whole").end()
