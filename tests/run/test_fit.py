@@ -11,6 +11,7 @@ import pytest
 from groupwise.config import BUILTIN, Job
 from groupwise.errors import ModelError
 from groupwise.jobfile import load_job
+from groupwise.learn.trace import UntraceableError
 from groupwise.run import fit
 from groupwise.run import plan as plans
 from groupwise.run.given import Given
@@ -84,6 +85,21 @@ def test_what_cannot_fit_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match=r"9\.0 MB of the 7\.0 MB that are free; it .*fit.* `groupwise plan`"):
         settled(monkeypatch, folder, plan, *changes)
+
+
+def test_a_class_that_cannot_be_planned_is_trained_with_the_budget_of_those_that_name_none(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    def cannot(*_: object, **__: object) -> Plan:
+        raise UntraceableError("It cannot be told.")
+
+    monkeypatch.setattr(plans, "plan_of", cannot)
+    monkeypatch.setattr(fit, "available_memory", lambda device: 0)
+    said: list[str] = []
+    job = load_job(None, (), {"model": str(folder), "data": BUILTIN}).job
+    assert numbers(fit.settle(job, Given(), said.append)) == (BUDGET, False)
+    half = "Micro-batches have 16,384 tokens, and half as many where memory runs out."
+    assert said == ["planning memory", f"It cannot be told. {half}"]
 
 
 def test_a_plan_is_that_of_the_numbers_that_would_be_taken(folder: Path) -> None:

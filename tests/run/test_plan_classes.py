@@ -35,6 +35,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "states": transformers.Mamba2Config(
         hidden_size=64, num_hidden_layers=3, vocab_size=256, num_heads=8, head_dim=16, state_size=16, expand=2,
     ),
+    "limits as many as layers": transformers.Mamba2Config(
+        hidden_size=64, num_hidden_layers=2, vocab_size=256, num_heads=8, head_dim=16, state_size=16, expand=2,
+        time_step_limit=[0.0, 1.0],
+    ),
+    "a padding token": transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=256, pad_token_id=0),
+    "weights drawn again until they fit": transformers.ModernBertDecoderConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, vocab_size=256,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+    ),
     "heads of two sizes": transformers.Gemma4TextConfig(
         **SMALL, num_hidden_layers=6, intermediate_size=128, vocab_size_per_layer_input=256,
         hidden_size_per_layer_input=16, head_dim=16, global_head_dim=32,

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from groupwise.errors import ModelError
 from groupwise.learn.alike import Counting
@@ -75,11 +76,15 @@ class Shape:
         return len(part) * self.prompt + rows * self.length if shared else rows * (self.prompt + self.length)
 
 
+class UntraceableError(ModelError):
+    """A class of models looks at numbers on its way (which experts are chosen, say): it cannot be run without them."""
+
+
 @dataclass(frozen=True)
 class Hollow:
     """A policy of which only the configuration is known: it tells what a pass will take, at any size, in a second.
 
-    Its methods raise ModelError where the class cannot be run without data.
+    Its methods raise UntraceableError where the class cannot be run without data.
     """
 
     config: PreTrainedConfig
@@ -162,7 +167,10 @@ class Hollow:
         with _without_data():
             if self._layers <= least:
                 return cost_of(self._policy(self.config, checkpointing))
-            few, more = (cost_of(self._policy(self._cut(depth), checkpointing)) for depth in (least, least + 1))
+            try:
+                few, more = (cost_of(self._policy(self._cut(depth), checkpointing)) for depth in (least, least + 1))
+            except Exception:  # noqa: BLE001 - a boundary: a list as long as the model is deep may be of something else
+                return cost_of(self._policy(self.config, checkpointing))
         whole = few.plus(more.plus(few, -1), self._layers - least)
         # In a shallow model the most may come late, at the embedding's gradient; in a deep one it comes at the head,
         # where all that is kept still is.
@@ -211,19 +219,28 @@ class Hollow:
 
     def _policy(self, config: PreTrainedConfig, checkpointing: bool) -> Policy:
         attention: dict[str, Any] = {"attn_implementation": NAME} if self.layout == "shared" else {}
-        with torch.device(self.device):
+        # Some classes look at the numbers that they draw; there are none here.
+        with torch.device(self.device), no_init_weights():
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=torch.float32, trust_remote_code=self.trust_remote_code, **attention
             )
+        model.tie_weights()
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):  # rows would be searched for padding, to warn of it
+                module.__dict__["warn_if_padding_and_no_attention_mask"] = _no_remark
         if checkpointing:
             checkpoint_gradients(model, self.config.model_type)
         return Policy(model, self.layout, self.head, direct=self.direct)
 
-    def _opaque(self, error: Exception) -> ModelError:
-        return ModelError(
+    def _opaque(self, error: Exception) -> UntraceableError:
+        return UntraceableError(
             f"What a model of type {self.config.model_type} holds and computes cannot be told before its weights are "
             f"loaded ({one_line(error, 200)})."
         )
+
+
+def _no_remark(*_: object, **__: object) -> None:
+    pass
 
 
 def _stream(policy: Policy, shape: Shape, part: Sequence[int]) -> Stream:

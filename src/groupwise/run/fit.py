@@ -25,15 +25,22 @@ _PER_LAYER = (20, 6)
 def settle(job: Job, given: Given, say: Callable[[str], None]) -> Job:
     """The job with numbers where it names none: the largest budget, and checkpointing only where it is needed.
 
-    Raises ModelError where nothing fits.
+    A class of models that cannot be planned takes the budget of a job that names none. Raises ModelError where nothing
+    fits.
     """
     named = (job.train.tokens_per_micro_batch, job.model.gradient_checkpointing)
     if None not in named or _is_roomy(job, given):
         return _with(job, *memory_settings(job))
-    from groupwise.run.plan import plan_of  # it traces the model: nobody else pays for importing that
+    from groupwise.learn.trace import UntraceableError  # nobody else pays for importing these
+    from groupwise.run.plan import plan_of
 
     say("planning memory")
-    plan = plan_of(job, given, memory_only=True)
+    try:
+        plan = plan_of(job, given, memory_only=True)
+    except UntraceableError as error:
+        budget, checkpointing = memory_settings(job)
+        say(f"{error} Micro-batches have {budget:,} tokens, and half as many where memory runs out.")
+        return _with(job, budget, checkpointing)
     chosen = (plan.tokens_per_micro_batch, plan.gradient_checkpointing)
     if plan.verdict == NOTHING_FITS or any(
         mine not in (None, found) for mine, found in zip(named, chosen, strict=True)
