@@ -10,9 +10,9 @@ import pytest
 
 from groupwise.data.stream import PromptStream
 from groupwise.objective import objective_named
+from groupwise.progress import Progress
 from groupwise.run import loop
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
-from groupwise.run.progress import Progress
 from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
 from groupwise.run.rounds import NoRounds, Saving

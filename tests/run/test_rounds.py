@@ -16,12 +16,12 @@ from groupwise.data.stream import PromptStream
 from groupwise.errors import DataError, RewardError
 from groupwise.models.judging import Row
 from groupwise.objective import objective_named
+from groupwise.progress import Progress
 from groupwise.rewards.patience import Patience
 from groupwise.run import loop, rounds
 from groupwise.run.collected import Collected
 from groupwise.run.evaluate import NoEvaluation
 from groupwise.run.label_sources import FileLabels, LabelSource, VerifierLabels, VerifierPairs
-from groupwise.run.progress import Progress
 from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
 from groupwise.run.rounds import RewardModelRounds, Task

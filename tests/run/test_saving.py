@@ -11,8 +11,8 @@ import torch
 from groupwise.config import CheckpointSection
 from groupwise.errors import RunFolderError
 from groupwise.learn import checkpoint
+from groupwise.progress import Progress
 from groupwise.run.folder import RunFolder
-from groupwise.run.progress import Progress
 from groupwise.run.record import Watch
 from groupwise.run.rounds import NoRounds
 from groupwise.run.saving import Clock, Saver, Stateful, check_shapes

@@ -15,13 +15,13 @@ from groupwise.disk import in_words
 from groupwise.learn.memory import peak_memory
 from groupwise.models.codec import Codec
 from groupwise.objective import token_advantages
+from groupwise.readable import duration, percent
 from groupwise.rewards.combine import unique_names
 from groupwise.run.patient import LOOKED_AT, Patient, credit, unscored
 from groupwise.run.record import Record, frac_zero
 from groupwise.run.report import Finding, Verdict, measured
 from groupwise.run.settings import memory_settings
 from groupwise.types import Completion, Group, GroupKey, Message, Prompt, ScoredGroup
-from groupwise.watch.words import duration, percent
 
 NEARLY_ALL = 0.9
 """The share of the free memory above which a warning is due: other processes, and longer outputs, want some too."""

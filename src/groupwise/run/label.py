@@ -23,6 +23,8 @@ from groupwise.errors import ConfigError, DataError
 from groupwise.jobfile import load_job
 from groupwise.learn.agreement import Guard
 from groupwise.models.codec import Codec
+from groupwise.progress import Progress, StopSignals, unsaved_steps
+from groupwise.readable import duration
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given
@@ -30,14 +32,12 @@ from groupwise.run.guarded import GuardedEngine
 from groupwise.run.label_file import COUNTED, LabelFile
 from groupwise.run.monte_carlo import Completer, MonteCarlo, read_by
 from groupwise.run.parts import Model, encoded_prompts, open_engine
-from groupwise.run.progress import Progress, StopSignals, unsaved_steps
 from groupwise.run.record import Record
 from groupwise.run.rollouts import Draw, Scorer
 from groupwise.run.scoring import as_judged, open_functions
 from groupwise.run.settings import sampling_of
 from groupwise.types import Completion, Finish, Group, GroupKey, Prompt
 from groupwise.watch.events import older, read
-from groupwise.watch.words import duration
 from groupwise.wording import shown
 
 BLOCK = 32

@@ -31,6 +31,7 @@ from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, loa
 from groupwise.models.narrow import narrow_model
 from groupwise.models.reward_model import RewardModel
 from groupwise.models.size import parameter_count, weight_bytes
+from groupwise.progress import Progress
 from groupwise.rewards.functions import FunctionCalls
 from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import segmenter_of
@@ -42,7 +43,6 @@ from groupwise.run.guarded import GuardedEngine
 from groupwise.run.label_sources import FileLabels, LabelSource, MonteCarloLabels, VerifierLabels, VerifierPairs
 from groupwise.run.loop import Parts
 from groupwise.run.monte_carlo import Completer, MonteCarlo
-from groupwise.run.progress import Progress
 from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
 from groupwise.run.rounds import NoRounds, RewardModelRounds, Rounds, Task

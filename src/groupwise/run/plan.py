@@ -24,6 +24,7 @@ from groupwise.models.reward_model import Source
 from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.models.small import character_tokenizer, small_model
 from groupwise.objective import Objective
+from groupwise.readable import duration
 from groupwise.run.fit import NOTHING_FITS
 from groupwise.run.given import Given
 from groupwise.run.memory import SamplingCosts, sampling_costs
@@ -31,7 +32,6 @@ from groupwise.run.parts import available_memory, encoded_prompts
 from groupwise.run.rates import measure
 from groupwise.run.scoring import reward_model_bytes
 from groupwise.run.settings import memory_settings, objective_of
-from groupwise.watch.words import duration
 from groupwise.wording import one_line
 
 READ_PROMPTS = 4096

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from groupwise.disk import in_words
-from groupwise.watch.words import ABSENT, number
+from groupwise.readable import ABSENT, number
 
 Verdict = Literal["passed", "warning", "failed", "not used"]
 _STYLES: Final[Mapping[str, str]] = {"passed": "green", "warning": "yellow", "failed": "bold red", "not used": "dim"}

@@ -35,9 +35,10 @@ from groupwise.models.heap import keep_freed_memory
 from groupwise.models.judging import Example, prompt_of
 from groupwise.models.load import choose_device, choose_dtype, without_bars
 from groupwise.models.reward_model import RewardModel, Source, new_reward_model
+from groupwise.progress import Progress, StopSignals, unsaved_steps
+from groupwise.readable import duration, number
 from groupwise.run.export import save_reward_model
 from groupwise.run.folder import RunFolder, git_commit
-from groupwise.run.progress import Progress, StopSignals, unsaved_steps
 from groupwise.run.provenance import JOB, Provenance, check_resumed, provenance_of_examples
 from groupwise.run.record import Record, Watch, warn_of_missing_lines, warn_of_refused, with_lost_output
 from groupwise.run.saving import Clock
@@ -45,7 +46,6 @@ from groupwise.seeds import stable_hash
 from groupwise.watch import events
 from groupwise.watch.events import EventsFile
 from groupwise.watch.terminal import Mode, Terminal, make_terminal
-from groupwise.watch.words import duration, number
 
 KEEP = 2
 """Checkpoints that are kept: the one before the last serves when the last is damaged."""

@@ -18,15 +18,15 @@ from groupwise.learn.replay import ReplayStore
 from groupwise.learn.reward_learner import EncodedSet, RewardLearner, encode_examples, encode_readable
 from groupwise.learn.reward_metrics import PREFIX, against_verifier
 from groupwise.models.judging import Example, prompt_of
+from groupwise.progress import Progress
+from groupwise.readable import ROUND, number
 from groupwise.run.collected import Collected, distinct
 from groupwise.run.export import save_reward_model
 from groupwise.run.label_sources import LabelSource, Row
-from groupwise.run.progress import Progress
 from groupwise.run.record import Record, Watch, warn_of_refused
 from groupwise.run.rollouts import Scorer
 from groupwise.seeds import stable_hash
 from groupwise.types import Group, Scored
-from groupwise.watch.words import ROUND, number
 
 
 class Saving(Protocol):

@@ -16,10 +16,10 @@ from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoReference, Reference
+from groupwise.progress import Progress, unsaved_steps
 from groupwise.rewards.patience import Patience
 from groupwise.run.evaluate import Evaluator
 from groupwise.run.folder import RunFolder
-from groupwise.run.progress import Progress, unsaved_steps
 from groupwise.run.provenance import JOB, Provenance
 from groupwise.run.record import Watch
 from groupwise.run.rounds import Rounds

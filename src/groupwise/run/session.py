@@ -17,6 +17,8 @@ from groupwise.errors import GroupwiseError
 from groupwise.jobfile import to_toml
 from groupwise.learn import checkpoint
 from groupwise.learn.checkpoint import Checkpoint
+from groupwise.progress import StopSignals
+from groupwise.readable import duration, number
 from groupwise.run import loop
 from groupwise.run.evaluate import ABOVE, Evaluation
 from groupwise.run.fit import settle
@@ -24,7 +26,6 @@ from groupwise.run.folder import RunFolder, git_commit
 from groupwise.run.given import Given
 from groupwise.run.loop import Parts
 from groupwise.run.parts import build, open_sinks
-from groupwise.run.progress import StopSignals
 from groupwise.run.provenance import Provenance, check_resumed, provenance_of
 from groupwise.run.record import Watch, warn_of_missing_lines, with_lost_output
 from groupwise.run.resuming import Start
@@ -32,7 +33,6 @@ from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.run.settings import total_steps
 from groupwise.watch import events
 from groupwise.watch.terminal import Mode, Terminal, make_terminal
-from groupwise.watch.words import duration, number
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from groupwise.disk import cannot_write, sync
 from groupwise.errors import RunFolderError
+from groupwise.readable import ROUND
 from groupwise.types import Completion, Score, ScoredGroup, Step
-from groupwise.watch.words import ROUND
 
 Advantage = float | Sequence[float]
 """One output's advantage: the same for all its tokens, or one per token."""

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from groupwise.watch.words import (
+from groupwise.readable import (
     ABSENT,
     ROUND,
     duration,

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from groupwise.errors import Stopped
-from groupwise.watch.words import duration
+from groupwise.readable import duration
 
 STOPPING = "stopping after this {unit}; once more to stop at once"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from groupwise.run.progress import STOPPING, Progress, StopSignals, unsaved_steps
+from groupwise.progress import STOPPING, Progress, StopSignals, unsaved_steps
 
 
 class Heard:

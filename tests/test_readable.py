@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from groupwise.watch.words import duration, number, one_line, percent, sparkline, why
+from groupwise.readable import duration, number, one_line, percent, sparkline, why
 
 
 @pytest.mark.parametrize(
