@@ -36,7 +36,6 @@ def agreement(prompts: int, outputs: int, seed: int) -> dict[str, Any]:
     """Label `outputs` outputs of each of `prompts` held-out questions by the built-in model, for each of `TRIES`."""
     from groupwise.data.arithmetic import held_out
     from groupwise.engines.native import NativeEngine
-    from groupwise.models.codec import Codec
     from groupwise.models.load import load_policy
     from groupwise.rewards.adapters import load_reward
     from groupwise.rewards.steps import by_pattern
@@ -44,6 +43,7 @@ def agreement(prompts: int, outputs: int, seed: int) -> dict[str, Any]:
     from groupwise.run.record import Record
     from groupwise.run.rollouts import Draw, Scorer
     from groupwise.run.warmup import ensure_warm
+    from groupwise.tokenizer.codec import Codec
     from groupwise.types import Prompt, Sampling
 
     folder = ensure_warm(seed)
@@ -148,8 +148,8 @@ def speed(shape: str, folder: Path, prompts: int, pairs: int, names: Sequence[st
     from benchmarks.shapes import save, tokenizer_of
     from groupwise.engines.base import generate
     from groupwise.engines.native import NativeEngine
-    from groupwise.models.codec import Codec
     from groupwise.models.load import load_policy
+    from groupwise.tokenizer.codec import Codec
 
     save(shape, folder)
     codec = Codec(tokenizer_of(folder))

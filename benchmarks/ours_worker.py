@@ -22,7 +22,6 @@ from groupwise.engines.pool import PooledEngine
 from groupwise.learn.learner import Learner, LearnerSettings
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import NoReference, Reference
-from groupwise.models.codec import Codec
 from groupwise.models.heap import keep_freed_memory, own_process
 from groupwise.models.load import LoadedPolicy, load_policy
 from groupwise.models.policy import Policy
@@ -30,6 +29,7 @@ from groupwise.objective import objective_named, token_advantages
 from groupwise.rewards.adapters import load_reward
 from groupwise.run.record import Record
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt, Request, Sampling, Scored
 
 AFTER_IMPORTS = resident()

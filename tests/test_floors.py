@@ -41,7 +41,7 @@ def test_a_planted_fault_is_found():
     def found(module: str, text: str) -> list[str]:
         return list(wrong_imports({module: text}))
 
-    assert found("groupwise.models.codec", "from groupwise.run import loop")
+    assert found("groupwise.tokenizer.codec", "from groupwise.run import loop")
     assert found("groupwise.learn.pack", "def f():\n    from groupwise.engines.base import Engine")
     assert found("groupwise.config", "import torch")
     assert found("groupwise.jobfile.load", "from groupwise.objective import PRESETS")

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from groupwise.config import DataSection
 from groupwise.data.files import PromptSet, load_prompts, read_rows
 from groupwise.errors import DataError, ModelError
-from groupwise.models.codec import Codec
+from groupwise.tokenizer.codec import Codec
 from tests.tiny_hub import NOBODY_LISTENS
 from tests.tiny_tokenizers import CHAT_TEMPLATE, byte_level, character_level
 

@@ -7,8 +7,8 @@ from typing import Any
 from groupwise.config import DataSection
 from groupwise.data.files import load_prompts
 from groupwise.data.remarks import GIVEN, remarks
-from groupwise.models.codec import Codec
 from groupwise.rewards.calling import HELPERS
+from groupwise.tokenizer.codec import Codec
 from tests.tiny_tokenizers import CHAT_TEMPLATE, byte_level
 
 CHAT, BARE = Codec(byte_level(CHAT_TEMPLATE)), Codec(byte_level())

@@ -14,7 +14,7 @@ from groupwise.config import DataSection
 from groupwise.data.files import load_prompts
 from groupwise.data.rows import read_rows, without_nulls
 from groupwise.errors import DataError
-from groupwise.models.codec import Codec
+from groupwise.tokenizer.codec import Codec
 from tests.tiny_tokenizers import byte_level
 
 CELLS = ["007", "1.50", "1e5", "12345678901234567890", "", "NA", "null", "true", "2026-12-01", " 7 ", "-0", "1,000"]

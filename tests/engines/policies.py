@@ -10,10 +10,10 @@ import torch
 
 from groupwise.engines.base import generate
 from groupwise.engines.native import NativeEngine
-from groupwise.models.codec import Codec
 from groupwise.models.head import HeadShape
 from groupwise.models.policy import LayoutName, Policy
 from groupwise.models.small import character_tokenizer
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Request, Sampling
 from tests.tiny_models import clone_of, policy_of
 

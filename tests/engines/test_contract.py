@@ -15,8 +15,8 @@ from groupwise.engines.base import Engine, generate
 from groupwise.engines.native import NativeEngine
 from groupwise.engines.pool import PooledEngine
 from groupwise.engines.scripted import ScriptedEngine
-from groupwise.models.codec import Codec
 from groupwise.models.cores import threads
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Request, Sampled, Sampling
 from tests.engines.policies import CODEC, PROMPTS, make_policy, requests
 from tests.tiny_tokenizers import byte_level

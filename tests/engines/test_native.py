@@ -11,9 +11,9 @@ from transformers import GenerationConfig
 
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import ConfigError
-from groupwise.models.codec import Codec
 from groupwise.models.policy import LayoutName
 from groupwise.models.small import character_tokenizer
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Request, Sampling
 from tests.engines.policies import (
     ALPHABET,

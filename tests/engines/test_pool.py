@@ -24,9 +24,9 @@ from groupwise.engines.base import generate
 from groupwise.engines.native import NativeEngine
 from groupwise.engines.pool import PooledEngine, by_process
 from groupwise.errors import ConfigError, ModelError
-from groupwise.models.codec import Codec
 from groupwise.models.cores import threads
 from groupwise.models.policy import Policy
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Branch, Completion, Request, Sampling, Tree
 from tests.engines.policies import CODEC, PROMPTS, difference, make_policy, requests, sample, tokens, without_end
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from groupwise.errors import DataError, ModelError
-from groupwise.models.codec import Codec
 from groupwise.models.judging import (
     Graded,
     Output,
@@ -19,6 +18,7 @@ from groupwise.models.judging import (
     bare,
     rows_of,
 )
+from groupwise.tokenizer.codec import Codec
 from tests.tiny_tokenizers import CHAT_TEMPLATE, byte_level, character_level, wrapped
 
 CODEC = Codec(character_level("ab \n#+-"))

@@ -24,12 +24,12 @@ from groupwise.engines.base import generate
 from groupwise.engines.native import NativeEngine
 from groupwise.models import attention
 from groupwise.models.clone import WINDOW, tiny_clone
-from groupwise.models.codec import Codec
 from groupwise.models.head import HeadShape
 from groupwise.models.load import load_policy
 from groupwise.models.probe import Findings, probe
 from groupwise.models.small import character_tokenizer
 from groupwise.models.tiles import Options
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Request, Sampling
 from tests.tiny_models import GROUPS, SINCE_5_23, VOCABULARY, randomized, stock_logprobs
 

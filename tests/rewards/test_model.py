@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 
 from groupwise.errors import ModelError, RewardError
-from groupwise.models.codec import Codec
 from groupwise.models.small import character_tokenizer
 from groupwise.rewards.adapters import ModelOptions, load_reward
 from groupwise.rewards.combine import score_groups
 from groupwise.rewards.model import ModelReward, ModelStepReward
 from groupwise.rewards.steps import by_pattern
 from groupwise.rewards.stepwise import StepScorer, load_step_reward
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Group, GroupKey, Prompt, Score, ScoredGroup
 from groupwise.watch.metrics import unknown
 from tests.rewards.groups import flat, group, listening

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from groupwise.config import ProcessSection
 from groupwise.errors import ConfigError, RewardError
-from groupwise.models.codec import Codec
 from groupwise.rewards.adapters import load_stepwise
 from groupwise.rewards.steps import Boundary, Cut, Segmenter, by_pattern, by_token_ids, cut, segmenter_of
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Group, GroupKey, Prompt
 from tests.rewards.groups import listening
 from tests.tiny_tokenizers import byte_level, character_level, sentencepiece_like

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from groupwise.errors import RewardError
-from groupwise.models.codec import Codec
 from groupwise.rewards.adapters import load_stepwise
 from groupwise.rewards.base import RewardContext
 from groupwise.rewards.patience import BOUNDARY_STEPS, Patience
 from groupwise.rewards.steps import Cut, Cuts, by_pattern
 from groupwise.rewards.stepwise import FunctionStepReward, StepReward, StepScorer
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Group, GroupKey, Prompt, Score, ScoredGroup
 from groupwise.watch.metrics import unknown
 from tests.rewards.groups import listening

@@ -10,7 +10,7 @@ import pytest
 
 import groupwise
 from groupwise.errors import ConfigError, DataError, RewardError
-from groupwise.models.codec import Codec
+from groupwise.tokenizer.codec import Codec
 from tests.commandline import call
 from tests.run.tiny import rollouts, save_model, save_rows
 

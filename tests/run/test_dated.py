@@ -13,8 +13,8 @@ from transformers.utils import chat_template_utils
 
 import groupwise
 from groupwise.errors import ConfigError
-from groupwise.models.codec import Codec
 from groupwise.run import reward_training, session
+from groupwise.tokenizer.codec import Codec
 from tests.run.tiny import events, save_model, save_rows
 
 TEMPLATE = "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% endif %}{{ messages[0].content }}b"

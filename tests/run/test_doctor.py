@@ -25,7 +25,6 @@ from groupwise.jobfile import load_job
 from groupwise.learn import learner as learning
 from groupwise.learn.reference import Reference
 from groupwise.models.attention import ForestAttention, Options
-from groupwise.models.codec import Codec
 from groupwise.models.head import HeadShape
 from groupwise.models.small import character_tokenizer
 from groupwise.run import doctor, doctor_inputs, parts
@@ -33,6 +32,7 @@ from groupwise.run.doctor_numbers import Bounds, bounds
 from groupwise.run.given import Given
 from groupwise.run.patient import Patient, Room, open_patient
 from groupwise.run.report import Finding, Report, measured, print_report
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt
 from tests.commandline import call
 from tests.run.tiny import ALPHABET, save_model, save_rewards, save_rows

@@ -15,9 +15,9 @@ from groupwise.engines.native import NativeEngine
 from groupwise.engines.plain import PlainDecoder
 from groupwise.errors import ModelError
 from groupwise.learn.agreement import Guard
-from groupwise.models.codec import Codec
 from groupwise.models.load import load_policy
 from groupwise.run.guarded import GuardedEngine
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Request, Sampling
 from tests.run.tiny import save_model, save_rewards, save_rows
 

@@ -34,12 +34,12 @@ from groupwise.engines.native import NativeEngine
 from groupwise.errors import GroupwiseError
 from groupwise.jobfile import load_job
 from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
-from groupwise.models.codec import Codec
 from groupwise.models.load import LoadedPolicy, load_policy
 from groupwise.models.policy import Policy
 from groupwise.models.small import character_tokenizer
 from groupwise.run.given import Given
 from groupwise.run.plan import plan_of
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Request, Sampling
 from groupwise.wording import one_line
 from tests.tiny_models import GROUPS, VOCABULARY, Groups, gradients, largest_difference, randomized, stock_logprobs

@@ -9,7 +9,7 @@ from groupwise.config import DataSection
 from groupwise.data.messages import as_content, template_options
 from groupwise.data.rows import Row, Rows, read_rows
 from groupwise.errors import ConfigError, DataError
-from groupwise.models.codec import Codec
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Message, Prompt
 from groupwise.wording import shown
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from groupwise.errors import DataError
-from groupwise.models.codec import reserved
-from groupwise.models.template import text_part
+from groupwise.tokenizer.codec import reserved
+from groupwise.tokenizer.template import text_part
 from groupwise.types import Message, Prompt
 from groupwise.wording import one_line, shown
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from groupwise.data.messages import TEMPLATE_COLUMNS
-from groupwise.models.codec import Codec
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt
 from groupwise.wording import shown
 

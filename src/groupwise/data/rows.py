@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from groupwise.disk import is_stream
 from groupwise.errors import DataError
-from groupwise.models.hub import silence
-from groupwise.models.tokenizer_files import looks_local
+from groupwise.tokenizer.files import looks_local
+from groupwise.tokenizer.hub import silence
 from groupwise.wording import one_line, shown
 
 Row = Mapping[str, Any]

@@ -19,9 +19,9 @@ from groupwise.engines.cache import SharedDecoder
 from groupwise.engines.draw import Filters, draw, uniforms
 from groupwise.engines.plain import PlainDecoder
 from groupwise.errors import ModelError
-from groupwise.models.codec import Codec
 from groupwise.models.policy import Policy
-from groupwise.models.stop_strings import StopChecker
+from groupwise.tokenizer.codec import Codec
+from groupwise.tokenizer.stop_strings import StopChecker
 from groupwise.types import Branch, Completion, Finish, Request, Sampled, Sampling
 
 _AHEAD = 16

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from groupwise.models.codec import Codec
-from groupwise.models.stop_strings import StopChecker
+from groupwise.tokenizer.codec import Codec
+from groupwise.tokenizer.stop_strings import StopChecker
 from groupwise.types import Completion, Finish, Request, Sampled
 
 Script = Mapping[str | tuple[int, ...], Sequence[str]] | Callable[[Request, int], str]

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any, Final, NamedTuple, Protocol
 
 from groupwise.errors import DataError, ModelError
-from groupwise.models.codec import Codec
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Message
 
 Content = str | list[Message]

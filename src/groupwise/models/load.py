@@ -15,12 +15,12 @@ from transformers.utils import logging as hf_logging
 
 from groupwise.errors import ModelError
 from groupwise.models.attention import NAME
-from groupwise.models.hub import NOT_HERE, check_within_reach
 from groupwise.models.lora import check_no_adapter
 from groupwise.models.multimodal import check_causal, freeze_towers, remark
 from groupwise.models.policy import LayoutName, Policy
 from groupwise.models.probe import Findings, probe, unfit_itself
-from groupwise.models.tokenizer_files import looks_local
+from groupwise.tokenizer.files import looks_local
+from groupwise.tokenizer.hub import NOT_HERE, check_within_reach
 from groupwise.wording import one_line
 
 

@@ -13,7 +13,6 @@ import torch
 from groupwise.data.remarks import remarks
 from groupwise.disk import in_words
 from groupwise.learn.memory import peak_memory
-from groupwise.models.codec import Codec
 from groupwise.objective import token_advantages
 from groupwise.readable import duration, percent
 from groupwise.rewards.combine import unique_names
@@ -21,6 +20,7 @@ from groupwise.run.patient import LOOKED_AT, Patient, credit, unscored
 from groupwise.run.record import Record, frac_zero
 from groupwise.run.report import Finding, Verdict, measured
 from groupwise.run.settings import memory_settings
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Group, GroupKey, Message, Prompt, ScoredGroup
 
 NEARLY_ALL = 0.9

@@ -13,8 +13,8 @@ import torch
 from groupwise.learn.checkpoint import Checkpoint
 from groupwise.learn.reward_learner import RewardLearner
 from groupwise.models.load import quiet_transformers
-from groupwise.models.tokenizer_files import looks_local
 from groupwise.run.written import Rounding, write_folder
+from groupwise.tokenizer.files import looks_local
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,

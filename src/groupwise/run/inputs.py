@@ -21,10 +21,10 @@ from groupwise.errors import ConfigError, DataError, ModelError, RunFolderError
 from groupwise.jobfile import load_job, recipe_names
 from groupwise.jobfile.load import parse_override
 from groupwise.jobfile.reward_model import RewardModelJob
-from groupwise.models.tokenizer_files import looks_local
 from groupwise.rewards.workers import Worker
 from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON
+from groupwise.tokenizer.files import looks_local
 
 WHICH = ("latest", "best", "base")
 """A run's weights: of the last checkpoint, of the best evaluation, or as they were before training."""

@@ -22,7 +22,6 @@ from groupwise.data.files import PromptSet
 from groupwise.errors import ConfigError, DataError
 from groupwise.jobfile import load_job
 from groupwise.learn.agreement import Guard
-from groupwise.models.codec import Codec
 from groupwise.progress import Progress, StopSignals, unsaved_steps
 from groupwise.readable import duration
 from groupwise.rewards.steps import segmenter_of
@@ -36,6 +35,7 @@ from groupwise.run.record import Record
 from groupwise.run.rollouts import Draw, Scorer
 from groupwise.run.scoring import as_judged, open_functions
 from groupwise.run.settings import sampling_of
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Finish, Group, GroupKey, Prompt
 from groupwise.watch.events import older, read
 from groupwise.wording import shown

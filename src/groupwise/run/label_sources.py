@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from groupwise.data.messages import template_columns
 from groupwise.data.rows import read_rows
 from groupwise.disk import fixed
-from groupwise.models.codec import Codec
 from groupwise.run.monte_carlo import MonteCarlo, read_by
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Group, Scored
 
 Row = dict[str, Any]

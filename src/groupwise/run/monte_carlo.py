@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from groupwise.data.messages import template_columns
 from groupwise.engines.base import Engine, generate
-from groupwise.models.codec import Codec
 from groupwise.rewards.base import RewardContext
 from groupwise.rewards.steps import Cuts, Segmenter
 from groupwise.rewards.stepwise import StepValues
 from groupwise.seeds import stable_hash
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Branch, Completion, Finish, Group, Request, Sampling, Score, Scored, ScoredGroup, Tree
 
 TREE_TOKENS = 16384

@@ -25,7 +25,6 @@ from groupwise.learn.agreement import Guard
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
 from groupwise.learn.reward_learner import RewardLearner
-from groupwise.models.codec import Codec
 from groupwise.models.heap import keep_freed_memory
 from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, load_config, load_policy
 from groupwise.models.narrow import narrow_model
@@ -60,6 +59,7 @@ from groupwise.run.settings import (
 )
 from groupwise.run.warmup import ensure_warm
 from groupwise.seeds import stable_hash
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Group, Prompt
 from groupwise.watch.events import EventsFile, RolloutsFile
 

@@ -17,7 +17,6 @@ from groupwise.errors import DataError, ModelError
 from groupwise.learn.lanes import most_lanes
 from groupwise.learn.meter import Cost
 from groupwise.learn.trace import Hollow, Shape
-from groupwise.models.codec import Codec
 from groupwise.models.load import choose_device, choose_dtype, choose_layout, context_length, load_config
 from groupwise.models.probe import probe
 from groupwise.models.reward_model import Source
@@ -32,6 +31,7 @@ from groupwise.run.parts import available_memory, encoded_prompts
 from groupwise.run.rates import measure
 from groupwise.run.scoring import reward_model_bytes
 from groupwise.run.settings import memory_settings, objective_of
+from groupwise.tokenizer.codec import Codec
 from groupwise.wording import one_line
 
 READ_PROMPTS = 4096

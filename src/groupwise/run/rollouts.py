@@ -13,12 +13,12 @@ from groupwise.averages import mean, std
 from groupwise.data.stream import PromptStream
 from groupwise.engines.base import Engine, generate
 from groupwise.learn.learner import Learner
-from groupwise.models.codec import Codec
 from groupwise.rewards.base import Reward, RewardContext
 from groupwise.rewards.combine import score_groups
 from groupwise.rewards.patience import Patience
 from groupwise.run.record import Record
 from groupwise.seeds import group_seed
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Group, GroupKey, Prompt, Request, Sampling, Scored
 
 RIGHT_STEP = 0.5

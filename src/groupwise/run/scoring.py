@@ -13,7 +13,6 @@ import torch
 from groupwise.config import TRAINED, Job
 from groupwise.data.remarks import unread
 from groupwise.errors import RewardError
-from groupwise.models.codec import Codec
 from groupwise.models.reward_model import RewardModel, Source, new_reward_model, parameters_of
 from groupwise.models.size import weight_bytes
 from groupwise.rewards.adapters import MODEL, ModelOptions, load_reward, load_stepwise
@@ -27,6 +26,7 @@ from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given
 from groupwise.run.rollouts import Scorer, SpecialTokens
 from groupwise.run.settings import total_steps
+from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt
 
 

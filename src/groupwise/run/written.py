@@ -19,8 +19,8 @@ from groupwise.disk import PARTIAL, cannot_write, os_error, put_in_place, sync
 from groupwise.errors import ModelError, RunFolderError
 from groupwise.models.attention import NAME
 from groupwise.models.clone import tiny_clone
-from groupwise.models.codec import Codec
 from groupwise.models.load import quiet_transformers
+from groupwise.tokenizer.codec import Codec
 from groupwise.wording import one_line, shown
 
 GENERATION: Final = "generation_config.json"

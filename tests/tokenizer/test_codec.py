@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from groupwise.errors import ConfigError, DataError, ModelError
-from groupwise.models.codec import BROKEN, Codec
+from groupwise.tokenizer.codec import BROKEN, Codec
 from tests.tiny_hub import cached_snapshot
 from tests.tiny_tokenizers import (
     CHAT_TEMPLATE,

@@ -12,7 +12,7 @@ from groupwise.wording import shown
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from groupwise.models.codec import Codec
+    from groupwise.tokenizer.codec import Codec
 
 
 def check(codec: Codec, own: Tokenizer | None, texts: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from groupwise.errors import ModelError
-from groupwise.models.codec import Codec
+from groupwise.tokenizer.codec import Codec
 from tests.tiny_tokenizers import (
     CHAT_TEMPLATE,
     byte_level,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groupwise.errors import ConfigError
-from groupwise.models.codec import BROKEN, Codec
+from groupwise.tokenizer.codec import BROKEN, Codec
 
 _MOST_BYTES: Final = 4
 """Bytes of a character in UTF-8, and so the most tokens that share one."""

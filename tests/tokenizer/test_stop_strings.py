@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from groupwise.errors import ConfigError
-from groupwise.models.codec import Codec
-from groupwise.models.stop_strings import StopChecker
+from groupwise.tokenizer.codec import Codec
+from groupwise.tokenizer.stop_strings import StopChecker
 from tests.tiny_tokenizers import CHAT_TEMPLATE, byte_level, sentencepiece_like, wrapped
 
 BYTES = Codec(byte_level(CHAT_TEMPLATE))

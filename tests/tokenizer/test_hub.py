@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from groupwise.errors import ModelError
-from groupwise.models.codec import Codec
-from groupwise.models.hub import check_within_reach, silence
 from groupwise.models.load import load_config
+from groupwise.tokenizer.codec import Codec
+from groupwise.tokenizer.hub import check_within_reach, silence
 from tests.tiny_hub import NOBODY_LISTENS, cached_snapshot
 
 

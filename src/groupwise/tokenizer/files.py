@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from groupwise.errors import ModelError
-from groupwise.models.hub import NOT_HERE, check_within_reach
+from groupwise.tokenizer.hub import NOT_HERE, check_within_reach
 from groupwise.wording import one_line
 
 if TYPE_CHECKING:

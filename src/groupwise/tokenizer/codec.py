@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from groupwise.errors import ConfigError, DataError, ModelError
-from groupwise.models import tokenizer_check, tokenizer_files
-from groupwise.models.clock import start_of, stopped
-from groupwise.models.template import suited
+from groupwise.tokenizer import check, files
+from groupwise.tokenizer.clock import start_of, stopped
+from groupwise.tokenizer.template import suited
 from groupwise.types import Message
 from groupwise.wording import half_character, one_line, shown
 
@@ -64,7 +64,7 @@ class Codec:
         own_end = tokenizer.eos_token_id
         self.tokenizer = tokenizer
         self.end_token_ids = frozenset(end_token_ids) | (frozenset() if own_end is None else {int(own_end)})
-        special = tokenizer_files.special_ids(tokenizer)
+        special = files.special_ids(tokenizer)
         self.special_token_ids = special - self.end_token_ids - {tokenizer.pad_token_id}
         self.skip_special_tokens = skip_special_tokens
         self._silent_ids = special if skip_special_tokens else special - self.special_token_ids
@@ -92,9 +92,9 @@ class Codec:
         Without `eos_token_ids` the end tokens are those of the tokenizer, generation_config.json and config.json
         together; nothing else of the generation config is used. Raises ModelError where it cannot be loaded.
         """
-        tokenizer = tokenizer_files.load_tokenizer(path, revision, trust_remote_code)
-        source = tokenizer_files.source_folder(path, revision)
-        ends = tokenizer_files.configured_end_ids(source) if eos_token_ids is None else eos_token_ids
+        tokenizer = files.load_tokenizer(path, revision, trust_remote_code)
+        source = files.source_folder(path, revision)
+        ends = files.configured_end_ids(source) if eos_token_ids is None else eos_token_ids
         return cls(
             tokenizer, end_token_ids=ends, chat_template_kwargs=chat_template_kwargs, date=date, source=source,
             skip_special_tokens=skip_special_tokens,
@@ -212,12 +212,12 @@ class Codec:
         Raises ModelError where AutoTokenizer made another tokenizer than the file says, or where characters are lost.
         One that merely normalises (case, compatibility forms, spaces) gives a warning.
         """
-        own = tokenizer_files.own_tokenizer(self._source)
-        return tokenizer_check.check(self, own, list(texts))
+        own = files.own_tokenizer(self._source)
+        return check.check(self, own, list(texts))
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer's files into `directory`: byte for byte as they came, where they came from a folder."""
-        if not tokenizer_files.copy_tokenizer(self._source, directory):
+        if not files.copy_tokenizer(self._source, directory):
             self.tokenizer.save_pretrained(directory)
 
     @property
