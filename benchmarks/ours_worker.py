@@ -16,13 +16,13 @@ import groupwise
 from benchmarks.cases import SEED, Case, reward_of, text_of
 from benchmarks.protocol import Channel, FamilyPeak, peak, resident
 from benchmarks.shapes import tokenizer_of
+from groupwise.cpu.malloc import keep_freed_memory, own_process
 from groupwise.data.stream import PromptStream
 from groupwise.engines.native import NativeEngine
 from groupwise.engines.pool import PooledEngine
 from groupwise.learn.learner import Learner, LearnerSettings
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import NoReference, Reference
-from groupwise.models.heap import keep_freed_memory, own_process
 from groupwise.models.load import LoadedPolicy, load_policy
 from groupwise.models.policy import Policy
 from groupwise.objective import objective_named, token_advantages

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from groupwise import __version__
+from groupwise.cpu.malloc import own_process
 from groupwise.errors import ConfigError, GroupwiseError
 from groupwise.jobfile import at_home, json_schema, load_job, read_once, template
 from groupwise.jobfile import show as show_job
 from groupwise.jobfile.load import meant_as_keys
 from groupwise.jobfile.reward_model import is_reward_model_run, load_reward_job
-from groupwise.models.heap import own_process
 from groupwise.run import inputs
 from groupwise.run.asking import messages_of, only_one
 from groupwise.streams import Output, kept

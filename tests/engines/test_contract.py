@@ -10,12 +10,12 @@ from itertools import islice
 import pytest
 import torch
 
+from groupwise.cpu.cores import threads
 from groupwise.engines import pool
 from groupwise.engines.base import Engine, generate
 from groupwise.engines.native import NativeEngine
 from groupwise.engines.pool import PooledEngine
 from groupwise.engines.scripted import ScriptedEngine
-from groupwise.models.cores import threads
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Request, Sampled, Sampling
 from tests.engines.policies import CODEC, PROMPTS, make_policy, requests

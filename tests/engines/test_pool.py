@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 
+from groupwise.cpu.cores import threads
 from groupwise.engines import pool
 from groupwise.engines.base import generate
 from groupwise.engines.native import NativeEngine
 from groupwise.engines.pool import PooledEngine, by_process
 from groupwise.errors import ConfigError, ModelError
-from groupwise.models.cores import threads
 from groupwise.models.policy import Policy
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Branch, Completion, Request, Sampling, Tree

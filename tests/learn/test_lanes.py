@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from groupwise.cpu.cores import threads
 from groupwise.errors import ModelError
 from groupwise.learn import lanes
 from groupwise.learn.lanes import at_once, deal, most_lanes
 from groupwise.learn.learner import Learner
 from groupwise.learn.pack import Output
 from groupwise.learn.reference import Reference
-from groupwise.models.cores import threads
 from groupwise.models.layout import Stream
 from groupwise.models.load import checkpoint_gradients
 from groupwise.models.policy import LayoutName, Policy

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
+from groupwise.cpu import kernels, packed
 from groupwise.errors import ModelError
 from groupwise.learn.meter import Cost, Meter
 from groupwise.learn.trace import Hollow, Shape
-from groupwise.models import kernels, packed
 from groupwise.models.attention import NAME
 from groupwise.models.head import HeadShape
 from groupwise.models.layout import Stream

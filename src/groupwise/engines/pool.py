@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
+from groupwise.cpu.cores import LARGEST, even_shares, threads
+from groupwise.cpu.shared_weights import SharedWeights, share
 from groupwise.engines.native import NativeEngine
 from groupwise.engines.process import GoneError, SamplingProcess, Task
 from groupwise.errors import ModelError
-from groupwise.models.cores import LARGEST, even_shares, threads
-from groupwise.models.shared_memory import SharedWeights, share
 from groupwise.types import Request, Sampled
 
 ROWS = 16

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from groupwise.models.kernels import Kernels, Look, Parts, kernels_for
+from groupwise.cpu.kernels import Kernels, Look, Parts, kernels_for
 from groupwise.models.precision import wide, wide_dtype
 from groupwise.models.tiles import Options
 

@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from groupwise.cpu.cores import LARGEST, even_shares, threads, threads_each
 from groupwise.learn.optimizer import MasterOptimizer
 from groupwise.learn.pack import Output
-from groupwise.models.cores import LARGEST, even_shares, threads, threads_each
 from groupwise.models.policy import Policy
 
 Result = TypeVar("Result")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from groupwise.cpu.kernels import LANES, Kernels, kernels_for
+from groupwise.cpu.packed import Part, plain_product
 from groupwise.models.attention import AttentionLayout
-from groupwise.models.kernels import LANES, Kernels, kernels_for
-from groupwise.models.packed import Part, plain_product
 from groupwise.models.precision import wide
 from groupwise.models.tiles import Options
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from groupwise.cpu.packed import PackedProducts, bytes_of_copies
 from groupwise.models.attention import KEYWORD, AttentionLayout, ForestAttention
 from groupwise.models.direct import DirectBody
 from groupwise.models.head import HeadShape, chunked_logprobs, dense_logprobs
 from groupwise.models.layout import Stream, Tokens, plain_stream, shared_stream
-from groupwise.models.packed import PackedProducts, bytes_of_copies
 from groupwise.models.precision import wide
 
 LayoutName = Literal["shared", "plain"]

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from groupwise.models.kernels import Kernels, kernels_for
+from groupwise.cpu.kernels import Kernels, kernels_for
 from groupwise.models.precision import exp, wide_dtype
 
 _SCORES = 1 << 19

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from groupwise.config import BUILTIN, TRAINED, Job
+from groupwise.cpu.malloc import keep_freed_memory
 from groupwise.data import arithmetic
 from groupwise.data.files import PromptSet, check_keys, load_prompts
 from groupwise.data.objects import Splits, of_split
@@ -25,7 +26,6 @@ from groupwise.learn.agreement import Guard
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
 from groupwise.learn.reward_learner import RewardLearner
-from groupwise.models.heap import keep_freed_memory
 from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, load_config, load_policy
 from groupwise.models.narrow import narrow_model
 from groupwise.models.reward_model import RewardModel

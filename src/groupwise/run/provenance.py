@@ -18,11 +18,11 @@ import transformers
 
 from groupwise import __version__
 from groupwise.config import BUILTIN, TRAINED, Job
+from groupwise.cpu.kernels import compiled, processor
 from groupwise.data.stream import columns_digest, contents_digest
 from groupwise.errors import DataError, RunFolderError
 from groupwise.jobfile.reward_model import RewardModelJob
 from groupwise.learn.checkpoint import Checkpoint
-from groupwise.models.kernels import compiled, processor
 from groupwise.models.reward_model import RewardModel
 from groupwise.rewards.adapters import MODEL
 from groupwise.rewards.sources import sources_of

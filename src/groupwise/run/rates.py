@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
+from groupwise.cpu.malloc import keep_freed_memory
+from groupwise.cpu.packed import PackedProducts, plain_product
 from groupwise.learn.meter import Cost, Meter
 from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.attention import NAME
 from groupwise.models.clone import tiny_clone
 from groupwise.models.direct import Product
-from groupwise.models.heap import keep_freed_memory
-from groupwise.models.packed import PackedProducts, plain_product
 from groupwise.models.policy import Policy
 from groupwise.run.memory import decoding
 

@@ -15,6 +15,7 @@ import tomlkit
 import torch
 
 from groupwise import __version__
+from groupwise.cpu.malloc import keep_freed_memory
 from groupwise.data.labelled import load_examples
 from groupwise.errors import ConfigError, DataError, GroupwiseError
 from groupwise.jobfile.reward_model import RewardModelJob, changed_keys, load_reward_job
@@ -31,7 +32,6 @@ from groupwise.learn.reward_learner import (
     updates_in,
 )
 from groupwise.learn.reward_metrics import PREFIX
-from groupwise.models.heap import keep_freed_memory
 from groupwise.models.judging import Example, prompt_of
 from groupwise.models.load import choose_device, choose_dtype, without_bars
 from groupwise.models.reward_model import RewardModel, Source, new_reward_model

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from groupwise.cpu.kernels import is_plain
 from groupwise.models.hollow import counter
-from groupwise.models.kernels import is_plain
 
 _SMALLEST = 1 << 18
 """Elements of a matrix from which on the kernel's longer call is worth it."""

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from groupwise.cpu import kernels_torch as plain
 from groupwise.disk import cache_folder
-from groupwise.models import kernels_torch as plain
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _COMPILERS = ("cc", "gcc", "clang")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupwise.models import packed
-from groupwise.models.packed import PackedProducts, bytes_of_copies
+from groupwise.cpu import packed
+from groupwise.cpu.packed import PackedProducts, bytes_of_copies
 from tests.engines.policies import difference, make_policy, requests, sample, tokens
 
 needs_the_kernel = pytest.mark.skipif(

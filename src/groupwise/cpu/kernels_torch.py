@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from groupwise.models.precision import wide
 
 if TYPE_CHECKING:
-    from groupwise.models.kernels import Look, Pair
+    from groupwise.cpu.kernels import Look, Pair
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float, factor: Tensor | None = None) -> Tensor:

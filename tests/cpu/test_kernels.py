@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupwise.models import kernels
-from groupwise.models.kernels import Kernels, Look, Parts, compiled, kernels_for
+from groupwise.cpu import kernels
+from groupwise.cpu.kernels import Kernels, Look, Parts, compiled, kernels_for
 from tests.engines.policies import difference, make_policy, requests, sample, tokens
 
 needs_a_compiler = pytest.mark.skipif(not any(map(shutil.which, kernels._COMPILERS)), reason="no C compiler")
@@ -243,7 +243,7 @@ def test_sampling_draws_what_it_draws_without(kind: str, max_live: int, monkeypa
     found = sample(policy, asked, max_live=max_live)
     assert bool(calls) == (kind not in ("gemma2", "gpt_oss")), "soft caps and sinks are torch's"
     assert difference(policy, asked, found) < 1e-5
-    monkeypatch.setattr("groupwise.models.kernels.compiled", lambda: None)
+    monkeypatch.setattr("groupwise.cpu.kernels.compiled", lambda: None)
     assert tokens(sample(policy, asked, max_live=max_live)) == tokens(found)
 
 

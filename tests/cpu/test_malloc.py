@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from groupwise.models import heap
-from groupwise.models.heap import keep_freed_memory
+from groupwise.cpu import malloc
+from groupwise.cpu.malloc import keep_freed_memory
 
 PROGRAM = """
 import resource, sys, threading
 import torch
-from groupwise.models.heap import keep_freed_memory, own_process
+from groupwise.cpu.malloc import keep_freed_memory, own_process
 if sys.argv[1] == "keep":
     own_process()
     assert keep_freed_memory("cpu")
@@ -49,13 +49,13 @@ def test_memory_that_was_freed_is_not_new_again_in_any_thread() -> None:
 
 
 def test_a_gpu_leaves_memory_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heap._Process, "ours", True)
+    monkeypatch.setattr(malloc._Process, "ours", True)
     assert not keep_freed_memory("cuda")
 
 
 @pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
 def test_settings_in_the_environment_win(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "")
-    monkeypatch.setattr(heap._Process, "ours", True)
+    monkeypatch.setattr(malloc._Process, "ours", True)
     monkeypatch.setattr("ctypes.CDLL", lambda path: pytest.fail("the heap's settings were touched"))
     assert not keep_freed_memory("cpu")

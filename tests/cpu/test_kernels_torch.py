@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from groupwise.models import kernels, kernels_torch, packed
-from groupwise.models.kernels import Kernels, Look, Parts, compiled, is_plain
-from groupwise.models.packed import PackedProducts
+from groupwise.cpu import kernels, kernels_torch, packed
+from groupwise.cpu.kernels import Kernels, Look, Parts, compiled, is_plain
+from groupwise.cpu.packed import PackedProducts
 from tests.engines.policies import make_policy, requests, sample
 from tests.tiny_models import GROUPS
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from groupwise.models.shared_memory import SharedWeights, share
+from groupwise.cpu.shared_weights import SharedWeights, share
 from tests.learn.tiny import tiny_policy
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from groupwise.models.cores import UNEVEN, even_shares, threads, threads_each
+from groupwise.cpu.cores import UNEVEN, even_shares, threads, threads_each
 
 
 def test_shares_are_as_many_as_are_even() -> None:
