@@ -35,7 +35,7 @@ BAR = 3.0
 def agreement(prompts: int, outputs: int, seed: int) -> dict[str, Any]:
     """Label `outputs` outputs of each of `prompts` held-out questions by the built-in model, for each of `TRIES`."""
     from groupwise.data.arithmetic import held_out
-    from groupwise.engines.native import NativeEngine
+    from groupwise.engines.native.engine import NativeEngine
     from groupwise.models.load import load_policy
     from groupwise.rewards.adapters import load_reward
     from groupwise.rewards.steps import by_pattern
@@ -147,7 +147,7 @@ def speed(shape: str, folder: Path, prompts: int, pairs: int, names: Sequence[st
     from benchmarks.cases import SHAPES
     from benchmarks.shapes import save, tokenizer_of
     from groupwise.engines.base import generate
-    from groupwise.engines.native import NativeEngine
+    from groupwise.engines.native.engine import NativeEngine
     from groupwise.models.load import load_policy
     from groupwise.tokenizer.codec import Codec
 

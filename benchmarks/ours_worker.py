@@ -18,8 +18,8 @@ from benchmarks.protocol import Channel, FamilyPeak, peak, resident
 from benchmarks.shapes import tokenizer_of
 from groupwise.cpu.malloc import keep_freed_memory, own_process
 from groupwise.data.stream import PromptStream
-from groupwise.engines.native import NativeEngine
-from groupwise.engines.pool import PooledEngine
+from groupwise.engines.native.engine import NativeEngine
+from groupwise.engines.processes import PooledEngine
 from groupwise.learn.learner import Learner, LearnerSettings
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import NoReference, Reference

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from groupwise.engines.base import generate
-from groupwise.engines.native import NativeEngine
+from groupwise.engines.native.engine import NativeEngine
 from groupwise.models.head import HeadShape
 from groupwise.models.policy import LayoutName, Policy
 from groupwise.models.small import character_tokenizer

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from groupwise.cpu.cores import threads
-from groupwise.engines import pool
+from groupwise.engines import processes
 from groupwise.engines.base import Engine, generate
-from groupwise.engines.native import NativeEngine
-from groupwise.engines.pool import PooledEngine
+from groupwise.engines.native.engine import NativeEngine
+from groupwise.engines.processes import PooledEngine
 from groupwise.engines.scripted import ScriptedEngine
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Request, Sampled, Sampling
@@ -30,7 +30,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "scripted":
         made = ScriptedEngine({PROMPTS[0]: TEXTS, **{f"r{i}": TEXTS[i:] for i in (1, 2, 3)}}, CODEC)
     elif request.param == "pooled":
-        monkeypatch.setattr(pool, "ROWS", 1)
+        monkeypatch.setattr(processes, "ROWS", 1)
         made = PooledEngine(NativeEngine(make_policy(), CODEC, max_live=4), least_tokens=0)
     else:
         made = NativeEngine(make_policy(layout=request.param), CODEC, max_live=4)

@@ -14,8 +14,8 @@ from groupwise.learn.alike import Counting, Rounds
 from groupwise.learn.meter import Cost, Meter
 from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.head import HeadShape
-from groupwise.models.hollow import counter
 from groupwise.models.tiles import TiledAttention
+from groupwise.models.tracing import counter
 from groupwise.run.memory import sampling_costs
 
 SIZES = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupwise.engines.native import NativeEngine
+from groupwise.engines.native.engine import NativeEngine
 from groupwise.learn import checkpoint
 from groupwise.learn.learner import Learner
 from groupwise.learn.optimizer import OptimizerSettings

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
 
 from groupwise.engines.base import generate
-from groupwise.engines.native import NativeEngine
+from groupwise.engines.native.engine import NativeEngine
 from groupwise.models import attention
 from groupwise.models.clone import WINDOW, tiny_clone
 from groupwise.models.head import HeadShape

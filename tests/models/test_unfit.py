@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from groupwise.engines.native import NativeEngine
+from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import ModelError
 from groupwise.models import probe as probing
 from groupwise.models.load import load_policy

@@ -20,7 +20,7 @@ from transformers import MistralConfig, MistralForCausalLM
 import groupwise
 from groupwise.config import ProcessSection, RewardSection
 from groupwise.data.files import PromptSet
-from groupwise.engines.native import NativeEngine
+from groupwise.engines.native.engine import NativeEngine
 from groupwise.jobfile import load_job
 from groupwise.learn import learner as learning
 from groupwise.learn.reference import Reference

@@ -11,8 +11,8 @@ import torch
 
 import groupwise
 from groupwise.engines.base import generate
-from groupwise.engines.native import NativeEngine
-from groupwise.engines.plain import PlainDecoder
+from groupwise.engines.native.engine import NativeEngine
+from groupwise.engines.native.plain_decoder import PlainDecoder
 from groupwise.errors import ModelError
 from groupwise.learn.agreement import Guard
 from groupwise.models.load import load_policy

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from groupwise.engines.native import NativeEngine
+from groupwise.engines.native.engine import NativeEngine
 from groupwise.engines.scripted import ScriptedEngine
 from groupwise.rewards.base import RewardContext
 from groupwise.rewards.steps import by_pattern

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import groupwise
 from groupwise.engines.base import generate
-from groupwise.engines.native import NativeEngine
+from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import GroupwiseError
 from groupwise.jobfile import load_job
 from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings

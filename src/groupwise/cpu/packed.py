@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.cpu.kernels import is_plain
-from groupwise.models.hollow import counter
+from groupwise.models.tracing import counter
 
 _SMALLEST = 1 << 18
 """Elements of a matrix from which on the kernel's longer call is worth it."""

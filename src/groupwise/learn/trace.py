@@ -27,11 +27,11 @@ from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
 from groupwise.learn.pack import Output, micro_batches
 from groupwise.models.attention import NAME
 from groupwise.models.head import HeadShape
-from groupwise.models.hollow import counter
 from groupwise.models.layout import Stream
 from groupwise.models.load import checkpoint_gradients
 from groupwise.models.narrow import narrow_model
 from groupwise.models.policy import LayoutName, Policy
+from groupwise.models.tracing import counter
 from groupwise.wording import one_line
 
 _SILENCED = ("transformers", "torch._subclasses.fake_tensor")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from groupwise.models.hollow import counter
 from groupwise.models.layout import Forest
 from groupwise.models.tiles import Options, TiledAttention
+from groupwise.models.tracing import counter
 
 NAME = "groupwise"
 KEYWORD = "groupwise_layout"

@@ -19,7 +19,7 @@ from groupwise.models.direct import DirectBody
 from groupwise.models.head import HeadShape, chunked_logprobs, dense_logprobs
 from groupwise.models.layout import Stream, plain_stream, shared_stream
 from groupwise.models.policy import silence_dropout
-from groupwise.models.rows import CachedRows, whole_rows
+from groupwise.models.stock_decode import CachedRows, whole_rows
 
 _TOLERANCE = 2e-4
 _ROUNDING = 2e-2

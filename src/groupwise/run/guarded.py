@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from groupwise.engines.base import Engine
-from groupwise.engines.draw import Filters, cut
+from groupwise.engines.native.draw import Filters, cut
 from groupwise.learn.agreement import Difference, Guard
 from groupwise.models.policy import Policy
 from groupwise.types import Request, Sampled

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from groupwise.engines.cache import SharedDecoder
-from groupwise.engines.draw import Filters, draw, uniforms
-from groupwise.engines.pool import by_process
+from groupwise.engines.native.draw import Filters, draw, uniforms
+from groupwise.engines.native.shared_decoder import SharedDecoder
+from groupwise.engines.processes import by_process
 from groupwise.learn.meter import Cost
 from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.policy import Policy
-from groupwise.models.rows import CachedRows, whole_rows
+from groupwise.models.stock_decode import CachedRows, whole_rows
 from groupwise.types import Sampling
 
 Step = Callable[[], object]

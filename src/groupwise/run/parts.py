@@ -19,8 +19,8 @@ from groupwise.data.remarks import in_both, remarks
 from groupwise.data.stream import PromptStream
 from groupwise.disk import fixed, in_words
 from groupwise.engines.base import Engine
-from groupwise.engines.native import NativeEngine
-from groupwise.engines.pool import PooledEngine
+from groupwise.engines.native.engine import NativeEngine
+from groupwise.engines.processes import PooledEngine
 from groupwise.errors import ConfigError, DataError, GroupwiseError, ModelError
 from groupwise.learn.agreement import Guard
 from groupwise.learn.learner import Learner

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from groupwise.engines.graphs import Graphs, Live
-from groupwise.engines.stores import Level, Outputs, Shared, Step, Store
+from groupwise.engines.native.graphs import Graphs, Live
+from groupwise.engines.native.stores import Level, Outputs, Shared, Step, Store
 from groupwise.models.attention import ForestAttention
 from groupwise.models.layout import Forest, build_forest
 from groupwise.models.policy import Policy

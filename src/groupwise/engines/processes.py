@@ -25,8 +25,8 @@ import torch
 
 from groupwise.cpu.cores import LARGEST, even_shares, threads
 from groupwise.cpu.shared_weights import SharedWeights, share
-from groupwise.engines.native import NativeEngine
-from groupwise.engines.process import GoneError, SamplingProcess, Task
+from groupwise.engines.fork import GoneError, SamplingProcess, Task
+from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import ModelError
 from groupwise.types import Request, Sampled
 

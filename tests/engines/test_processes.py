@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from groupwise.cpu.cores import threads
-from groupwise.engines import pool
+from groupwise.engines import processes
 from groupwise.engines.base import generate
-from groupwise.engines.native import NativeEngine
-from groupwise.engines.pool import PooledEngine, by_process
+from groupwise.engines.native.engine import NativeEngine
+from groupwise.engines.processes import PooledEngine, by_process
 from groupwise.errors import ConfigError, ModelError
 from groupwise.models.policy import Policy
 from groupwise.tokenizer.codec import Codec
@@ -34,7 +34,7 @@ from tests.engines.policies import CODEC, PROMPTS, difference, make_policy, requ
 @pytest.fixture(autouse=True)
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two threads, and helpers for as few outputs as a test has."""
-    monkeypatch.setattr(pool, "ROWS", 1)
+    monkeypatch.setattr(processes, "ROWS", 1)
     with threads(2):
         yield
 
@@ -161,10 +161,10 @@ def test_there_are_no_helpers_where_one_process_is_best(engine: Pooled, monkeypa
     generate(engine, requests(n=3))
     assert not engine.helpers, "one thread"
     torch.set_num_threads(2)
-    monkeypatch.setattr(pool, "ROWS", 100)
+    monkeypatch.setattr(processes, "ROWS", 100)
     generate(engine, requests(n=3))
     assert not engine.helpers, "few outputs"
-    monkeypatch.setattr(pool, "ROWS", 1)
+    monkeypatch.setattr(processes, "ROWS", 1)
     generate(engine, requests(n=3))
     assert engine.helpers
     one, two = [[0, 1, 2, 3]], [[0, 2], [1, 3]]
@@ -176,7 +176,7 @@ def test_there_are_no_helpers_where_one_process_is_best(engine: Pooled, monkeypa
 
 
 def test_a_process_that_may_have_no_children_samples_alone(engine: Pooled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(pool.multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    monkeypatch.setitem(processes.multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
     same(generate(engine, requests()), sample(make_policy(), requests()))
     assert not engine.helpers
 
@@ -187,7 +187,7 @@ def test_where_the_system_has_no_room_for_a_process_there_is_one_fewer(
     def refuse(*ignored: object) -> None:
         raise BlockingIOError("Resource temporarily unavailable")
 
-    monkeypatch.setattr(pool, "SamplingProcess", refuse)
+    monkeypatch.setattr(processes, "SamplingProcess", refuse)
     with pytest.warns(RuntimeWarning, match="no room for another process.*temporarily unavailable"):
         found = generate(engine, requests())
     same(found, sample(make_policy(), requests()))
@@ -325,7 +325,7 @@ def test_helpers_that_are_killed_again_and_again_are_an_error_that_says_so_and_t
     engine = Pooled(codec=without_end())
     expected = sample(make_policy(), requests(n=4), without_end())
     with pytest.warns(RuntimeWarning), pytest.raises(ModelError, match=r"status -9.*so did 3 others.*max_live_outputs"):
-        gathered(engine, requests(n=4, max_tokens=200), pool.REPLACED + 1)
+        gathered(engine, requests(n=4, max_tokens=200), processes.REPLACED + 1)
     same(generate(engine, requests(n=4)), expected)
     engine.close()
 
@@ -365,7 +365,7 @@ def test_where_there_is_no_room_for_another_the_rest_is_sampled_here(monkeypatch
     for request in asked:
         engine.submit(request)
     engine._deal()
-    monkeypatch.setattr(pool, "SamplingProcess", refuse)
+    monkeypatch.setattr(processes, "SamplingProcess", refuse)
     os.kill(engine.pids[0], signal.SIGKILL)
     with pytest.warns(RuntimeWarning) as said:
         found = {(uid, output): completion for uid, output, completion in engine.completed()}
@@ -458,8 +458,8 @@ def test_an_engine_that_nobody_closed_ends_them_too() -> None:
 
 def test_they_end_with_the_process_that_began_them() -> None:
     script = (
-        "import os, signal, torch\nfrom tests.engines import test_pool as t\n"
-        "t.pool.ROWS = 1\ntorch.set_num_threads(2)\n"
+        "import os, signal, torch\nfrom tests.engines import test_processes as t\n"
+        "t.processes.ROWS = 1\ntorch.set_num_threads(2)\n"
         "engine = t.Pooled(); t.generate(engine, t.requests()); print(engine.pids[0], flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from groupwise.engines.cache import SharedDecoder
-from groupwise.engines.draw import Filters, draw, uniforms
-from groupwise.engines.plain import PlainDecoder
+from groupwise.engines.native.draw import Filters, draw, uniforms
+from groupwise.engines.native.plain_decoder import PlainDecoder
+from groupwise.engines.native.shared_decoder import SharedDecoder
 from groupwise.errors import ModelError
 from groupwise.models.policy import Policy
 from groupwise.tokenizer.codec import Codec

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from groupwise.models.policy import Policy
 from groupwise.models.precision import wide_dtype
-from groupwise.models.rows import CachedRows, whole_rows
+from groupwise.models.stock_decode import CachedRows, whole_rows
 from groupwise.types import Branch
 
 NONE: Mapping[str, Branch] = MappingProxyType({})

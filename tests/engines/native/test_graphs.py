@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from groupwise.engines.base import generate
-from groupwise.engines.cache import SharedDecoder
-from groupwise.engines.graphs import Graphs, Run, rounded
-from groupwise.engines.native import NativeEngine
-from groupwise.engines.stores import Fold
+from groupwise.engines.native.engine import NativeEngine
+from groupwise.engines.native.graphs import Graphs, Run, rounded
+from groupwise.engines.native.shared_decoder import SharedDecoder
+from groupwise.engines.native.stores import Fold
 from groupwise.models.policy import Policy
 from groupwise.types import Completion, Request
 from tests.engines.policies import CODEC, PROMPTS, difference, make_policy, requests, sample, tokens, without_end

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from groupwise.engines.plain import PlainDecoder
+from groupwise.engines.native.plain_decoder import PlainDecoder
 from tests.engines.policies import (
     ALIGNED,
     PROMPTS,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from groupwise.engines.stores import Fold, Level, Outputs, Step, Store
+from groupwise.engines.native.stores import Fold, Level, Outputs, Step, Store
 from groupwise.models.policy import Policy
 from groupwise.wording import one_line
 

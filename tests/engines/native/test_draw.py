@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from groupwise.engines.draw import Filters, draw, inverse_cdf, uniforms
+from groupwise.engines.native.draw import Filters, draw, inverse_cdf, uniforms
 from groupwise.types import Sampling
 
 CPU = torch.device("cpu")

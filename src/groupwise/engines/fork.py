@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from groupwise.engines.native import NativeEngine
+from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import ModelError
 from groupwise.types import Request, Sampled
 from groupwise.wording import one_line

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from groupwise.engines.native import NativeEngine
+from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import ConfigError
 from groupwise.models.policy import LayoutName
 from groupwise.models.small import character_tokenizer

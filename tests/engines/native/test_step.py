@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupwise.engines.stores import Fold, Outputs, Shared, Step, Store
+from groupwise.engines.native.stores import Fold, Outputs, Shared, Step, Store
 from groupwise.models.tiles import Options
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from groupwise.engines import cache
 from groupwise.engines.base import generate
-from groupwise.engines.native import NativeEngine
+from groupwise.engines.native import shared_decoder
+from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import ModelError
 from groupwise.models.load import checkpoint_gradients
 from groupwise.models.policy import LayoutName, Policy
@@ -51,7 +51,7 @@ def test_a_prompt_is_computed_once_and_finished_outputs_cost_nothing(monkeypatch
 
 def test_many_prompts_are_computed_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tokens(sample(make_policy(), requests()))
-    monkeypatch.setattr(cache, "_PREFILL_TOKENS", 12)
+    monkeypatch.setattr(shared_decoder, "_PREFILL_TOKENS", 12)
     policy = make_policy()
     forwarded = counted_tokens(policy)
     assert tokens(sample(policy, requests())) == expected

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from groupwise.engines.base import generate
-from groupwise.engines.cache import SharedDecoder
-from groupwise.engines.graphs import Graphs
-from groupwise.engines.native import NativeEngine
+from groupwise.engines.native.engine import NativeEngine
+from groupwise.engines.native.graphs import Graphs
+from groupwise.engines.native.shared_decoder import SharedDecoder
 from groupwise.engines.scripted import ScriptedEngine
 from groupwise.models.policy import LayoutName
 from groupwise.types import Branch, Completion, Request, Sampling, Tree
+from tests.engines.native.test_graphs import again
 from tests.engines.policies import (
     CODEC,
     both_layouts,
@@ -27,7 +28,6 @@ from tests.engines.policies import (
     tokens,
     without_end,
 )
-from tests.engines.test_graphs import again
 
 TREES = (
     Tree("t0", (3, 9, 4, 7, 11, 2, 8), ((5, 8, 2, 6, 12, 30, 2, 2, 9), (6,), (3, 3, 20, 4))),

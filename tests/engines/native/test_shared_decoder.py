@@ -7,9 +7,9 @@ import weakref
 import pytest
 import torch
 
-from groupwise.engines import cache
-from groupwise.engines.cache import SharedDecoder
-from groupwise.engines.stores import Shared, Store
+from groupwise.engines.native import shared_decoder
+from groupwise.engines.native.shared_decoder import SharedDecoder
+from groupwise.engines.native.stores import Shared, Store
 from tests.engines.policies import make_policy, requests, sample
 
 
@@ -103,7 +103,7 @@ def test_room_for_outputs_doubles_as_they_grow_up_to_the_longest_limit(monkeypat
         decoder.begin([("a", (3, 4)), ("b", (5,))])
         decoder.attach(["a", "b"], 4096)
         assert rooms(decoder, 2) == [64, 64]
-        monkeypatch.setattr(cache, "_FIRST_LENGTH", 4)
+        monkeypatch.setattr(shared_decoder, "_FIRST_LENGTH", 4)
         decoder = SharedDecoder(decoder.policy)
         decoder.begin([("a", (3, 4)), ("b", (5,))])
         decoder.attach(["a"], 3)
@@ -121,7 +121,7 @@ def test_not_a_bit_depends_on_how_much_room_there_is(
     expected = sample(policy, asked, max_live=max_live)
     assert max(len(completion.token_ids) for group in expected for completion in group) == 23
     for first in (1, 3):
-        monkeypatch.setattr(cache, "_FIRST_LENGTH", first)
+        monkeypatch.setattr(shared_decoder, "_FIRST_LENGTH", first)
         assert sample(policy, asked, max_live=max_live) == expected
 
 
