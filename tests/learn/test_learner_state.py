@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from groupwise.engines.native.engine import NativeEngine
-from groupwise.learn import checkpoint
 from groupwise.learn.learner import Learner
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.policy import Policy
+from groupwise.store import checkpoint
 from groupwise.types import ScoredGroup
 from tests.learn.tiny import distance, gradients, make_learner, some_credit, some_groups, tiny_policy
 

@@ -95,8 +95,7 @@ class KillAt:
     moment: int
 
     def __call__(self) -> None:
-        from groupwise.learn import checkpoint
-        from groupwise.watch import events
+        from groupwise.store import checkpoint, events
 
         for place, name in ((os, "fsync"), (os, "replace"), (os, "truncate"), (shutil, "rmtree")):
             setattr(place, name, self._counted(getattr(place, name), lambda *_: None))

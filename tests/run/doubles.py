@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from groupwise.learn.checkpoint import Checkpoint
 from groupwise.rewards.base import RewardContext, Scope, Values
+from groupwise.store.checkpoint import Checkpoint
 from groupwise.types import Completion, Finish, Group, GroupKey, Prompt, Request, Sampled, Score, ScoredGroup
 
 Log = list[tuple[Any, ...]]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
 import groupwise
-from groupwise.learn import checkpoint
+from groupwise.store import checkpoint
 from tests.run.tiny import save_model
 
 FIRST_LAYER = "model.layers.0."

@@ -11,8 +11,8 @@ import pytest
 from groupwise.rewards.base import RewardContext, Values
 from groupwise.run.record import Record, Watch, frac_zero
 from groupwise.run.rollouts import Scorer, summary
+from groupwise.store.events import RolloutsFile
 from groupwise.types import Group
-from groupwise.watch.events import RolloutsFile
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import MemorySink, ScriptedReward, scored
 

@@ -21,8 +21,8 @@ from groupwise.jobfile.reward_model import load_reward_job
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reward_learner import RewardLearner, RewardLearnerSettings
 from groupwise.models.judging import Output, prompt_of, rows_of
-from groupwise.run.export import save_reward_model
 from groupwise.run.reward_training import train_reward_model
+from groupwise.store.export import save_reward_model
 from groupwise.watch.metrics import unknown
 from groupwise.watch.panel import draw_svg
 from tests.commandline import call

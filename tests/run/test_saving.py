@@ -10,12 +10,12 @@ import torch
 
 from groupwise.config import CheckpointSection
 from groupwise.errors import RunFolderError
-from groupwise.learn import checkpoint
 from groupwise.progress import Progress
-from groupwise.run.folder import RunFolder
 from groupwise.run.record import Watch
 from groupwise.run.rounds import NoRounds
 from groupwise.run.saving import Clock, Saver, Stateful, check_shapes
+from groupwise.store import checkpoint
+from groupwise.store.folder import RunFolder
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import MemorySink, a_checkpoint
 

@@ -16,15 +16,11 @@ from groupwise.data.objects import rows_or_splits
 from groupwise.engines.base import generate
 from groupwise.errors import ConfigError, DataError, RunFolderError
 from groupwise.jobfile import at_home, differences, load_job, refuse_loaded
-from groupwise.learn import checkpoint
-from groupwise.learn.checkpoint import Checkpoint
 from groupwise.models.load import quiet_transformers, without_bars
 from groupwise.models.multimodal import with_towers
 from groupwise.run.asking import asked, trained_on
 from groupwise.run.doctor import examine
 from groupwise.run.evaluate import Evaluation
-from groupwise.run.export import DTYPES, exported_dtype, model_card
-from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given
 from groupwise.run.guarded import GuardedEngine
 from groupwise.run.inputs import check_export, check_job, check_overrides, check_weights
@@ -36,7 +32,11 @@ from groupwise.run.saving import Clock, check_shapes
 from groupwise.run.scoring import as_judged, open_functions, scorer_of
 from groupwise.run.session import Result, run_job
 from groupwise.run.settings import eval_sampling_of
-from groupwise.run.written import Rounding, write_folder
+from groupwise.store import checkpoint
+from groupwise.store.checkpoint import Checkpoint
+from groupwise.store.export import DTYPES, exported_dtype, model_card
+from groupwise.store.folder import RunFolder
+from groupwise.store.written import Rounding, write_folder
 from groupwise.streams import ERR, output
 from groupwise.types import Completion, Message, Request
 from groupwise.watch.terminal import Mode

@@ -22,8 +22,8 @@ from groupwise.jobfile import load_job, recipe_names
 from groupwise.jobfile.load import parse_override
 from groupwise.jobfile.reward_model import RewardModelJob
 from groupwise.rewards.workers import Worker
-from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON
+from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.files import looks_local
 
 WHICH = ("latest", "best", "base")

@@ -25,7 +25,6 @@ from groupwise.learn.agreement import Guard
 from groupwise.progress import Progress, StopSignals, unsaved_steps
 from groupwise.readable import duration
 from groupwise.rewards.steps import segmenter_of
-from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given
 from groupwise.run.guarded import GuardedEngine
 from groupwise.run.label_file import COUNTED, LabelFile
@@ -35,9 +34,10 @@ from groupwise.run.record import Record
 from groupwise.run.rollouts import Draw, Scorer
 from groupwise.run.scoring import as_judged, open_functions
 from groupwise.run.settings import sampling_of
+from groupwise.store.events import older, read
+from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Finish, Group, GroupKey, Prompt
-from groupwise.watch.events import older, read
 from groupwise.wording import shown
 
 BLOCK = 32

@@ -13,7 +13,7 @@ from typing import Any
 from groupwise.disk import cannot_write, sync, write_atomic
 from groupwise.errors import ConfigError, RunFolderError
 from groupwise.run.monte_carlo import Labelled
-from groupwise.watch.events import LineFile, encode
+from groupwise.store.events import LineFile, encode
 from groupwise.wording import shown
 
 COUNTED = ("outputs", "steps", "right", "left_out", "continuations", "tokens")

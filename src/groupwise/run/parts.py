@@ -36,7 +36,6 @@ from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.collected import Collected
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
-from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given, Rows
 from groupwise.run.guarded import GuardedEngine
 from groupwise.run.label_sources import FileLabels, LabelSource, MonteCarloLabels, VerifierLabels, VerifierPairs
@@ -59,9 +58,10 @@ from groupwise.run.settings import (
 )
 from groupwise.run.warmup import ensure_warm
 from groupwise.seeds import stable_hash
+from groupwise.store.events import EventsFile, RolloutsFile
+from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Group, Prompt
-from groupwise.watch.events import EventsFile, RolloutsFile
 
 TRAINING_QUESTIONS = 8192
 """How many of the built-in questions are an epoch."""

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from groupwise.learn.checkpoint import Checkpoint
 from groupwise.learn.optimizer import refusal
 from groupwise.learn.pack import Credit
 from groupwise.rewards.base import Outcome
-from groupwise.run.folder import RunFolder
+from groupwise.store import events
+from groupwise.store.checkpoint import Checkpoint
+from groupwise.store.events import EventsFile, RolloutsFile, Sink
+from groupwise.store.folder import RunFolder
 from groupwise.types import Scored
-from groupwise.watch import events
-from groupwise.watch.events import EventsFile, RolloutsFile, Sink
 from groupwise.watch.terminal import Terminal
 
 

@@ -19,8 +19,6 @@ from groupwise.cpu.malloc import keep_freed_memory
 from groupwise.data.labelled import load_examples
 from groupwise.errors import ConfigError, DataError, GroupwiseError
 from groupwise.jobfile.reward_model import RewardModelJob, changed_keys, load_reward_job
-from groupwise.learn import checkpoint
-from groupwise.learn.checkpoint import Checkpoint
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reward_learner import (
     Encoded,
@@ -37,14 +35,15 @@ from groupwise.models.load import choose_device, choose_dtype, without_bars
 from groupwise.models.reward_model import RewardModel, Source, new_reward_model
 from groupwise.progress import Progress, StopSignals, unsaved_steps
 from groupwise.readable import duration, number
-from groupwise.run.export import save_reward_model
-from groupwise.run.folder import RunFolder, git_commit
 from groupwise.run.provenance import JOB, Provenance, check_resumed, provenance_of_examples
 from groupwise.run.record import Record, Watch, warn_of_missing_lines, warn_of_refused, with_lost_output
 from groupwise.run.saving import Clock
 from groupwise.seeds import stable_hash
-from groupwise.watch import events
-from groupwise.watch.events import EventsFile
+from groupwise.store import checkpoint, events
+from groupwise.store.checkpoint import Checkpoint
+from groupwise.store.events import EventsFile
+from groupwise.store.export import save_reward_model
+from groupwise.store.folder import RunFolder, git_commit
 from groupwise.watch.terminal import Mode, Terminal, make_terminal
 
 KEEP = 2

@@ -21,11 +21,11 @@ from groupwise.models.judging import Example, prompt_of
 from groupwise.progress import Progress
 from groupwise.readable import ROUND, number
 from groupwise.run.collected import Collected, distinct
-from groupwise.run.export import save_reward_model
 from groupwise.run.label_sources import LabelSource, Row
 from groupwise.run.record import Record, Watch, warn_of_refused
 from groupwise.run.rollouts import Scorer
 from groupwise.seeds import stable_hash
+from groupwise.store.export import save_reward_model
 from groupwise.types import Group, Scored
 
 

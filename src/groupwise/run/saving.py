@@ -12,17 +12,17 @@ from torch import Tensor
 from groupwise.config import CheckpointSection
 from groupwise.data.stream import PromptStream
 from groupwise.errors import RunFolderError
-from groupwise.learn import checkpoint
-from groupwise.learn.checkpoint import Checkpoint
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.progress import Progress, unsaved_steps
 from groupwise.rewards.patience import Patience
 from groupwise.run.evaluate import Evaluator
-from groupwise.run.folder import RunFolder
 from groupwise.run.provenance import JOB, Provenance
 from groupwise.run.record import Watch
 from groupwise.run.rounds import Rounds
+from groupwise.store import checkpoint
+from groupwise.store.checkpoint import Checkpoint
+from groupwise.store.folder import RunFolder
 
 
 class Clock:

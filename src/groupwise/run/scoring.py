@@ -22,10 +22,10 @@ from groupwise.rewards.model import ModelReward, ModelStepReward
 from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import segmenter_of
 from groupwise.rewards.stepwise import StepReward, StepScorer, load_step_reward
-from groupwise.run.folder import RunFolder
 from groupwise.run.given import PYTHON, Given
 from groupwise.run.rollouts import Scorer, SpecialTokens
 from groupwise.run.settings import total_steps
+from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt
 

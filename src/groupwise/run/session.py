@@ -15,14 +15,11 @@ from groupwise import __version__
 from groupwise.config import BUILTIN, Job
 from groupwise.errors import GroupwiseError
 from groupwise.jobfile import to_toml
-from groupwise.learn import checkpoint
-from groupwise.learn.checkpoint import Checkpoint
 from groupwise.progress import StopSignals
 from groupwise.readable import duration, number
 from groupwise.run import loop
 from groupwise.run.evaluate import ABOVE, Evaluation
 from groupwise.run.fit import settle
-from groupwise.run.folder import RunFolder, git_commit
 from groupwise.run.given import Given
 from groupwise.run.loop import Parts
 from groupwise.run.parts import build, open_sinks
@@ -31,7 +28,9 @@ from groupwise.run.record import Watch, warn_of_missing_lines, with_lost_output
 from groupwise.run.resuming import Start
 from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.run.settings import total_steps
-from groupwise.watch import events
+from groupwise.store import checkpoint, events
+from groupwise.store.checkpoint import Checkpoint
+from groupwise.store.folder import RunFolder, git_commit
 from groupwise.watch.terminal import Mode, Terminal, make_terminal
 
 

@@ -13,8 +13,8 @@ from rich.live import Live
 from rich.text import Text
 
 from groupwise.readable import ROUND, duration, is_round, is_step, number, of_reward_model, percent, why
+from groupwise.store.events import encode
 from groupwise.streams import ERR, OUT, Output, output
-from groupwise.watch.events import encode
 from groupwise.watch.panel import JUDGE_LEGEND, LEGEND, Progress, Sample, panel
 
 Mode = Literal["auto", "plain", "quiet", "json"]

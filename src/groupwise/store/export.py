@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import torch
 
-from groupwise.learn.checkpoint import Checkpoint
 from groupwise.learn.reward_learner import RewardLearner
 from groupwise.models.load import quiet_transformers
-from groupwise.run.written import Rounding, write_folder
+from groupwise.store.checkpoint import Checkpoint
+from groupwise.store.written import Rounding, write_folder
 from groupwise.tokenizer.files import looks_local
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {

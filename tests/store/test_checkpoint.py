@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from groupwise.errors import RunFolderError
-from groupwise.learn import checkpoint
+from groupwise.store import checkpoint
 
 STATE = {"step": 12, "rng": [1, 2**63], "lr": 0.1 + 0.2, "name": "ü", "none": None, "best": float("-inf")}
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from groupwise.errors import RunFolderError
+from groupwise.store.events import EventsFile, RolloutsFile, encode, older, read, truncate_rollouts, truncate_to
 from groupwise.types import Completion, Group, GroupKey, Prompt, Score, ScoredGroup, Step
-from groupwise.watch.events import EventsFile, RolloutsFile, encode, older, read, truncate_rollouts, truncate_to
 
 
 def scored(step: int, slot: int = 0, text: str = "four", score: Score | None = None, outputs: int = 2) -> ScoredGroup:

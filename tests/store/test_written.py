@@ -19,9 +19,9 @@ from groupwise.errors import ConfigError, ModelError, RunFolderError
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reward_learner import RewardLearner, RewardLearnerSettings
 from groupwise.models.small import character_tokenizer, small_model
-from groupwise.run import written
-from groupwise.run.export import exported_dtype, save_reward_model
-from groupwise.run.written import Rounding, read_back, write_folder
+from groupwise.store import written
+from groupwise.store.export import exported_dtype, save_reward_model
+from groupwise.store.written import Rounding, read_back, write_folder
 from groupwise.tokenizer.codec import Codec
 from tests.run.tiny import ALPHABET, save_model
 from tests.tiny_judges import pupil

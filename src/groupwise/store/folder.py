@@ -22,7 +22,7 @@ import tomlkit
 
 from groupwise.disk import cannot_write, write_atomic
 from groupwise.errors import RunFolderError
-from groupwise.watch import events
+from groupwise.store import events
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class RunFolder:
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
             file.flush()
             if self.checkpoints.is_dir():
-                from groupwise.learn import checkpoint  # brings torch, which a wrong folder is told without
+                from groupwise.store import checkpoint  # brings torch, which a wrong folder is told without
 
                 checkpoint.clear(self.checkpoints)
             yield
@@ -193,7 +193,7 @@ class RunFolder:
         `rounds` of a reward model were over then: the event of the next one, at the same step, goes too. Events and
         rollouts after it go, result.json too; later checkpoints, which are damaged, are set aside.
         """
-        from groupwise.learn import checkpoint
+        from groupwise.store import checkpoint
 
         last = -1 if step is None else step
         events.truncate_to(self.events, last, rounds)

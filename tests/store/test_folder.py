@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from groupwise.errors import RunFolderError
-from groupwise.learn import checkpoint
-from groupwise.run.folder import RunFolder, git_commit
+from groupwise.store import checkpoint
+from groupwise.store.events import EventsFile, RolloutsFile, read
+from groupwise.store.folder import RunFolder, git_commit
 from groupwise.types import Completion, Group, GroupKey, Prompt, Score, ScoredGroup
-from groupwise.watch.events import EventsFile, RolloutsFile, read
 
 HOLD = """
 import fcntl, json, os, sys, time
