@@ -26,7 +26,7 @@ from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.load import LoadedPolicy, load_policy
 from groupwise.models.policy import Policy
 from groupwise.objective import objective_named, token_advantages
-from groupwise.rewards.adapters import load_reward
+from groupwise.rewards.functions.load import load_reward
 from groupwise.run.record import Record
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
 from groupwise.tokenizer.codec import Codec

@@ -7,7 +7,7 @@ from typing import Any
 from groupwise.config import DataSection
 from groupwise.data.files import load_prompts
 from groupwise.data.remarks import GIVEN, remarks
-from groupwise.rewards.calling import HELPERS
+from groupwise.rewards.functions.calling import HELPERS
 from groupwise.tokenizer.codec import Codec
 from tests.tiny_tokenizers import CHAT_TEMPLATE, byte_level
 

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from groupwise.errors import RewardError
-from groupwise.rewards.calling import Number
 from groupwise.rewards.checks import check_values, shorten
+from groupwise.rewards.functions.calling import Number
 from tests.rewards.groups import group
 
 GROUPS = [group("four", "five", prompt="2+2=", slot=0), group("six", prompt="3+3=", slot=1)]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from groupwise.errors import RewardError
-from groupwise.rewards.adapters import load_reward
 from groupwise.rewards.base import Reward, RewardContext, Scope, Values
 from groupwise.rewards.combine import score_groups, unique_names
+from groupwise.rewards.functions.load import load_reward
 from groupwise.types import Group
 from tests.rewards.groups import group, listening
 

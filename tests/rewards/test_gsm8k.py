@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from groupwise.rewards.adapters import load_reward
 from groupwise.rewards.base import RewardContext
+from groupwise.rewards.functions.load import load_reward
 from groupwise.rewards.gsm8k import last_number, score
 from tests.rewards.groups import group
 

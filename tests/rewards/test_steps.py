@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from groupwise.config import ProcessSection
 from groupwise.errors import ConfigError, RewardError
-from groupwise.rewards.adapters import load_stepwise
+from groupwise.rewards.functions.load import load_stepwise
 from groupwise.rewards.steps import Boundary, Cut, Segmenter, by_pattern, by_token_ids, cut, segmenter_of
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Group, GroupKey, Prompt

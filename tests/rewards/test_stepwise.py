@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from groupwise.errors import RewardError
-from groupwise.rewards.adapters import load_stepwise
 from groupwise.rewards.base import RewardContext
+from groupwise.rewards.functions.load import load_stepwise
 from groupwise.rewards.patience import BOUNDARY_STEPS, Patience
 from groupwise.rewards.steps import Cut, Cuts, by_pattern
 from groupwise.rewards.stepwise import FunctionStepReward, StepReward, StepScorer

@@ -12,8 +12,8 @@ import pytest
 
 import groupwise
 from groupwise.errors import ConfigError, RewardError
-from groupwise.rewards.adapters import load_reward
 from groupwise.rewards.base import RewardContext
+from groupwise.rewards.functions.load import load_reward
 from groupwise.types import Completion, Group, GroupKey, Prompt
 from tests.commandline import call
 from tests.run.tiny import events, save_model, save_rewards, save_rows

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from groupwise.errors import RewardError
 from groupwise.rewards.base import Values
-from groupwise.rewards.calling import Number
+from groupwise.rewards.functions.calling import Number
 from groupwise.types import Group
 
 SHOWN_CHARACTERS = 200

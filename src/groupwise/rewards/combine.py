@@ -14,8 +14,8 @@ from typing import TypeVar
 from groupwise.averages import mean, std
 from groupwise.errors import RewardError
 from groupwise.rewards.base import Outcome, Reward, RewardContext, Values
-from groupwise.rewards.calling import as_number
 from groupwise.rewards.checks import check_values
+from groupwise.rewards.functions.calling import as_number
 from groupwise.types import Group, Score, ScoredGroup
 
 Called = TypeVar("Called")

@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol
 from groupwise.config import ProcessSection
 from groupwise.errors import ConfigError, RewardError
 from groupwise.rewards.base import RewardContext
-from groupwise.rewards.calling import Number
 from groupwise.rewards.checks import show_output
-from groupwise.rewards.functions import FunctionCalls
+from groupwise.rewards.functions.calling import Number
+from groupwise.rewards.functions.calls import FunctionCalls
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Group
 from groupwise.wording import shown

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from groupwise.errors import RewardError
-from groupwise.rewards.adapters import MODEL, ModelOptions, load_stepwise, open_reward_model
 from groupwise.rewards.base import Outcome, RewardContext
 from groupwise.rewards.checks import check_number, shorten, show_output
 from groupwise.rewards.combine import check_weights, publish, run_all, unique_names, weighted_sum
-from groupwise.rewards.functions import FunctionCalls
+from groupwise.rewards.functions.calls import FunctionCalls
+from groupwise.rewards.functions.load import MODEL, ModelOptions, load_stepwise, open_reward_model
 from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import Cut, Cuts, Segmenter
 from groupwise.types import Group, Score, ScoredGroup, Step

@@ -21,7 +21,7 @@ from groupwise.errors import ConfigError, DataError, ModelError, RunFolderError
 from groupwise.jobfile import load_job, recipe_names
 from groupwise.jobfile.load import parse_override
 from groupwise.jobfile.reward_model import RewardModelJob
-from groupwise.rewards.workers import Worker
+from groupwise.rewards.functions.workers import Worker
 from groupwise.run.given import PYTHON
 from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.files import looks_local

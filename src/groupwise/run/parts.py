@@ -31,7 +31,7 @@ from groupwise.models.narrow import narrow_model
 from groupwise.models.reward_model import RewardModel
 from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.progress import Progress
-from groupwise.rewards.functions import FunctionCalls
+from groupwise.rewards.functions.calls import FunctionCalls
 from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.collected import Collected

@@ -23,8 +23,8 @@ from groupwise.data.stream import columns_digest, contents_digest
 from groupwise.errors import DataError, RunFolderError
 from groupwise.jobfile.reward_model import RewardModelJob
 from groupwise.models.reward_model import RewardModel
-from groupwise.rewards.adapters import MODEL
-from groupwise.rewards.sources import sources_of
+from groupwise.rewards.functions.load import MODEL
+from groupwise.rewards.functions.sources import sources_of
 from groupwise.run.given import PYTHON, Given
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.types import Prompt

@@ -15,9 +15,9 @@ from groupwise.data.remarks import unread
 from groupwise.errors import RewardError
 from groupwise.models.reward_model import RewardModel, Source, new_reward_model, parameters_of
 from groupwise.models.size import weight_bytes
-from groupwise.rewards.adapters import MODEL, ModelOptions, load_reward, load_stepwise
 from groupwise.rewards.base import Reward
-from groupwise.rewards.functions import FunctionCalls
+from groupwise.rewards.functions.calls import FunctionCalls
+from groupwise.rewards.functions.load import MODEL, ModelOptions, load_reward, load_stepwise
 from groupwise.rewards.model import ModelReward, ModelStepReward
 from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import segmenter_of

@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 from groupwise.errors import RewardError
-from groupwise.rewards.adapters import load_reward
 from groupwise.rewards.base import Reward
-from groupwise.rewards.functions import MOST_COSTLY
-from groupwise.rewards.workers import Worker
+from groupwise.rewards.functions.calls import MOST_COSTLY
+from groupwise.rewards.functions.load import load_reward
+from groupwise.rewards.functions.workers import Worker
 from tests.rewards.groups import flat, group, listening
 
 GROUPS = [group("a", "bb", row={"answer": "a"}, slot=0), group("ccc", "dddd", row={"answer": "c"}, slot=1)]
@@ -292,7 +292,7 @@ def test_prints_and_input_stay_away_from_the_terminal(tmp_path: Path, capfd: pyt
 
 
 def test_the_log_is_bounded(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("groupwise.rewards.workers.LOG_MAX_BYTES", 1000)
+    monkeypatch.setattr("groupwise.rewards.functions.workers.LOG_MAX_BYTES", 1000)
     worker = Worker(_file(load), log=None)
     request = {"columns": {"completions": ["a"]}, "count": 1, "state": {"global_step": 0, "max_steps": 1}}
     sizes = []
@@ -367,7 +367,7 @@ def test_a_worker_dies_with_its_parent(tmp_path: Path, busy: str) -> None:
             sys.executable,
             "-c",
             "import sys, time\n"
-            "from groupwise.rewards.workers import Worker\n"
+            "from groupwise.rewards.functions.workers import Worker\n"
             "worker = Worker(sys.argv[1])\n"
             "state = {'global_step': 0, 'max_steps': 1}\n"
             "print('ready', flush=True)\n"

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from groupwise.errors import RewardError, Stopped
-from groupwise.rewards.adapters import FunctionReward, load_reward
 from groupwise.rewards.base import Reward, RewardContext, Scope, Values
+from groupwise.rewards.functions.load import FunctionReward, load_reward
 from groupwise.types import Group
 from tests.rewards.groups import flat, group, listening
 

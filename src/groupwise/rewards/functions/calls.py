@@ -8,11 +8,11 @@ from typing import Any
 
 from groupwise.averages import mean
 from groupwise.errors import RewardError
-from groupwise.rewards.arguments import alone, build_request
 from groupwise.rewards.base import RewardContext
-from groupwise.rewards.calling import Message
 from groupwise.rewards.checks import check_count, show_output
-from groupwise.rewards.workers import CallFailed, Runner
+from groupwise.rewards.functions.arguments import alone, build_request
+from groupwise.rewards.functions.calling import Message
+from groupwise.rewards.functions.workers import CallFailed, Runner
 from groupwise.seeds import stable_hash
 from groupwise.types import Group
 

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 from groupwise.errors import RewardError
 from groupwise.rewards.base import Reward, RewardContext, Scope, Values
-from groupwise.rewards.calling import LoadError
 from groupwise.rewards.checks import check_values
-from groupwise.rewards.functions import FunctionCalls
-from groupwise.rewards.workers import InProcess, Runner, Worker
+from groupwise.rewards.functions.calling import LoadError
+from groupwise.rewards.functions.calls import FunctionCalls
+from groupwise.rewards.functions.workers import InProcess, Runner, Worker
 from groupwise.types import Group
 
 if TYPE_CHECKING:

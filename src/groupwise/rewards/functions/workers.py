@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 from groupwise.errors import RewardError, Stopped
-from groupwise.rewards import calling
-from groupwise.rewards.calling import Caller, Message, Signature
+from groupwise.rewards.functions import calling
+from groupwise.rewards.functions.calling import Caller, Message, Signature
 
 if TYPE_CHECKING:
     import asyncio

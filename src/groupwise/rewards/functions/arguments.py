@@ -8,7 +8,7 @@ from typing import Any
 
 from groupwise.errors import RewardError
 from groupwise.rewards.base import RewardContext
-from groupwise.rewards.calling import HELPERS, Message, Signature
+from groupwise.rewards.functions.calling import HELPERS, Message, Signature
 from groupwise.types import Group, Prompt
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from groupwise.rewards.calling import Caller, LoadError, as_number, describe, load
+from groupwise.rewards.functions.calling import Caller, LoadError, as_number, describe, load
 
 # The functions below are read, not run.
 OVER_LISTS: list[Callable[..., Any]] = [
