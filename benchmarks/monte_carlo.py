@@ -37,9 +37,9 @@ def agreement(prompts: int, outputs: int, seed: int) -> dict[str, Any]:
     from groupwise.data.arithmetic import held_out
     from groupwise.engines.native.engine import NativeEngine
     from groupwise.models.load import load_policy
+    from groupwise.reward_models.monte_carlo import Completer, MonteCarlo
     from groupwise.rewards.functions.load import load_reward
     from groupwise.rewards.steps import by_pattern
-    from groupwise.run.monte_carlo import Completer, MonteCarlo
     from groupwise.run.record import Record
     from groupwise.run.rollouts import Draw, Scorer
     from groupwise.run.warmup import ensure_warm

@@ -9,9 +9,9 @@ import pytest
 
 from groupwise.config import DataSection
 from groupwise.data.files import load_prompts
-from groupwise.data.labelled import load_examples
 from groupwise.errors import DataError
-from groupwise.models.judging import OutputEncoder, rows_of
+from groupwise.reward_models.examples import load_examples
+from groupwise.reward_models.text import OutputEncoder, rows_of
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt
 from tests.tiny_tokenizers import CHAT_TEMPLATE, byte_level

@@ -15,10 +15,10 @@ from groupwise.learn.learner import Learner
 from groupwise.learn.memory import is_out_of_memory
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import Reference, RewardPenalty
-from groupwise.learn.reward_learner import RewardLearner, RewardLearnerSettings
-from groupwise.models.judging import Graded, Output, Row, Steps, Stepwise
 from groupwise.models.layout import Stream
 from groupwise.models.policy import Policy
+from groupwise.reward_models.learner import RewardLearner, RewardLearnerSettings
+from groupwise.reward_models.text import Graded, Output, Row, Steps, Stepwise
 from tests.learn.tiny import Gradient, distance, gradients, make_learner, some_credit, some_groups, tiny_policy
 from tests.tiny_judges import pupil, save_judge
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import groupwise
 from groupwise.errors import ConfigError, GroupwiseError, ModelError, RewardError, RunFolderError
-from groupwise.models.reward_model import Source, load_reward_model
+from groupwise.reward_models.model import Source, load_reward_model
 from groupwise.watch.metrics import unknown
 from tests.commandline import call
 from tests.run.command import Command, KillAt
@@ -160,23 +160,23 @@ class KillInside:
         setattr(place, self.name, counted)
 
 
-LEARNER, ROUNDS = "groupwise.learn.reward_learner", "groupwise.run.rounds"
+LEARNER, ROUNDS = "groupwise.reward_models.learner", "groupwise.reward_models.rounds"
 PHASES = {
     "before the first samples": (ROUNDS, "RewardModelRounds", "_new_examples", 1),
-    "while the first outputs are labelled": ("groupwise.run.label_sources", "", "LABELS", 1),
+    "while the first outputs are labelled": ("groupwise.reward_models.labels", "", "LABELS", 1),
     "in the first round's updates": (LEARNER, "RewardLearner", "_update", 2),
     "before the first round is saved": ("groupwise.run.saving", "Saver", "round_over", 1),
     "after the first round is saved": ("groupwise.run.saving", "Saver", "round_over", 1, True),
     "in a step": ("groupwise.learn.learner", "Learner", "update", 2),
-    "while an iteration's outputs are labelled": ("groupwise.run.label_sources", "", "LABELS", 2),
-    "after labels, before replay is drawn": ("groupwise.learn.replay", "ReplayStore", "draw", 2),
+    "while an iteration's outputs are labelled": ("groupwise.reward_models.labels", "", "LABELS", 2),
+    "after labels, before replay is drawn": ("groupwise.reward_models.replay", "ReplayStore", "draw", 2),
     "in the updates of an iteration's round": (LEARNER, "RewardLearner", "_update", 5),
     "before it is tried": (LEARNER, "RewardLearner", "evaluate_encoded", 4),
-    "before the store takes the new examples": ("groupwise.learn.replay", "ReplayStore", "add", 2),
+    "before the store takes the new examples": ("groupwise.reward_models.replay", "ReplayStore", "add", 2),
     "before the model is written": (ROUNDS, "", "save_reward_model", 2),
     "after the event, before the round is saved": ("groupwise.run.saving", "Saver", "round_over", 2),
     "after the round is saved": ("groupwise.run.saving", "Saver", "round_over", 2, True),
-    "in the last round": ("groupwise.learn.replay", "ReplayStore", "add", 3),
+    "in the last round": ("groupwise.reward_models.replay", "ReplayStore", "add", 3),
 }
 LABELS = {
     "outcome": ("VerifierLabels", "__call__"), "pairs": ("VerifierPairs", "__call__"),
@@ -253,7 +253,7 @@ class StopInside:
     moment: int
 
     def __call__(self) -> None:
-        from groupwise.learn.reward_learner import RewardLearner
+        from groupwise.reward_models.learner import RewardLearner
 
         update = RewardLearner._update
 

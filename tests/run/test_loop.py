@@ -11,11 +11,11 @@ import pytest
 from groupwise.data.stream import PromptStream
 from groupwise.objective import objective_named
 from groupwise.progress import Progress
+from groupwise.reward_models.rounds import NoRounds, Saving
 from groupwise.run import loop
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
-from groupwise.run.rounds import NoRounds, Saving
 from groupwise.types import Sampling, Scored
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import Log, MemorySink, ScriptedEngine, ScriptedReward, prompts

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from groupwise.data.labelled import load_examples
 from groupwise.errors import RunFolderError
 from groupwise.jobfile.reward_model import load_reward_job
 from groupwise.learn.optimizer import OptimizerSettings
-from groupwise.learn.reward_learner import RewardLearner, RewardLearnerSettings
-from groupwise.models.judging import Output, prompt_of, rows_of
+from groupwise.reward_models.examples import load_examples
+from groupwise.reward_models.learner import RewardLearner, RewardLearnerSettings
+from groupwise.reward_models.text import Output, prompt_of, rows_of
 from groupwise.run.reward_training import train_reward_model
 from groupwise.store.export import save_reward_model
 from groupwise.watch.metrics import unknown

@@ -11,8 +11,8 @@ import torch
 from groupwise.config import CheckpointSection
 from groupwise.errors import RunFolderError
 from groupwise.progress import Progress
+from groupwise.reward_models.rounds import NoRounds
 from groupwise.run.record import Watch
-from groupwise.run.rounds import NoRounds
 from groupwise.run.saving import Clock, Saver, Stateful, check_shapes
 from groupwise.store import checkpoint
 from groupwise.store.folder import RunFolder

@@ -17,8 +17,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 import groupwise
 from groupwise.errors import ConfigError, ModelError, RunFolderError
 from groupwise.learn.optimizer import OptimizerSettings
-from groupwise.learn.reward_learner import RewardLearner, RewardLearnerSettings
 from groupwise.models.small import character_tokenizer, small_model
+from groupwise.reward_models.learner import RewardLearner, RewardLearnerSettings
 from groupwise.store import written
 from groupwise.store.export import exported_dtype, save_reward_model
 from groupwise.store.written import Rounding, read_back, write_folder

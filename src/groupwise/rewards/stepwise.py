@@ -93,7 +93,7 @@ def load_step_reward(
     `limits` are those of functions. Raises RewardError, or ModelError for a model, where it cannot be loaded.
     """
     if isinstance(spec, str) and spec.startswith(MODEL):
-        from groupwise.rewards.model import ModelStepReward
+        from groupwise.reward_models.reward import ModelStepReward
 
         return ModelStepReward(open_reward_model(spec, "process", models))
     calls = load_stepwise(spec, place="step_rewards", kind="step reward function", **limits)

@@ -24,11 +24,11 @@ from groupwise.jobfile import load_job
 from groupwise.learn.agreement import Guard
 from groupwise.progress import Progress, StopSignals, unsaved_steps
 from groupwise.readable import duration
+from groupwise.reward_models.monte_carlo import Completer, MonteCarlo, read_by
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.given import PYTHON, Given
 from groupwise.run.guarded import GuardedEngine
 from groupwise.run.label_file import COUNTED, LabelFile
-from groupwise.run.monte_carlo import Completer, MonteCarlo, read_by
 from groupwise.run.parts import Model, encoded_prompts, open_engine
 from groupwise.run.record import Record
 from groupwise.run.rollouts import Draw, Scorer

@@ -12,7 +12,7 @@ from typing import Any
 
 from groupwise.disk import cannot_write, sync, write_atomic
 from groupwise.errors import ConfigError, RunFolderError
-from groupwise.run.monte_carlo import Labelled
+from groupwise.reward_models.monte_carlo import Labelled
 from groupwise.store.events import LineFile, encode
 from groupwise.wording import shown
 

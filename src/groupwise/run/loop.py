@@ -9,10 +9,10 @@ from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
 from groupwise.objective import Objective, token_advantages
 from groupwise.progress import Progress
+from groupwise.reward_models.rounds import Rounds
 from groupwise.run.evaluate import Evaluator
 from groupwise.run.record import Watch, warn_of_refused
 from groupwise.run.rollouts import Rollouts
-from groupwise.run.rounds import Rounds
 
 
 class Checkpoints(Protocol):

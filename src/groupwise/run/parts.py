@@ -25,25 +25,25 @@ from groupwise.errors import ConfigError, DataError, GroupwiseError, ModelError
 from groupwise.learn.agreement import Guard
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
-from groupwise.learn.reward_learner import RewardLearner
 from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, load_config, load_policy
 from groupwise.models.narrow import narrow_model
-from groupwise.models.reward_model import RewardModel
 from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.progress import Progress
+from groupwise.reward_models.labels import FileLabels, LabelSource, MonteCarloLabels, VerifierLabels, VerifierPairs
+from groupwise.reward_models.learner import RewardLearner
+from groupwise.reward_models.model import RewardModel
+from groupwise.reward_models.monte_carlo import Completer, MonteCarlo
+from groupwise.reward_models.reservoir import Collected
+from groupwise.reward_models.rounds import NoRounds, RewardModelRounds, Rounds, Task
 from groupwise.rewards.functions.calls import FunctionCalls
 from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import segmenter_of
-from groupwise.run.collected import Collected
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.given import PYTHON, Given, Rows
 from groupwise.run.guarded import GuardedEngine
-from groupwise.run.label_sources import FileLabels, LabelSource, MonteCarloLabels, VerifierLabels, VerifierPairs
 from groupwise.run.loop import Parts
-from groupwise.run.monte_carlo import Completer, MonteCarlo
 from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
-from groupwise.run.rounds import NoRounds, RewardModelRounds, Rounds, Task
 from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.run.scoring import as_judged, check_thread, open_functions, open_trained, say_unread, scorer_of
 from groupwise.run.settings import (

@@ -19,11 +19,11 @@ from groupwise.learn.meter import Cost
 from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.load import choose_device, choose_dtype, choose_layout, context_length, load_config
 from groupwise.models.probe import probe
-from groupwise.models.reward_model import Source
 from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.models.small import character_tokenizer, small_model
 from groupwise.objective import Objective
 from groupwise.readable import duration
+from groupwise.reward_models.model import Source
 from groupwise.run.fit import NOTHING_FITS
 from groupwise.run.given import Given
 from groupwise.run.memory import SamplingCosts, sampling_costs

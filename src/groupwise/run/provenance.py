@@ -22,7 +22,7 @@ from groupwise.cpu.kernels import compiled, processor
 from groupwise.data.stream import columns_digest, contents_digest
 from groupwise.errors import DataError, RunFolderError
 from groupwise.jobfile.reward_model import RewardModelJob
-from groupwise.models.reward_model import RewardModel
+from groupwise.reward_models.model import RewardModel
 from groupwise.rewards.functions.load import MODEL
 from groupwise.rewards.functions.sources import sources_of
 from groupwise.run.given import PYTHON, Given

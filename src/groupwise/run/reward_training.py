@@ -16,11 +16,14 @@ import torch
 
 from groupwise import __version__
 from groupwise.cpu.malloc import keep_freed_memory
-from groupwise.data.labelled import load_examples
 from groupwise.errors import ConfigError, DataError, GroupwiseError
 from groupwise.jobfile.reward_model import RewardModelJob, changed_keys, load_reward_job
 from groupwise.learn.optimizer import OptimizerSettings
-from groupwise.learn.reward_learner import (
+from groupwise.models.load import choose_device, choose_dtype, without_bars
+from groupwise.progress import Progress, StopSignals, unsaved_steps
+from groupwise.readable import duration, number
+from groupwise.reward_models.examples import load_examples
+from groupwise.reward_models.learner import (
     Encoded,
     EncodedSet,
     RewardLearner,
@@ -29,12 +32,9 @@ from groupwise.learn.reward_learner import (
     encode_readable,
     updates_in,
 )
-from groupwise.learn.reward_metrics import PREFIX
-from groupwise.models.judging import Example, prompt_of
-from groupwise.models.load import choose_device, choose_dtype, without_bars
-from groupwise.models.reward_model import RewardModel, Source, new_reward_model
-from groupwise.progress import Progress, StopSignals, unsaved_steps
-from groupwise.readable import duration, number
+from groupwise.reward_models.metrics import PREFIX
+from groupwise.reward_models.model import RewardModel, Source, new_reward_model
+from groupwise.reward_models.text import Example, prompt_of
 from groupwise.run.provenance import JOB, Provenance, check_resumed, provenance_of_examples
 from groupwise.run.record import Record, Watch, warn_of_missing_lines, warn_of_refused, with_lost_output
 from groupwise.run.saving import Clock

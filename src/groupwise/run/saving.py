@@ -15,11 +15,11 @@ from groupwise.errors import RunFolderError
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.progress import Progress, unsaved_steps
+from groupwise.reward_models.rounds import Rounds
 from groupwise.rewards.patience import Patience
 from groupwise.run.evaluate import Evaluator
 from groupwise.run.provenance import JOB, Provenance
 from groupwise.run.record import Watch
-from groupwise.run.rounds import Rounds
 from groupwise.store import checkpoint
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.folder import RunFolder

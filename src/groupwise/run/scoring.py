@@ -13,12 +13,12 @@ import torch
 from groupwise.config import TRAINED, Job
 from groupwise.data.remarks import unread
 from groupwise.errors import RewardError
-from groupwise.models.reward_model import RewardModel, Source, new_reward_model, parameters_of
 from groupwise.models.size import weight_bytes
+from groupwise.reward_models.model import RewardModel, Source, new_reward_model, parameters_of
+from groupwise.reward_models.reward import ModelReward, ModelStepReward
 from groupwise.rewards.base import Reward
 from groupwise.rewards.functions.calls import FunctionCalls
 from groupwise.rewards.functions.load import MODEL, ModelOptions, load_reward, load_stepwise
-from groupwise.rewards.model import ModelReward, ModelStepReward
 from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import segmenter_of
 from groupwise.rewards.stepwise import StepReward, StepScorer, load_step_reward

@@ -9,8 +9,8 @@ import torch
 from groupwise.config import TRAINED, Job
 from groupwise.learn.learner import LearnerSettings
 from groupwise.learn.optimizer import OptimizerSettings
-from groupwise.learn.reward_learner import RewardLearnerSettings
 from groupwise.objective import PRESETS, Objective, objective_named
+from groupwise.reward_models.learner import RewardLearnerSettings
 from groupwise.types import Sampling
 
 BUDGET = 16384

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import torch
 
-from groupwise.learn.reward_learner import RewardLearner
 from groupwise.models.load import quiet_transformers
+from groupwise.reward_models.learner import RewardLearner
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.written import Rounding, write_folder
 from groupwise.tokenizer.files import looks_local

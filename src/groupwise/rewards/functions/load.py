@@ -31,7 +31,7 @@ from groupwise.rewards.functions.workers import InProcess, Runner, Worker
 from groupwise.types import Group
 
 if TYPE_CHECKING:
-    from groupwise.models.reward_model import Kind, RewardModel
+    from groupwise.reward_models.model import Kind, RewardModel
 
 BUILTINS = {"arithmetic": "groupwise.rewards.arithmetic:score", "gsm8k": "groupwise.rewards.gsm8k:score"}
 MODEL = "model:"
@@ -83,7 +83,7 @@ def load_reward(
     if not isinstance(spec, str) and isinstance(spec, Reward):
         return spec
     if isinstance(spec, str) and spec.startswith(MODEL):
-        from groupwise.rewards.model import ModelReward
+        from groupwise.reward_models.reward import ModelReward
 
         return ModelReward(open_reward_model(spec, "outcome", models))
     runner, name = _runner(spec, log)
@@ -92,9 +92,9 @@ def load_reward(
 
 def open_reward_model(spec: str, kind: Kind, options: ModelOptions) -> RewardModel:
     """The reward model that `model:DIR` names. Raises ModelError where it cannot be used."""
-    from groupwise.models.judging import Tags
     from groupwise.models.load import choose_device, choose_dtype
-    from groupwise.models.reward_model import Source, load_reward_model
+    from groupwise.reward_models.model import Source, load_reward_model
+    from groupwise.reward_models.text import Tags
 
     source = Source(spec.removeprefix(MODEL), trust_remote_code=options.trust_remote_code, date=options.date)
     dtype = choose_dtype(options.dtype, choose_device(options.device))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from groupwise.models.judging import Output, Steps
-from groupwise.models.scorer import logits_of, scores_of, sigmoid
+from groupwise.reward_models.score import logits_of, scores_of, sigmoid
+from groupwise.reward_models.text import Output, Steps
 from tests.tiny_judges import judge, save_judge
 
 OUTPUTS = [Output("ab", text) for text in ("c", "gh gh gh", "c", "", "abc", "gh gh gh", "d")]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from groupwise.data.labelled import load_examples
-from groupwise.models.judging import Graded, Preferred
-from groupwise.run.label_sources import VerifierLabels, VerifierPairs
+from groupwise.reward_models.examples import load_examples
+from groupwise.reward_models.labels import VerifierLabels, VerifierPairs
+from groupwise.reward_models.text import Graded, Preferred
 from groupwise.types import Completion, Group, GroupKey, Prompt, Score, ScoredGroup
 
 

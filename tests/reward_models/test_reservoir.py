@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from groupwise.errors import DataError
-from groupwise.run.collected import Collected, distinct
+from groupwise.reward_models.reservoir import Collected, distinct
 from groupwise.types import Completion, Group, GroupKey, Prompt, Score, ScoredGroup
 
 PROMPTS = {str(i): Prompt(str(i), f"question {i}", (2, 3), {"answer": object()}) for i in range(3)}

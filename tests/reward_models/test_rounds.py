@@ -14,17 +14,18 @@ import pytest
 from groupwise.config import RewardModelSection
 from groupwise.data.stream import PromptStream
 from groupwise.errors import DataError, RewardError
-from groupwise.models.judging import Row
 from groupwise.objective import objective_named
 from groupwise.progress import Progress
+from groupwise.reward_models import rounds
+from groupwise.reward_models.labels import FileLabels, LabelSource, VerifierLabels, VerifierPairs
+from groupwise.reward_models.reservoir import Collected
+from groupwise.reward_models.rounds import RewardModelRounds, Task
+from groupwise.reward_models.text import Row
 from groupwise.rewards.patience import Patience
-from groupwise.run import loop, rounds
-from groupwise.run.collected import Collected
+from groupwise.run import loop
 from groupwise.run.evaluate import NoEvaluation
-from groupwise.run.label_sources import FileLabels, LabelSource, VerifierLabels, VerifierPairs
 from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
-from groupwise.run.rounds import RewardModelRounds, Task
 from groupwise.seeds import stable_hash
 from groupwise.types import Group, Sampling
 from groupwise.watch.metrics import unknown

@@ -10,7 +10,7 @@ from groupwise.data.messages import as_content, template_options
 from groupwise.data.objects import of_split, rows_or_splits
 from groupwise.data.rows import TableRows, read_rows
 from groupwise.errors import DataError
-from groupwise.models.judging import Content, Example, Graded, Output, Preferred, Steps, Stepwise
+from groupwise.reward_models.text import Content, Example, Graded, Output, Preferred, Steps, Stepwise
 from groupwise.wording import shown
 
 FORMATS: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from groupwise.learn.replay import ReplayStore
+from groupwise.reward_models.replay import ReplayStore
 
 
 def rows(round_number: int, n: int) -> list[dict[str, str]]:

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 from groupwise.data.messages import template_columns
 from groupwise.data.rows import read_rows
 from groupwise.disk import fixed
-from groupwise.run.monte_carlo import MonteCarlo, read_by
+from groupwise.reward_models.monte_carlo import MonteCarlo, read_by
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Group, Scored
 
 Row = dict[str, Any]
-"""An example as reward models learn from it (see `groupwise.data.labelled`), and where it comes from."""
+"""An example as reward models learn from it (see `groupwise.reward_models.examples`), and where it comes from."""
 
 
 class LabelSource(Protocol):

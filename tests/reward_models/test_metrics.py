@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 
-from groupwise.learn.reward_metrics import (
+from groupwise.reward_models.metrics import (
     against_verifier,
     auc,
     calibration_error,

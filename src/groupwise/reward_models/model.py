@@ -24,7 +24,6 @@ from transformers import (
 
 from groupwise.disk import write_atomic
 from groupwise.errors import DataError, ModelError
-from groupwise.models.judging import Encoder, Judged, OutputEncoder, Row, StepEncoder, TagEncoder, Tags
 from groupwise.models.load import (
     choose_device,
     context_length,
@@ -37,6 +36,7 @@ from groupwise.models.narrow import narrow_model
 from groupwise.models.policy import silence_dropout
 from groupwise.models.precision import wide
 from groupwise.models.size import parameter_count
+from groupwise.reward_models.text import Encoder, Judged, OutputEncoder, Row, StepEncoder, TagEncoder, Tags
 from groupwise.tokenizer.codec import Codec
 from groupwise.tokenizer.files import special_ids
 from groupwise.wording import one_line

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models
 
 from groupwise.errors import ModelError, RewardError
 from groupwise.models.small import character_tokenizer
+from groupwise.reward_models.reward import ModelReward, ModelStepReward
 from groupwise.rewards.combine import score_groups
 from groupwise.rewards.functions.load import ModelOptions, load_reward
-from groupwise.rewards.model import ModelReward, ModelStepReward
 from groupwise.rewards.steps import by_pattern
 from groupwise.rewards.stepwise import StepScorer, load_step_reward
 from groupwise.tokenizer.codec import Codec

@@ -12,7 +12,7 @@ import torch
 
 from groupwise.errors import DataError, ModelError, RunFolderError
 from groupwise.learn.optimizer import OptimizerSettings
-from groupwise.learn.reward_learner import (
+from groupwise.reward_models.learner import (
     Encoded,
     RewardLearner,
     RewardLearnerSettings,
@@ -20,7 +20,7 @@ from groupwise.learn.reward_learner import (
     micro_batches,
     updates_in,
 )
-from groupwise.models.judging import Graded, Output, Preferred, Row, Steps, Stepwise
+from groupwise.reward_models.text import Graded, Output, Preferred, Row, Steps, Stepwise
 from tests.tiny_judges import pupil, save_judge
 
 LETTERS = "abcdefgh"

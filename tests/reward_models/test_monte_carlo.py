@@ -10,11 +10,11 @@ import pytest
 
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.engines.scripted import ScriptedEngine
+from groupwise.reward_models import monte_carlo
+from groupwise.reward_models.monte_carlo import Completer, MonteCarlo
 from groupwise.rewards.base import RewardContext
 from groupwise.rewards.steps import by_pattern
 from groupwise.rewards.stepwise import StepScorer
-from groupwise.run import monte_carlo
-from groupwise.run.monte_carlo import Completer, MonteCarlo
 from groupwise.types import Completion, Finish, Group, GroupKey, Prompt, Request, Sampled, Sampling, Score, ScoredGroup
 from tests.engines.policies import CODEC, make_policy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from groupwise.errors import DataError, ModelError
-from groupwise.models.judging import (
+from groupwise.reward_models.text import (
     Graded,
     Output,
     OutputEncoder,

@@ -17,11 +17,11 @@ from torch import Tensor
 from groupwise.errors import DataError, ModelError, RunFolderError
 from groupwise.learn.memory import Room
 from groupwise.learn.optimizer import REFUSED, REFUSED_UPDATES, MasterOptimizer, OptimizerSettings
-from groupwise.learn.reward_metrics import Metrics, label_metrics, preference_metrics, step_metrics
-from groupwise.models.judging import Example, Graded, Output, Preferred, Row, Steps, rows_of
-from groupwise.models.reward_model import RewardModel
-from groupwise.models.scorer import count_of, logits_of, scores_of, sigmoid
 from groupwise.objective.preference import label_losses, preference_losses
+from groupwise.reward_models.metrics import Metrics, label_metrics, preference_metrics, step_metrics
+from groupwise.reward_models.model import RewardModel
+from groupwise.reward_models.score import count_of, logits_of, scores_of, sigmoid
+from groupwise.reward_models.text import Example, Graded, Output, Preferred, Row, Steps, rows_of
 from groupwise.seeds import stable_hash
 
 ADVICE = "Lower tokens_per_micro_batch, or shorten prompts or outputs."

@@ -9,8 +9,8 @@ from itertools import islice
 import torch
 
 from groupwise.errors import DataError
-from groupwise.models.judging import Judged, Output, Row
-from groupwise.models.reward_model import RewardModel
+from groupwise.reward_models.model import RewardModel
+from groupwise.reward_models.text import Judged, Output, Row
 
 BUDGET = 16384
 """Tokens of a pass, padding included."""

@@ -11,17 +11,17 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from groupwise.config import TRAINED, RewardModelSection
-from groupwise.data.labelled import load_examples
 from groupwise.errors import DataError, RewardError, RunFolderError
 from groupwise.learn.optimizer import REFUSED
-from groupwise.learn.replay import ReplayStore
-from groupwise.learn.reward_learner import EncodedSet, RewardLearner, encode_examples, encode_readable
-from groupwise.learn.reward_metrics import PREFIX, against_verifier
-from groupwise.models.judging import Example, prompt_of
 from groupwise.progress import Progress
 from groupwise.readable import ROUND, number
-from groupwise.run.collected import Collected, distinct
-from groupwise.run.label_sources import LabelSource, Row
+from groupwise.reward_models.examples import load_examples
+from groupwise.reward_models.labels import LabelSource, Row
+from groupwise.reward_models.learner import EncodedSet, RewardLearner, encode_examples, encode_readable
+from groupwise.reward_models.metrics import PREFIX, against_verifier
+from groupwise.reward_models.replay import ReplayStore
+from groupwise.reward_models.reservoir import Collected, distinct
+from groupwise.reward_models.text import Example, prompt_of
 from groupwise.run.record import Record, Watch, warn_of_refused
 from groupwise.run.rollouts import Scorer
 from groupwise.seeds import stable_hash

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, MambaConfig, OPTConfig, XLNetConfig
 
 from groupwise.errors import DataError, ModelError
-from groupwise.models.judging import Judged, Output, StepEncoder, Steps, Tags
-from groupwise.models.reward_model import CARD, Kind
-from groupwise.models.scorer import scores_of
 from groupwise.models.small import character_tokenizer
+from groupwise.reward_models.model import CARD, Kind
+from groupwise.reward_models.score import scores_of
+from groupwise.reward_models.text import Judged, Output, StepEncoder, Steps, Tags
 from tests.tiny_judges import ALPHABET, judge, pupil, save_judge, stock_logits
 from tests.tiny_models import randomized
 

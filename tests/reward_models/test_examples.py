@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from groupwise.data.labelled import load_examples
 from groupwise.errors import DataError
-from groupwise.models.judging import Graded, Output, Preferred, Steps, Stepwise
+from groupwise.reward_models.examples import load_examples
+from groupwise.reward_models.text import Graded, Output, Preferred, Steps, Stepwise
 
 ASKED = [{"role": "user", "content": "1+1?"}]
 

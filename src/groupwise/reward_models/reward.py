@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from groupwise.models.judging import Judged, Output, Steps
-from groupwise.models.reward_model import RewardModel
-from groupwise.models.scorer import BUDGET, scores_of, sigmoid
+from groupwise.reward_models.model import RewardModel
+from groupwise.reward_models.score import BUDGET, scores_of, sigmoid
+from groupwise.reward_models.text import Judged, Output, Steps
 from groupwise.rewards.base import RewardContext, Scope, Values
 from groupwise.rewards.checks import check_number, check_values, show_output
 from groupwise.rewards.steps import Cuts
