@@ -266,8 +266,8 @@ def plan(
         job = str(Path(job) / "job.toml")
     options = _options(model, data, reward, step_reward, eval_data, run)
     inputs.check_job(load_job(job, set_ or (), options).job, functions=False)
+    from groupwise.planning.plan import in_text
     from groupwise.run import api
-    from groupwise.run.plan import in_text
 
     found = api.plan(job, **options, overrides=set_ or (), trust_remote_code=trust_remote_code)
     typer.echo(json.dumps(found.as_dict()) if json_ else in_text(found))

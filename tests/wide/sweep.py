@@ -37,8 +37,8 @@ from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
 from groupwise.models.load import LoadedPolicy, load_policy
 from groupwise.models.policy import Policy
 from groupwise.models.small import character_tokenizer
+from groupwise.planning.plan import plan_of
 from groupwise.run.given import Given
-from groupwise.run.plan import plan_of
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Request, Sampling
 from groupwise.wording import one_line

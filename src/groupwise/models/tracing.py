@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 
 class Counter(Protocol):
-    """Runs what is alike once and counts it as often as it is there: see `groupwise.learn.alike`."""
+    """Runs what is alike once and counts it as often as it is there: see `groupwise.planning.repeats`."""
 
     def rounds(self, items: Sequence[Item], kind: Callable[[Item], Hashable]) -> Sequence[Item]:
         """What a loop over `items` goes through: those of one `kind` allocate and compute alike."""

@@ -42,8 +42,8 @@ from groupwise.types import Completion, Message, Request
 from groupwise.watch.terminal import Mode
 
 if TYPE_CHECKING:
+    from groupwise.planning.plan import Plan
     from groupwise.run.label import LabelResult
-    from groupwise.run.plan import Plan
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
 Functions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None
@@ -82,7 +82,7 @@ def plan(
 
     Takes seconds and reads no weights: a folder with a config.json is enough. Raises GroupwiseError.
     """
-    from groupwise.run.plan import plan_of  # what traces a model is not needed to train it
+    from groupwise.planning.plan import plan_of  # what traces a model is not needed to train it
 
     given, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
     resolved = load_job(job, overrides, {"model": model, "run": run, **named, **options})

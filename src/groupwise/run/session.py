@@ -15,11 +15,11 @@ from groupwise import __version__
 from groupwise.config import BUILTIN, Job
 from groupwise.errors import GroupwiseError
 from groupwise.jobfile import to_toml
+from groupwise.planning.fit import settle
 from groupwise.progress import StopSignals
 from groupwise.readable import duration, number
 from groupwise.run import loop
 from groupwise.run.evaluate import ABOVE, Evaluation
-from groupwise.run.fit import settle
 from groupwise.run.given import Given
 from groupwise.run.loop import Parts
 from groupwise.run.parts import build, open_sinks

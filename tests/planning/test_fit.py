@@ -11,11 +11,11 @@ import pytest
 from groupwise.config import BUILTIN, Job
 from groupwise.errors import ModelError
 from groupwise.jobfile import load_job
-from groupwise.learn.trace import UntraceableError
-from groupwise.run import fit
-from groupwise.run import plan as plans
+from groupwise.planning import fit
+from groupwise.planning import plan as plans
+from groupwise.planning.plan import Plan
+from groupwise.planning.trace import UntraceableError
 from groupwise.run.given import Given
-from groupwise.run.plan import Plan
 from groupwise.run.settings import BUDGET
 from tests.run.tiny import save_model
 

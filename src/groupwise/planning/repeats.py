@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from groupwise.learn.meter import LARGE, Meter, Span
 from groupwise.models.layout import Forest
 from groupwise.models.tiles import Options, Tile, TiledAttention
+from groupwise.planning.meter import LARGE, Meter, Span
 
 Item = TypeVar("Item")
 

@@ -15,20 +15,20 @@ from groupwise.data.arithmetic import ALPHABET
 from groupwise.disk import in_words
 from groupwise.errors import DataError, ModelError
 from groupwise.learn.lanes import most_lanes
-from groupwise.learn.meter import Cost
-from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.load import choose_device, choose_dtype, choose_layout, context_length, load_config
 from groupwise.models.probe import probe
 from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.models.small import character_tokenizer, small_model
 from groupwise.objective import Objective
+from groupwise.planning.fit import NOTHING_FITS
+from groupwise.planning.hardware import measure
+from groupwise.planning.meter import Cost
+from groupwise.planning.sampling import SamplingCosts, sampling_costs
+from groupwise.planning.trace import Hollow, Shape
 from groupwise.readable import duration
 from groupwise.reward_models.model import Source
-from groupwise.run.fit import NOTHING_FITS
 from groupwise.run.given import Given
-from groupwise.run.memory import SamplingCosts, sampling_costs
 from groupwise.run.parts import available_memory, encoded_prompts
-from groupwise.run.rates import measure
 from groupwise.run.scoring import reward_model_bytes
 from groupwise.run.settings import memory_settings, objective_of
 from groupwise.tokenizer.codec import Codec

@@ -10,14 +10,14 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from groupwise.cpu import kernels, packed
 from groupwise.errors import ModelError
-from groupwise.learn.meter import Cost, Meter
-from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.attention import NAME
 from groupwise.models.head import HeadShape
 from groupwise.models.layout import Stream
 from groupwise.models.load import checkpoint_gradients
 from groupwise.models.policy import Policy
-from groupwise.run.memory import sampling_costs
+from groupwise.planning.meter import Cost, Meter
+from groupwise.planning.sampling import sampling_costs
+from groupwise.planning.trace import Hollow, Shape
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -31,8 +31,8 @@ def settle(job: Job, given: Given, say: Callable[[str], None]) -> Job:
     named = (job.train.tokens_per_micro_batch, job.model.gradient_checkpointing)
     if None not in named or _is_roomy(job, given):
         return _with(job, *memory_settings(job))
-    from groupwise.learn.trace import UntraceableError  # nobody else pays for importing these
-    from groupwise.run.plan import plan_of
+    from groupwise.planning.plan import plan_of
+    from groupwise.planning.trace import UntraceableError  # nobody else pays for importing these
 
     say("planning memory")
     try:

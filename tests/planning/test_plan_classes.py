@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig
 from groupwise.errors import ModelError
 from groupwise.jobfile import load_job
 from groupwise.models.size import parameter_count
-from groupwise.run import plan as plans
+from groupwise.planning import plan as plans
+from groupwise.planning.hardware import Rates
 from groupwise.run.given import Given
-from groupwise.run.rates import Rates
 
 RATES = Rates(
     flops_many=1e9, flops_few=1e9, bytes_many=1e9, bytes_few=1e9, bytes_memory=1e9, operation_decoding=0.0,

@@ -10,13 +10,13 @@ import torch
 
 from groupwise.cpu.malloc import keep_freed_memory
 from groupwise.cpu.packed import PackedProducts, plain_product
-from groupwise.learn.meter import Cost, Meter
-from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.attention import NAME
 from groupwise.models.clone import tiny_clone
 from groupwise.models.direct import Product
 from groupwise.models.policy import Policy
-from groupwise.run.memory import decoding
+from groupwise.planning.meter import Cost, Meter
+from groupwise.planning.sampling import decoding
+from groupwise.planning.trace import Hollow, Shape
 
 _PATIENCE = 0.1
 """Seconds for each thing that is measured."""

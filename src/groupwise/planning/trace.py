@@ -20,9 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from groupwise.errors import ModelError
-from groupwise.learn.alike import Counting
 from groupwise.learn.lanes import deal
-from groupwise.learn.meter import Cost, Meter
 from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
 from groupwise.learn.pack import Output, micro_batches
 from groupwise.models.attention import NAME
@@ -32,6 +30,8 @@ from groupwise.models.load import checkpoint_gradients
 from groupwise.models.narrow import narrow_model
 from groupwise.models.policy import LayoutName, Policy
 from groupwise.models.tracing import counter
+from groupwise.planning.meter import Cost, Meter
+from groupwise.planning.repeats import Counting
 from groupwise.wording import one_line
 
 _SILENCED = ("transformers", "torch._subclasses.fake_tensor")

@@ -11,10 +11,10 @@ from torch import Tensor
 from groupwise.engines.native.draw import Filters, draw, uniforms
 from groupwise.engines.native.shared_decoder import SharedDecoder
 from groupwise.engines.processes import by_process
-from groupwise.learn.meter import Cost
-from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.policy import Policy
 from groupwise.models.stock_decode import CachedRows, whole_rows
+from groupwise.planning.meter import Cost
+from groupwise.planning.trace import Hollow, Shape
 from groupwise.types import Sampling
 
 Step = Callable[[], object]

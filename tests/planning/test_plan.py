@@ -19,18 +19,18 @@ import groupwise
 from groupwise.cli import app
 from groupwise.config import Job, SamplingSection
 from groupwise.jobfile import load_job
-from groupwise.learn.meter import Cost
-from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.head import HeadShape
 from groupwise.models.load import load_config
 from groupwise.models.policy import LayoutName
 from groupwise.models.size import weight_bytes
 from groupwise.objective import PRESETS
-from groupwise.run import plan as plans
-from groupwise.run import rates
+from groupwise.planning import hardware
+from groupwise.planning import plan as plans
+from groupwise.planning.hardware import Rates
+from groupwise.planning.meter import Cost
+from groupwise.planning.plan import Plan, in_text
+from groupwise.planning.trace import Hollow, Shape
 from groupwise.run.given import Given
-from groupwise.run.plan import Plan, in_text
-from groupwise.run.rates import Rates
 from tests.run.tiny import save_model, save_rewards, save_rows
 from tests.tiny_judges import save_judge
 
@@ -202,7 +202,7 @@ def test_the_command_tells_what_python_does(at: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("layout", "cached"), [("shared", True), ("plain", True), ("plain", False)])
 def test_rates_are_of_this_machine(at: Path, layout: LayoutName, cached: bool) -> None:
     hollow = Hollow(load_config(str(at / "model")), layout, HeadShape(), torch.float32)
-    found = rates.measure(hollow, few=2, many=64, cached=cached)
+    found = hardware.measure(hollow, few=2, many=64, cached=cached)
     assert found.flops_few > 1e6
     assert 1e7 < found.flops_many < 1e15
     assert 1e7 < found.bytes_memory < 1e13

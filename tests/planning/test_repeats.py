@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from groupwise.learn import trace
-from groupwise.learn.alike import Counting, Rounds
-from groupwise.learn.meter import Cost, Meter
-from groupwise.learn.trace import Hollow, Shape
 from groupwise.models.head import HeadShape
 from groupwise.models.tiles import TiledAttention
 from groupwise.models.tracing import counter
-from groupwise.run.memory import sampling_costs
+from groupwise.planning import trace
+from groupwise.planning.meter import Cost, Meter
+from groupwise.planning.repeats import Counting, Rounds
+from groupwise.planning.sampling import sampling_costs
+from groupwise.planning.trace import Hollow, Shape
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
