@@ -242,8 +242,8 @@ def doctor(
     """Try on a job what the library promises. The exit status is 1 where something fails."""
     options = _options(model, data, reward, step_reward, eval_data)
     inputs.check_job(load_job(job, set_ or (), options).job)
+    from groupwise.doctor.findings import print_report
     from groupwise.run import api
-    from groupwise.run.report import print_report
 
     report = api.doctor(job, **options, overrides=set_ or (), trust_remote_code=trust_remote_code)
     if json_:

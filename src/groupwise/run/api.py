@@ -13,20 +13,20 @@ import torch
 
 from groupwise.config import Job
 from groupwise.data.objects import rows_or_splits
+from groupwise.doctor.doctor import examine
+from groupwise.doctor.findings import Report
 from groupwise.engines.base import generate
 from groupwise.errors import ConfigError, DataError, RunFolderError
 from groupwise.jobfile import at_home, differences, load_job, refuse_loaded
 from groupwise.models.load import quiet_transformers, without_bars
 from groupwise.models.multimodal import with_towers
 from groupwise.run.asking import asked, trained_on
-from groupwise.run.doctor import examine
 from groupwise.run.evaluate import Evaluation
 from groupwise.run.given import PYTHON, Given
 from groupwise.run.guarded import GuardedEngine
 from groupwise.run.inputs import check_export, check_job, check_overrides, check_weights
 from groupwise.run.parts import Model, narrow, open_engine, open_evaluation, open_guard, open_model
 from groupwise.run.record import Record
-from groupwise.run.report import Report
 from groupwise.run.resuming import Start, edits, refuse_changes, start_of
 from groupwise.run.saving import Clock, check_shapes
 from groupwise.run.scoring import as_judged, open_functions, scorer_of

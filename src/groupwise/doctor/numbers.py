@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from groupwise.doctor.findings import Finding, measured
+from groupwise.doctor.opened_job import Patient, credit, unscored
 from groupwise.errors import ModelError
 from groupwise.learn import agreement
 from groupwise.learn.learner import Learner
@@ -19,8 +21,6 @@ from groupwise.learn.pack import Batch
 from groupwise.learn.reference import NoReference
 from groupwise.models.layout import Tokens
 from groupwise.models.policy import LogProbs, Policy
-from groupwise.run.patient import Patient, credit, unscored
-from groupwise.run.report import Finding, measured
 from groupwise.types import ScoredGroup
 
 Pairs = Sequence[tuple[Tokens, Sequence[Tokens]]]

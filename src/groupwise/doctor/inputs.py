@@ -12,13 +12,13 @@ import torch
 
 from groupwise.data.remarks import remarks
 from groupwise.disk import in_words
+from groupwise.doctor.findings import Finding, Verdict, measured
+from groupwise.doctor.opened_job import LOOKED_AT, Patient, credit, unscored
 from groupwise.learn.memory import peak_memory
 from groupwise.objective import token_advantages
 from groupwise.readable import duration, percent
 from groupwise.rewards.combine import unique_names
-from groupwise.run.patient import LOOKED_AT, Patient, credit, unscored
 from groupwise.run.record import Record, frac_zero
-from groupwise.run.report import Finding, Verdict, measured
 from groupwise.run.settings import memory_settings
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Group, GroupKey, Message, Prompt, ScoredGroup

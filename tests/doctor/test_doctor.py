@@ -20,6 +20,10 @@ from transformers import MistralConfig, MistralForCausalLM
 import groupwise
 from groupwise.config import ProcessSection, RewardSection
 from groupwise.data.files import PromptSet
+from groupwise.doctor import doctor, inputs
+from groupwise.doctor.findings import Finding, Report, measured, print_report
+from groupwise.doctor.numbers import Bounds, bounds
+from groupwise.doctor.opened_job import Patient, Room, open_patient
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.jobfile import load_job
 from groupwise.learn import learner as learning
@@ -27,11 +31,8 @@ from groupwise.learn.reference import Reference
 from groupwise.models.attention import ForestAttention, Options
 from groupwise.models.head import HeadShape
 from groupwise.models.small import character_tokenizer
-from groupwise.run import doctor, doctor_inputs, parts
-from groupwise.run.doctor_numbers import Bounds, bounds
+from groupwise.run import parts
 from groupwise.run.given import Given
-from groupwise.run.patient import Patient, Room, open_patient
-from groupwise.run.report import Finding, Report, measured, print_report
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt
 from tests.commandline import call
@@ -315,14 +316,14 @@ def test_a_window_that_is_ignored_is_found(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_pad_that_is_the_end_token_is_trained(patient: Patient) -> None:
-    [finding] = doctor_inputs.end_token(pad_is_end(patient))
+    [finding] = inputs.end_token(pad_is_end(patient))
     assert finding.verdict == "passed"
     assert "trained all the same" in finding.words
 
 
 def test_a_model_without_end_tokens_is_a_warning(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patient.model.codec, "end_token_ids", frozenset())
-    assert [finding.verdict for finding in doctor_inputs.end_token(patient)] == ["warning"]
+    assert [finding.verdict for finding in inputs.end_token(patient)] == ["warning"]
 
 
 OPEN = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -353,7 +354,7 @@ def test_chat_templates(template: str, fault: str, prefilled: bool, patient: Pat
     messages += [{"role": "assistant", "content": "the answer"}] if prefilled else []
     prompt = Prompt("0", messages, codec.encode_prompt(messages))
     ill = replace(patient, model=replace(patient.model, codec=codec), prompts=PromptSet((prompt, prompt), 0))
-    [finding] = doctor_inputs.chat_template(ill)
+    [finding] = inputs.chat_template(ill)
     if prefilled and "assistant" in fault:
         fault = ""  # nobody needs a generation prompt there
     assert finding.verdict == ("failed" if fault else "passed")
@@ -395,7 +396,7 @@ def test_rewards(reward: Callable[..., Any], verdict: str, said: str, patient: P
     with ExitStack() as closing:
         functions = parts.open_functions(patient.job, Given([reward]), None, closing)
         scorer = parts.scorer_of(patient.job, functions, patient.model.codec, patient.warnings.append)
-        [finding] = doctor._tried("rewards", doctor_inputs.rewards, replace(patient, scorer=scorer))
+        [finding] = doctor._tried("rewards", inputs.rewards, replace(patient, scorer=scorer))
     assert finding.verdict == verdict
     assert said in finding.words
 
@@ -430,15 +431,15 @@ def test_step_rewards(reward: Callable[..., Any], pattern: str, verdict: str, sa
         scorer = parts.scorer_of(job, functions, patient.model.codec, patient.warnings.append)
         learner = copy.copy(patient.learner)
         learner.objective = parts.objective_of(job)
-        [finding] = doctor._tried("rewards", doctor_inputs.rewards, replace(patient, scorer=scorer, learner=learner))
+        [finding] = doctor._tried("rewards", inputs.rewards, replace(patient, scorer=scorer, learner=learner))
     assert finding.verdict == verdict
     assert said in finding.words
 
 
 @pytest.mark.parametrize("peak, verdict", [(80, "passed"), (95, "warning"), (101, "failed")])
 def test_memory_of_an_update(peak: int, verdict: str, patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_inputs, "peak_memory", lambda device: 50 + peak)
-    [finding] = doctor_inputs.memory(replace(patient, room=Room(free=100, held=50)))
+    monkeypatch.setattr(inputs, "peak_memory", lambda device: 50 + peak)
+    [finding] = inputs.memory(replace(patient, room=Room(free=100, held=50)))
     assert (finding.verdict, finding.error, finding.bound) == (verdict, peak, 100)
     assert ("Lower train.tokens_per_micro_batch" in finding.words) == (verdict != "passed")
 
@@ -449,18 +450,18 @@ def test_an_update_that_runs_out_of_memory(patient: Patient, monkeypatch: pytest
 
     monkeypatch.setattr(patient.learner, "update", out_of_memory)
     settings = patient.learner.settings
-    [finding] = doctor_inputs.memory(patient)
+    [finding] = inputs.memory(patient)
     assert finding.verdict == "failed"
     assert "Lower train.tokens_per_micro_batch" in finding.words
     assert patient.learner.settings is settings
 
 
 def test_the_update_of_the_memory_check_is_a_full_one(patient: Patient) -> None:
-    groups = doctor_inputs._largest(patient)
+    groups = inputs._largest(patient)
     assert [len(group.group.prompt.token_ids) for group in groups] == [8, 8]  # two prompts a step, the longest each
     assert [len(c.token_ids) for group in groups for c in group.group.completions] == [12] * 8
     job = patient.job.model_copy(update={"train": patient.job.train.model_copy(update={"tokens_per_micro_batch": 60})})
-    assert len(doctor_inputs._largest(replace(patient, job=job))) == 1  # 8 + 4 * 12 tokens fill it
+    assert len(inputs._largest(replace(patient, job=job))) == 1  # 8 + 4 * 12 tokens fill it
 
 
 def test_weights_that_do_not_fit_are_the_only_finding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -537,7 +538,7 @@ def test_what_there_is_to_say_of_prompts_is_in_the_table(patient: Patient) -> No
         codec = Codec(byte_level(CHAT_TEMPLATE))
         prompt = Prompt("0", content, codec.encode_prompt(content))
         ill = replace(patient, model=replace(patient.model, codec=codec), prompts=PromptSet((prompt,), 0))
-        [found] = doctor_inputs.chat_template(ill)
+        [found] = inputs.chat_template(ill)
         return found
 
     text = finding("1+1?")

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from groupwise.config import Job
+from groupwise.doctor.findings import Finding, Report
+from groupwise.doctor.inputs import chat_template, end_token, memory, rewards, tokenizer
+from groupwise.doctor.numbers import NUMBERS, Check
+from groupwise.doctor.opened_job import Patient, open_patient
 from groupwise.errors import GroupwiseError
-from groupwise.run.doctor_inputs import chat_template, end_token, memory, rewards, tokenizer
-from groupwise.run.doctor_numbers import NUMBERS, Check
 from groupwise.run.given import Given
 from groupwise.run.parts import lacking_memory, model_source
-from groupwise.run.patient import Patient, open_patient
-from groupwise.run.report import Finding, Report
 from groupwise.wording import one_line
 
 CHECKS: tuple[tuple[str, Check], ...] = (
