@@ -68,7 +68,7 @@ def cells() -> list[Cell]:
 
 def run(cell: Cell) -> Result:
     """Train a cell in a process of its own and return its result."""
-    from groupwise.run.warmup import WarmUp, ensure_warm
+    from groupwise.demo.warmup import WarmUp, ensure_warm
     from groupwise.store.folder import git_commit  # here, so that the tables need no torch
 
     model = ensure_warm(cell.seed, settings=WarmUp(**TASKS[cell.task]))  # type: ignore[arg-type]

@@ -34,7 +34,8 @@ BAR = 3.0
 
 def agreement(prompts: int, outputs: int, seed: int) -> dict[str, Any]:
     """Label `outputs` outputs of each of `prompts` held-out questions by the built-in model, for each of `TRIES`."""
-    from groupwise.data.arithmetic import held_out
+    from groupwise.demo.task import held_out
+    from groupwise.demo.warmup import ensure_warm
     from groupwise.engines.native.engine import NativeEngine
     from groupwise.models.load import load_policy
     from groupwise.reward_models.monte_carlo import Completer, MonteCarlo
@@ -42,7 +43,6 @@ def agreement(prompts: int, outputs: int, seed: int) -> dict[str, Any]:
     from groupwise.rewards.steps import by_pattern
     from groupwise.run.record import Record
     from groupwise.run.rollouts import Draw, Scorer
-    from groupwise.run.warmup import ensure_warm
     from groupwise.tokenizer.codec import Codec
     from groupwise.types import Prompt, Sampling
 
@@ -78,7 +78,7 @@ def compared(labelled: Iterable[tuple[Any, Sequence[str], Sequence[float | None]
     here is right, which is what a continuation can tell. Of the steps that are right so far, `missed` are labelled 0;
     of those that are not, `lucky` are labelled 1. `soft_error` is the mean distance of soft labels from `so_far`.
     """
-    from groupwise.rewards.arithmetic import check_steps
+    from groupwise.demo.reward import check_steps
 
     pairs = []
     for prompt, steps, labels in labelled:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
+from groupwise.demo.model import small_model
 from groupwise.engines.base import generate
 from groupwise.jobfile import load_job
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.probe import probe
-from groupwise.models.small import small_model
 from groupwise.run import parts
 from groupwise.run.given import Given
 from groupwise.run.settings import learner_settings, objective_of, sampling_of

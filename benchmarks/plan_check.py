@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import groupwise
-from groupwise.models.small import character_tokenizer, small_model
+from groupwise.demo.model import character_tokenizer, small_model
 
 ALPHABET = "".join(chr(0x4E00 + i) for i in range(20_000))
 SHAPES = {

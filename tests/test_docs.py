@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
+from groupwise.demo.model import small_model
 from groupwise.jobfile import load_job
-from groupwise.models.small import small_model
 from tests.tiny_tokenizers import CHAT_TEMPLATE, byte_level
 
 ROOT = Path(__file__).parents[1]

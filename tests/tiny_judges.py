@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from groupwise.models.small import character_tokenizer, small_model
+from groupwise.demo.model import character_tokenizer, small_model
 from groupwise.reward_models.model import Kind, RewardModel, Source, load_reward_model, new_reward_model
 from tests.tiny_models import randomized
 

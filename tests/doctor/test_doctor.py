@@ -20,6 +20,7 @@ from transformers import MistralConfig, MistralForCausalLM
 import groupwise
 from groupwise.config import ProcessSection, RewardSection
 from groupwise.data.files import PromptSet
+from groupwise.demo.model import character_tokenizer
 from groupwise.doctor import doctor, inputs
 from groupwise.doctor.findings import Finding, Report, measured, print_report
 from groupwise.doctor.numbers import Bounds, bounds
@@ -30,7 +31,6 @@ from groupwise.learn import learner as learning
 from groupwise.learn.reference import Reference
 from groupwise.models.attention import ForestAttention, Options
 from groupwise.models.head import HeadShape
-from groupwise.models.small import character_tokenizer
 from groupwise.run import parts
 from groupwise.run.given import Given
 from groupwise.tokenizer.codec import Codec

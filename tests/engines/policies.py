@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from groupwise.demo.model import character_tokenizer
 from groupwise.engines.base import generate
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.models.head import HeadShape
 from groupwise.models.policy import LayoutName, Policy
-from groupwise.models.small import character_tokenizer
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Request, Sampling
 from tests.tiny_models import clone_of, policy_of

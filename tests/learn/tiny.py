@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Starcoder2Config, Starcoder2ForCausalLM
 
+from groupwise.demo.model import small_model
 from groupwise.learn.learner import Learner, LearnerSettings
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.pack import Batch
 from groupwise.models.attention import NAME
 from groupwise.models.head import HeadShape
 from groupwise.models.policy import LayoutName, Policy
-from groupwise.models.small import small_model
 from groupwise.objective import Objective, objective_named, policy_loss
 from groupwise.types import Completion, Finish, Group, GroupKey, Prompt, Score, ScoredGroup
 

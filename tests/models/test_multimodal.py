@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig, PreTrainedModel
 
 import groupwise
+from groupwise.demo.model import character_tokenizer
 from groupwise.errors import ModelError
 from groupwise.models.load import load_policy
 from groupwise.models.multimodal import check_causal, towers
-from groupwise.models.small import character_tokenizer
 from groupwise.store import checkpoint
 from tests.tiny_models import SINCE_5_23, VOCABULARY, randomized
 from tests.wide.shrink import small_config

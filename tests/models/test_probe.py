@@ -20,6 +20,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
 
+from groupwise.demo.model import character_tokenizer
 from groupwise.engines.base import generate
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.models import attention
@@ -27,7 +28,6 @@ from groupwise.models.clone import WINDOW, tiny_clone
 from groupwise.models.head import HeadShape
 from groupwise.models.load import load_policy
 from groupwise.models.probe import Findings, probe
-from groupwise.models.small import character_tokenizer
 from groupwise.models.tiles import Options
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Request, Sampling

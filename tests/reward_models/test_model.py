@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, MambaConfig, OPTConfig, XLNetConfig
 
+from groupwise.demo.model import character_tokenizer
 from groupwise.errors import DataError, ModelError
-from groupwise.models.small import character_tokenizer
 from groupwise.reward_models.model import CARD, Kind
 from groupwise.reward_models.score import scores_of
 from groupwise.reward_models.text import Judged, Output, StepEncoder, Steps, Tags

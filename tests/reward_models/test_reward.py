@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 
+from groupwise.demo.model import character_tokenizer
 from groupwise.errors import ModelError, RewardError
-from groupwise.models.small import character_tokenizer
 from groupwise.reward_models.reward import ModelReward, ModelStepReward
 from groupwise.rewards.combine import score_groups
 from groupwise.rewards.functions.load import ModelOptions, load_reward

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import RwkvConfig, RwkvForCausalLM
 
 import groupwise
-from groupwise.models.small import character_tokenizer
+from groupwise.demo.model import character_tokenizer
 from tests.run.tiny import ALPHABET, save_rewards, save_rows
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import groupwise
-from groupwise.models.small import character_tokenizer
+from groupwise.demo.model import character_tokenizer
 from tests.run.tiny import ALPHABET, events, rollouts, save_model, save_rows
 
 THINK, OVER = "<think>", "</think>"

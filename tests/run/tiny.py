@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from groupwise.models.small import character_tokenizer, small_model
+from groupwise.demo.model import character_tokenizer, small_model
 
 ALPHABET = "abcdefgh \n"
 CONTEXT = 64

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 import groupwise
+from groupwise.demo.model import character_tokenizer, small_model
 from groupwise.errors import ConfigError, ModelError, RunFolderError
 from groupwise.learn.optimizer import OptimizerSettings
-from groupwise.models.small import character_tokenizer, small_model
 from groupwise.reward_models.learner import RewardLearner, RewardLearnerSettings
 from groupwise.store import written
 from groupwise.store.export import exported_dtype, save_reward_model

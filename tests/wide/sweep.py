@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import groupwise
+from groupwise.demo.model import character_tokenizer
 from groupwise.engines.base import generate
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import GroupwiseError
@@ -36,7 +37,6 @@ from groupwise.jobfile import load_job
 from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
 from groupwise.models.load import LoadedPolicy, load_policy
 from groupwise.models.policy import Policy
-from groupwise.models.small import character_tokenizer
 from groupwise.planning.plan import plan_of
 from groupwise.run.given import Given
 from groupwise.tokenizer.codec import Codec

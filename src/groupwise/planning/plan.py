@@ -11,14 +11,14 @@ import torch
 from transformers import PreTrainedConfig
 
 from groupwise.config import BUILTIN, Job
-from groupwise.data.arithmetic import ALPHABET
+from groupwise.demo.model import character_tokenizer, small_model
+from groupwise.demo.task import ALPHABET
 from groupwise.disk import in_words
 from groupwise.errors import DataError, ModelError
 from groupwise.learn.lanes import most_lanes
 from groupwise.models.load import choose_device, choose_dtype, choose_layout, context_length, load_config
 from groupwise.models.probe import probe
 from groupwise.models.size import parameter_count, weight_bytes
-from groupwise.models.small import character_tokenizer, small_model
 from groupwise.objective import Objective
 from groupwise.planning.fit import NOTHING_FITS
 from groupwise.planning.hardware import measure

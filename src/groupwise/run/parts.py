@@ -12,11 +12,12 @@ import torch
 
 from groupwise.config import BUILTIN, TRAINED, Job
 from groupwise.cpu.malloc import keep_freed_memory
-from groupwise.data import arithmetic
 from groupwise.data.files import PromptSet, check_keys, load_prompts
 from groupwise.data.objects import Splits, of_split
 from groupwise.data.remarks import in_both, remarks
 from groupwise.data.stream import PromptStream
+from groupwise.demo import task
+from groupwise.demo.warmup import ensure_warm
 from groupwise.disk import fixed, in_words
 from groupwise.engines.base import Engine
 from groupwise.engines.native.engine import NativeEngine
@@ -56,7 +57,6 @@ from groupwise.run.settings import (
     total_steps,
     trains_reward_model,
 )
-from groupwise.run.warmup import ensure_warm
 from groupwise.seeds import stable_hash
 from groupwise.store.events import EventsFile, RolloutsFile
 from groupwise.store.folder import RunFolder
@@ -153,7 +153,7 @@ def training_prompts(job: Job, model: Model, given: Given) -> PromptSet:
 
 def encoded_prompts(job: Job, codec: Codec, context: int | None, given: Given, limit: int | None = None) -> PromptSet:
     """The same for a model that is not loaded, whose rows have at most `context` tokens; the first `limit` of them."""
-    built_in = partial(arithmetic.questions, "train", job.seed, TRAINING_QUESTIONS)
+    built_in = partial(task.questions, "train", job.seed, TRAINING_QUESTIONS)
     rows = _rows(job.data.path, given.rows, "data", job.data.split, built_in)
     longest = _room(job, context, job.sampling.max_completion_length, "sampling.max_completion_length")
     prompts = load_prompts(job.data, codec, longest, rows=rows, limit=limit)
@@ -168,7 +168,7 @@ def held_out_prompts(job: Job, model: Model, given: Given) -> PromptSet | None:
     if section.data is None and job.data.path != BUILTIN:
         return None
     path = section.data or BUILTIN
-    rows = _rows(path, given.eval_rows, "eval_data", section.split, arithmetic.held_out)
+    rows = _rows(path, given.eval_rows, "eval_data", section.split, task.held_out)
     # Another split of the same data set is of the same revision; another data set has none of its own.
     other = {} if path == job.data.path else {"revision": None, "subset": None}
     data = job.data.model_copy(update={"path": path, "split": section.split, **other})

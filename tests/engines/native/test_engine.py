@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from groupwise.demo.model import character_tokenizer
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import ConfigError
 from groupwise.models.policy import LayoutName
-from groupwise.models.small import character_tokenizer
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Request, Sampling
 from tests.engines.policies import (

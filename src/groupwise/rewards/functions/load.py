@@ -33,10 +33,10 @@ from groupwise.types import Group
 if TYPE_CHECKING:
     from groupwise.reward_models.model import Kind, RewardModel
 
-BUILTINS = {"arithmetic": "groupwise.rewards.arithmetic:score", "gsm8k": "groupwise.rewards.gsm8k:score"}
+BUILTINS = {"arithmetic": "groupwise.demo.reward:score", "gsm8k": "groupwise.rewards.gsm8k:score"}
 MODEL = "model:"
 """Begins the name of a reward model: `model:DIR`, or `model:ID` of the hub."""
-STEPWISE_BUILTINS = {"arithmetic": "groupwise.rewards.arithmetic:score_steps"}
+STEPWISE_BUILTINS = {"arithmetic": "groupwise.demo.reward:score_steps"}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from groupwise.data.arithmetic import ALPHABET, held_out, solution
-from groupwise.models.small import END_ID, PAD_ID, character_tokenizer, small_model
+from groupwise.demo.model import END_ID, PAD_ID, character_tokenizer, small_model
+from groupwise.demo.task import ALPHABET, held_out, solution
 
 
 def test_a_saved_tokenizer_loses_no_character(tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from groupwise.cpu.cores import threads
-from groupwise.data.arithmetic import ALPHABET, demonstrations
+from groupwise.demo.model import END_ID, PAD_ID, character_tokenizer, small_model
+from groupwise.demo.task import ALPHABET, demonstrations
 from groupwise.disk import cache_folder
 from groupwise.errors import ModelError
-from groupwise.models.small import END_ID, PAD_ID, character_tokenizer, small_model
 from groupwise.wording import one_line
 
 IGNORED = -100

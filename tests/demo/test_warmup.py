@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from groupwise.data.arithmetic import ALPHABET
+from groupwise.demo import warmup
+from groupwise.demo.model import END_ID, PAD_ID, character_tokenizer
+from groupwise.demo.task import ALPHABET
+from groupwise.demo.warmup import WarmUp, ensure_warm, learning_rate
 from groupwise.errors import ModelError
-from groupwise.models.small import END_ID, PAD_ID, character_tokenizer
-from groupwise.run import warmup
-from groupwise.run.warmup import WarmUp, ensure_warm, learning_rate
 
 QUICK = WarmUp(hidden=32, layers=1, demonstrations=64, batch_size=8, ready_loss=9.0, tail_steps=3, max_steps=9)
 

@@ -5,7 +5,7 @@ from itertools import permutations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupwise.data.arithmetic import (
+from groupwise.demo.task import (
     ALPHABET,
     LONGEST_SOLUTION,
     careless_solution,

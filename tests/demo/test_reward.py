@@ -2,8 +2,8 @@
 
 import pytest
 
-from groupwise.data.arithmetic import questions, solution
-from groupwise.rewards.arithmetic import check_steps, score, score_steps
+from groupwise.demo.reward import check_steps, score, score_steps
+from groupwise.demo.task import questions, solution
 
 PROMPT = "47+38+95=\n"
 
