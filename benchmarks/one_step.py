@@ -17,10 +17,10 @@ from groupwise.jobfile import load_job
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.probe import probe
-from groupwise.run import parts
-from groupwise.run.given import Given
-from groupwise.run.settings import learner_settings, objective_of, sampling_of
 from groupwise.types import Group, GroupKey, Request, Score, ScoredGroup
+from groupwise.wiring import parts
+from groupwise.wiring.python_objects import Given
+from groupwise.wiring.settings import learner_settings, objective_of, sampling_of
 
 
 def status(name: str) -> int:

@@ -17,8 +17,8 @@ import torch
 
 import groupwise
 from groupwise.errors import GroupwiseError
-from groupwise.run import parts
 from groupwise.store import checkpoint
+from groupwise.wiring import parts
 from tests.commandline import Ended, call
 from tests.run.tiny import CONTEXT, events, save_model, save_rewards, save_rows
 

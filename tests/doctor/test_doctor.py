@@ -31,10 +31,10 @@ from groupwise.learn import learner as learning
 from groupwise.learn.reference import Reference
 from groupwise.models.attention import ForestAttention, Options
 from groupwise.models.head import HeadShape
-from groupwise.run import parts
-from groupwise.run.given import Given
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt
+from groupwise.wiring import parts
+from groupwise.wiring.python_objects import Given
 from tests.commandline import call
 from tests.run.tiny import ALPHABET, save_model, save_rewards, save_rows
 from tests.tiny_tokenizers import CHAT_TEMPLATE, byte_level

@@ -8,7 +8,7 @@ from groupwise.config import PRESET_NAMES
 from groupwise.jobfile import differences, load_job, show, to_toml
 from groupwise.jobfile.presets import STEPS, VALUES
 from groupwise.objective import PRESETS, Objective
-from groupwise.run.settings import objective_of
+from groupwise.wiring.settings import objective_of
 
 OWN = {"model": "m", "data": "d.jsonl", "reward": "r.py:f"}
 CHANGES = [

@@ -15,8 +15,8 @@ from groupwise.planning import fit
 from groupwise.planning import plan as plans
 from groupwise.planning.plan import Plan
 from groupwise.planning.trace import UntraceableError
-from groupwise.run.given import Given
-from groupwise.run.settings import BUDGET
+from groupwise.wiring.python_objects import Given
+from groupwise.wiring.settings import BUDGET
 from tests.run.tiny import save_model
 
 PLAN = Plan(

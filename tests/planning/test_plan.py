@@ -30,7 +30,7 @@ from groupwise.planning.hardware import Rates
 from groupwise.planning.meter import Cost
 from groupwise.planning.plan import Plan, in_text
 from groupwise.planning.trace import Hollow, Shape
-from groupwise.run.given import Given
+from groupwise.wiring.python_objects import Given
 from tests.run.tiny import save_model, save_rewards, save_rows
 from tests.tiny_judges import save_judge
 

@@ -13,7 +13,7 @@ from groupwise.jobfile import load_job
 from groupwise.models.size import parameter_count
 from groupwise.planning import plan as plans
 from groupwise.planning.hardware import Rates
-from groupwise.run.given import Given
+from groupwise.wiring.python_objects import Given
 
 RATES = Rates(
     flops_many=1e9, flops_few=1e9, bytes_many=1e9, bytes_few=1e9, bytes_memory=1e9, operation_decoding=0.0,

@@ -18,9 +18,9 @@ from groupwise.errors import RewardError
 from groupwise.objective import PRESETS, process_advantages
 from groupwise.run.evaluate import judge
 from groupwise.run.rollouts import step_summary
-from groupwise.run.settings import objective_of
 from groupwise.types import Score, ScoredGroup, Step
 from groupwise.watch.metrics import unknown
+from groupwise.wiring.settings import objective_of
 from tests.commandline import call
 from tests.run.command import Command
 from tests.run.doubles import scored

@@ -38,9 +38,9 @@ from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
 from groupwise.models.load import LoadedPolicy, load_policy
 from groupwise.models.policy import Policy
 from groupwise.planning.plan import plan_of
-from groupwise.run.given import Given
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Request, Sampling
+from groupwise.wiring.python_objects import Given
 from groupwise.wording import one_line
 from tests.tiny_models import GROUPS, VOCABULARY, Groups, gradients, largest_difference, randomized, stock_logprobs
 from tests.wide.shrink import small_config

@@ -13,8 +13,8 @@ from groupwise.doctor.inputs import chat_template, end_token, memory, rewards, t
 from groupwise.doctor.numbers import NUMBERS, Check
 from groupwise.doctor.opened_job import Patient, open_patient
 from groupwise.errors import GroupwiseError
-from groupwise.run.given import Given
-from groupwise.run.parts import lacking_memory, model_source
+from groupwise.wiring.parts import lacking_memory, model_source
+from groupwise.wiring.python_objects import Given
 from groupwise.wording import one_line
 
 CHECKS: tuple[tuple[str, Check], ...] = (

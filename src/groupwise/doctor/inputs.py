@@ -19,9 +19,9 @@ from groupwise.objective import token_advantages
 from groupwise.readable import duration, percent
 from groupwise.rewards.combine import unique_names
 from groupwise.run.record import Record, frac_zero
-from groupwise.run.settings import memory_settings
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Group, GroupKey, Message, Prompt, ScoredGroup
+from groupwise.wiring.settings import memory_settings
 
 NEARLY_ALL = 0.9
 """The share of the free memory above which a warning is due: other processes, and longer outputs, want some too."""

@@ -23,13 +23,13 @@ from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.pack import Batch
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.load import choose_device
-from groupwise.run import parts
-from groupwise.run.given import Given
 from groupwise.run.rollouts import Scorer
-from groupwise.run.scoring import open_functions, open_trained, say_unread, scorer_of
-from groupwise.run.settings import learner_settings, objective_of, sampling_of
 from groupwise.seeds import group_seed
 from groupwise.types import Group, GroupKey, Prompt, Request, Score, ScoredGroup
+from groupwise.wiring import parts
+from groupwise.wiring.python_objects import Given
+from groupwise.wiring.scoring import open_functions, open_trained, say_unread, scorer_of
+from groupwise.wiring.settings import learner_settings, objective_of, sampling_of
 
 LOOKED_AT = 64
 """How many prompts the tokenizer and the template are tried on."""

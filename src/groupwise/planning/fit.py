@@ -12,9 +12,9 @@ from groupwise.disk import in_words
 from groupwise.errors import ModelError
 from groupwise.models.load import choose_device, load_config
 from groupwise.models.size import parameter_count
-from groupwise.run.given import Given
-from groupwise.run.parts import available_memory
-from groupwise.run.settings import memory_settings
+from groupwise.wiring.parts import available_memory
+from groupwise.wiring.python_objects import Given
+from groupwise.wiring.settings import memory_settings
 
 NOTHING_FITS: Final = "does not fit"
 """The verdict of a plan that has no way."""

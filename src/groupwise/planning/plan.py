@@ -27,11 +27,11 @@ from groupwise.planning.sampling import SamplingCosts, sampling_costs
 from groupwise.planning.trace import Hollow, Shape
 from groupwise.readable import duration
 from groupwise.reward_models.model import Source
-from groupwise.run.given import Given
-from groupwise.run.parts import available_memory, encoded_prompts
-from groupwise.run.scoring import reward_model_bytes
-from groupwise.run.settings import memory_settings, objective_of
 from groupwise.tokenizer.codec import Codec
+from groupwise.wiring.parts import available_memory, encoded_prompts
+from groupwise.wiring.python_objects import Given
+from groupwise.wiring.scoring import reward_model_bytes
+from groupwise.wiring.settings import memory_settings, objective_of
 from groupwise.wording import one_line
 
 READ_PROMPTS = 4096

@@ -22,16 +22,12 @@ from groupwise.models.load import quiet_transformers, without_bars
 from groupwise.models.multimodal import with_towers
 from groupwise.run.asking import asked, trained_on
 from groupwise.run.evaluate import Evaluation
-from groupwise.run.given import PYTHON, Given
 from groupwise.run.guarded import GuardedEngine
 from groupwise.run.inputs import check_export, check_job, check_overrides, check_weights
-from groupwise.run.parts import Model, narrow, open_engine, open_evaluation, open_guard, open_model
 from groupwise.run.record import Record
 from groupwise.run.resuming import Start, edits, refuse_changes, start_of
 from groupwise.run.saving import Clock, check_shapes
-from groupwise.run.scoring import as_judged, open_functions, scorer_of
 from groupwise.run.session import Result, run_job
-from groupwise.run.settings import eval_sampling_of
 from groupwise.store import checkpoint
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.export import DTYPES, exported_dtype, model_card
@@ -40,6 +36,10 @@ from groupwise.store.written import Rounding, write_folder
 from groupwise.streams import ERR, output
 from groupwise.types import Completion, Message, Request
 from groupwise.watch.terminal import Mode
+from groupwise.wiring.parts import Model, narrow, open_engine, open_evaluation, open_guard, open_model
+from groupwise.wiring.python_objects import PYTHON, Given
+from groupwise.wiring.scoring import as_judged, open_functions, scorer_of
+from groupwise.wiring.settings import eval_sampling_of
 
 if TYPE_CHECKING:
     from groupwise.planning.plan import Plan

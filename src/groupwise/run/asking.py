@@ -11,10 +11,10 @@ from groupwise.config import BUILTIN, Job
 from groupwise.data.messages import as_content
 from groupwise.data.rows import read_rows
 from groupwise.errors import ConfigError, DataError
-from groupwise.run.given import PYTHON
 from groupwise.store.events import older, read
 from groupwise.store.folder import RunFolder
 from groupwise.types import Message
+from groupwise.wiring.python_objects import PYTHON
 from groupwise.wording import one_line
 
 Content = str | list[Message]

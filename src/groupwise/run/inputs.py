@@ -22,9 +22,9 @@ from groupwise.jobfile import load_job, recipe_names
 from groupwise.jobfile.load import parse_override
 from groupwise.jobfile.reward_model import RewardModelJob
 from groupwise.rewards.functions.workers import Worker
-from groupwise.run.given import PYTHON
 from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.files import looks_local
+from groupwise.wiring.python_objects import PYTHON
 
 WHICH = ("latest", "best", "base")
 """A run's weights: of the last checkpoint, of the best evaluation, or as they were before training."""

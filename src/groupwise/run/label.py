@@ -26,18 +26,18 @@ from groupwise.progress import Progress, StopSignals, unsaved_steps
 from groupwise.readable import duration
 from groupwise.reward_models.monte_carlo import Completer, MonteCarlo, read_by
 from groupwise.rewards.steps import segmenter_of
-from groupwise.run.given import PYTHON, Given
 from groupwise.run.guarded import GuardedEngine
 from groupwise.run.label_file import COUNTED, LabelFile
-from groupwise.run.parts import Model, encoded_prompts, open_engine
 from groupwise.run.record import Record
 from groupwise.run.rollouts import Draw, Scorer
-from groupwise.run.scoring import as_judged, open_functions
-from groupwise.run.settings import sampling_of
 from groupwise.store.events import older, read
 from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Finish, Group, GroupKey, Prompt
+from groupwise.wiring.parts import Model, encoded_prompts, open_engine
+from groupwise.wiring.python_objects import PYTHON, Given
+from groupwise.wiring.scoring import as_judged, open_functions
+from groupwise.wiring.settings import sampling_of
 from groupwise.wording import shown
 
 BLOCK = 32

@@ -25,9 +25,9 @@ from groupwise.jobfile.reward_model import RewardModelJob
 from groupwise.reward_models.model import RewardModel
 from groupwise.rewards.functions.load import MODEL
 from groupwise.rewards.functions.sources import sources_of
-from groupwise.run.given import PYTHON, Given
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.types import Prompt
+from groupwise.wiring.python_objects import PYTHON, Given
 
 JOB: Final = "job.toml"
 """The file of a checkpoint that holds the job that it was made with."""

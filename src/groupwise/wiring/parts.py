@@ -40,14 +40,19 @@ from groupwise.rewards.functions.calls import FunctionCalls
 from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
-from groupwise.run.given import PYTHON, Given, Rows
 from groupwise.run.guarded import GuardedEngine
 from groupwise.run.loop import Parts
 from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
 from groupwise.run.saving import Clock, Saver, Stateful
-from groupwise.run.scoring import as_judged, check_thread, open_functions, open_trained, say_unread, scorer_of
-from groupwise.run.settings import (
+from groupwise.seeds import stable_hash
+from groupwise.store.events import EventsFile, RolloutsFile
+from groupwise.store.folder import RunFolder
+from groupwise.tokenizer.codec import Codec
+from groupwise.types import Group, Prompt
+from groupwise.wiring.python_objects import PYTHON, Given, Rows
+from groupwise.wiring.scoring import as_judged, check_thread, open_functions, open_trained, say_unread, scorer_of
+from groupwise.wiring.settings import (
     eval_sampling_of,
     learner_settings,
     memory_settings,
@@ -57,11 +62,6 @@ from groupwise.run.settings import (
     total_steps,
     trains_reward_model,
 )
-from groupwise.seeds import stable_hash
-from groupwise.store.events import EventsFile, RolloutsFile
-from groupwise.store.folder import RunFolder
-from groupwise.tokenizer.codec import Codec
-from groupwise.types import Group, Prompt
 
 TRAINING_QUESTIONS = 8192
 """How many of the built-in questions are an epoch."""

@@ -11,12 +11,12 @@ from groupwise.config import Job
 from groupwise.errors import ConfigError, DataError, ModelError
 from groupwise.models.load import load_policy
 from groupwise.objective import PRESETS
-from groupwise.run import parts
-from groupwise.run.given import Given
-from groupwise.run.parts import Model
-from groupwise.run.settings import eval_sampling_of, objective_of, sampling_of
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Sampling
+from groupwise.wiring import parts
+from groupwise.wiring.parts import Model
+from groupwise.wiring.python_objects import Given
+from groupwise.wiring.settings import eval_sampling_of, objective_of, sampling_of
 from tests.run.tiny import CONTEXT, save_model
 
 

@@ -22,12 +22,12 @@ from groupwise.rewards.functions.load import MODEL, ModelOptions, load_reward, l
 from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import segmenter_of
 from groupwise.rewards.stepwise import StepReward, StepScorer, load_step_reward
-from groupwise.run.given import PYTHON, Given
 from groupwise.run.rollouts import Scorer, SpecialTokens
-from groupwise.run.settings import total_steps
 from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt
+from groupwise.wiring.python_objects import PYTHON, Given
+from groupwise.wiring.settings import total_steps
 
 
 class _Closes(Protocol):
