@@ -45,10 +45,10 @@ def test_a_planted_fault_is_found():
     assert found("groupwise.learn.pack", "def f():\n    from groupwise.engines.base import Engine")
     assert found("groupwise.config", "import torch")
     assert found("groupwise.jobfile.load", "from groupwise.objective import PRESETS")
-    assert found("groupwise", "from groupwise.run.api import train")
+    assert found("groupwise", "from groupwise.commands.api import train")
     assert found("groupwise.novelty", "import json")
     assert not found("groupwise.jobfile.load", "from groupwise.config import Job")
-    assert not found("groupwise", "def f():\n    from groupwise.run.api import train")
+    assert not found("groupwise", "def f():\n    from groupwise.commands.api import train")
     assert not found("groupwise.run.loop", "from groupwise.learn.pack import Batch\nimport torch")
 
     assert list(wrong_heavy_imports({"a": "import ray"}))

@@ -12,7 +12,7 @@ from groupwise.errors import GroupwiseError
 
 if TYPE_CHECKING:
     from groupwise import objective
-    from groupwise.run.api import doctor, evaluate, export, label, plan, resume, sample, train
+    from groupwise.commands.api import doctor, evaluate, export, label, plan, resume, sample, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +34,7 @@ _FUNCTIONS = ("doctor", "evaluate", "export", "label", "plan", "resume", "sample
 
 def __getattr__(name: str) -> Any:
     if name in _FUNCTIONS:
-        return getattr(importlib.import_module("groupwise.run.api"), name)
+        return getattr(importlib.import_module("groupwise.commands.api"), name)
     if name == "objective":
         return importlib.import_module("groupwise.objective")
     raise AttributeError(f"module 'groupwise' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line. Each command is a few lines around `groupwise.run.api`; heavy imports wait until one runs."""
+"""The command line. Each command is a few lines around `groupwise.commands.api`; heavy imports wait until one runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from groupwise import __version__
+from groupwise.commands import inputs
+from groupwise.commands.asking import messages_of, only_one
 from groupwise.cpu.malloc import own_process
 from groupwise.errors import ConfigError, GroupwiseError
 from groupwise.jobfile import at_home, json_schema, load_job, read_once, template
 from groupwise.jobfile import show as show_job
 from groupwise.jobfile.load import meant_as_keys
 from groupwise.jobfile.reward_model import is_reward_model_run, load_reward_job
-from groupwise.run import inputs
-from groupwise.run.asking import messages_of, only_one
 from groupwise.streams import Output, kept
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def train(
     mode = _mode(quiet, json_)
     inputs.check_new_run(checked.run)
     inputs.check_job(checked)
-    from groupwise.run import api
+    from groupwise.commands import api
 
     result = api.train(job, **options, overrides=set_ or (), show=mode, trust_remote_code=trust_remote_code)
     _exit(result.stopped_by)
@@ -107,7 +107,7 @@ def resume(
     if is_reward_model_run(Path(run)):
         if fork:
             raise ConfigError(f"{run} trains a reward model, which is not forked: start a new run with its --model.")
-        from groupwise.run import reward_training
+        from groupwise.commands import reward_training
 
         given = reward_training.RewardData(trust_remote_code=trust_remote_code)
         found = reward_training.resume_reward_model(run, overrides=set_ or (), given=given, show=_mode(quiet, json_))
@@ -115,7 +115,7 @@ def resume(
         return
     mode = _mode(quiet, json_)
     inputs.check_resume(run, set_ or (), fork)
-    from groupwise.run import api
+    from groupwise.commands import api
 
     result = api.resume(run, overrides=set_ or (), fork=fork, show=mode, trust_remote_code=trust_remote_code)
     _exit(result.stopped_by)
@@ -129,7 +129,7 @@ def evaluate(
     """Evaluate weights: mean reward, accuracy, pass@k, intervals."""
     options: dict[str, Any] = {"eval_data": data, "reward": reward or None, "step_reward": step_reward or None}
     inputs.check_eval(target, which, set_ or (), options)
-    from groupwise.run import api
+    from groupwise.commands import api
     from groupwise.watch.terminal import eval_table
 
     found = api.evaluate(target, overrides=set_ or (), which=which, **options, trust_remote_code=trust_remote_code)
@@ -152,7 +152,7 @@ def sample(
     inputs.check_target(target, which, set_ or ())
     content = only_one(prompt, None if messages is None else messages_of(messages, _standard_input))
     content = _standard_input() if content == "-" else content
-    from groupwise.run import api
+    from groupwise.commands import api
 
     outputs = api.sample(
         target, content, raw=raw, system=system, n=n, temperature=temperature, seed=seed, which=which,
@@ -188,7 +188,7 @@ def label(
         raise ConfigError("Name the file that labels go to, as in --output labels.jsonl.")
     options: dict[str, Any] = {"model": model, "data": data, "reward": reward or None}
     inputs.check_label(target, which, set_ or (), options)
-    from groupwise.run import api
+    from groupwise.commands import api
 
     found = api.label(
         target, output=output, **options, n=n, soft=soft, pattern=pattern, limit=limit, which=which,
@@ -210,7 +210,7 @@ def export(
 ) -> None:  # fmt: skip
     """Write a run's weights as a Hugging Face folder."""
     inputs.check_export(run, folder, which, dtype)
-    from groupwise.run import api
+    from groupwise.commands import api
 
     written = api.export(run, folder, which=which, dtype=dtype, trust_remote_code=trust_remote_code)
     typer.echo(f"exported to {written}")
@@ -242,8 +242,8 @@ def doctor(
     """Try on a job what the library promises. The exit status is 1 where something fails."""
     options = _options(model, data, reward, step_reward, eval_data)
     inputs.check_job(load_job(job, set_ or (), options).job)
+    from groupwise.commands import api
     from groupwise.doctor.findings import print_report
-    from groupwise.run import api
 
     report = api.doctor(job, **options, overrides=set_ or (), trust_remote_code=trust_remote_code)
     if json_:
@@ -266,8 +266,8 @@ def plan(
         job = str(Path(job) / "job.toml")
     options = _options(model, data, reward, step_reward, eval_data, run)
     inputs.check_job(load_job(job, set_ or (), options).job, functions=False)
+    from groupwise.commands import api
     from groupwise.planning.plan import in_text
-    from groupwise.run import api
 
     found = api.plan(job, **options, overrides=set_ or (), trust_remote_code=trust_remote_code)
     typer.echo(json.dumps(found.as_dict()) if json_ else in_text(found))
@@ -309,7 +309,7 @@ def train_reward_model(
     job = load_reward_job(options, set_ or ())
     inputs.check_new_run(job.run)
     inputs.check_reward_model_job(job)
-    from groupwise.run import reward_training
+    from groupwise.commands import reward_training
 
     given = reward_training.RewardData(trust_remote_code=trust_remote_code)
     _exit(reward_training.train_reward_model(job, given=given, show=_mode(quiet, json_)).stopped_by)
@@ -319,7 +319,7 @@ def _options(
     model: str | None, data: str | None, reward: list[str] | None, step_reward: list[str] | None,
     eval_data: str | None, run: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What commands have in common, as `load_job` and `groupwise.run.api` take it: None was not given."""
+    """What commands have in common, as `load_job` and `groupwise.commands.api` take it: None was not given."""
     given = {"model": model, "data": data, "reward": reward or None, "step_reward": step_reward or None}
     return given | {"eval_data": eval_data} | ({} if run is None else {"run": run})
 

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-HEAVY = ["groupwise.cli", "groupwise.run.api", "transformers.models.qwen3.modeling_qwen3"]
+HEAVY = ["groupwise.cli", "groupwise.commands.api", "transformers.models.qwen3.modeling_qwen3"]
 PATIENCE = 600.0
 """Seconds after which something is taken to have hung; nothing that works is measured by it."""
 

@@ -12,8 +12,8 @@ import pytest
 from transformers.utils import chat_template_utils
 
 import groupwise
+from groupwise.commands import reward_training, session
 from groupwise.errors import ConfigError
-from groupwise.run import reward_training, session
 from groupwise.tokenizer.codec import Codec
 from tests.run.tiny import events, save_model, save_rows
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import groupwise
+from groupwise.commands.reward_training import train_reward_model
+from groupwise.commands.session import Result
 from groupwise.errors import ModelError
 from groupwise.jobfile.reward_model import load_reward_job
 from groupwise.learn.optimizer import REFUSED_UPDATES
-from groupwise.run.reward_training import train_reward_model
-from groupwise.run.session import Result
 from tests.run import tiny
 
 

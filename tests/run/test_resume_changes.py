@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 import groupwise
+from groupwise.commands.session import Result
 from groupwise.errors import ConfigError, DataError, GroupwiseError, RewardError, RunFolderError
 from groupwise.jobfile import load_job, resumable_keys
-from groupwise.run.session import Result
 from tests.run.tiny import CONTEXT, events, save_model, save_rewards, save_rows
 
 SMALL: dict[str, Any] = {

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import groupwise
+from groupwise.commands.session import Result
 from groupwise.errors import RewardError
-from groupwise.run.session import Result
 from tests.commandline import call
 from tests.run import tiny
 

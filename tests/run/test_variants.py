@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 import groupwise
+from groupwise.commands.session import Result
 from groupwise.config import PRESET_NAMES
-from groupwise.run.session import Result
 from groupwise.watch.metrics import unknown
 from tests.run.tiny import events, rollouts, save_model
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from groupwise.commands.label_file import COUNTED, LabelFile
 from groupwise.config import Job, ProcessSection
 from groupwise.data.files import PromptSet
 from groupwise.errors import ConfigError, DataError
@@ -27,7 +28,6 @@ from groupwise.readable import duration
 from groupwise.reward_models.monte_carlo import Completer, MonteCarlo, read_by
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.guarded import GuardedEngine
-from groupwise.run.label_file import COUNTED, LabelFile
 from groupwise.run.record import Record
 from groupwise.run.rollouts import Draw, Scorer
 from groupwise.store.events import older, read

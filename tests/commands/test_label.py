@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import groupwise
+from groupwise.commands import label as labelling
+from groupwise.commands.label import LabelResult, weights_hash
+from groupwise.commands.label_file import LabelFile
 from groupwise.errors import ConfigError, GroupwiseError, RunFolderError
-from groupwise.run import label as labelling
-from groupwise.run.label import LabelResult, weights_hash
-from groupwise.run.label_file import LabelFile
 from tests.commandline import call
 from tests.run.tiny import rollouts, save_model, save_rewards, save_rows
 

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from groupwise.commands.asking import asked, trained_on
+from groupwise.commands.inputs import check_export, check_job, check_overrides, check_weights
+from groupwise.commands.resuming import Start, edits, refuse_changes, start_of
+from groupwise.commands.session import Result, run_job
 from groupwise.config import Job
 from groupwise.data.objects import rows_or_splits
 from groupwise.doctor.doctor import examine
@@ -20,14 +24,10 @@ from groupwise.errors import ConfigError, DataError, RunFolderError
 from groupwise.jobfile import at_home, differences, load_job, refuse_loaded
 from groupwise.models.load import quiet_transformers, without_bars
 from groupwise.models.multimodal import with_towers
-from groupwise.run.asking import asked, trained_on
 from groupwise.run.evaluate import Evaluation
 from groupwise.run.guarded import GuardedEngine
-from groupwise.run.inputs import check_export, check_job, check_overrides, check_weights
 from groupwise.run.record import Record
-from groupwise.run.resuming import Start, edits, refuse_changes, start_of
 from groupwise.run.saving import Clock, check_shapes
-from groupwise.run.session import Result, run_job
 from groupwise.store import checkpoint
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.export import DTYPES, exported_dtype, model_card
@@ -42,8 +42,8 @@ from groupwise.wiring.scoring import as_judged, open_functions, scorer_of
 from groupwise.wiring.settings import eval_sampling_of
 
 if TYPE_CHECKING:
+    from groupwise.commands.label import LabelResult
     from groupwise.planning.plan import Plan
-    from groupwise.run.label import LabelResult
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
 Functions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None
@@ -192,7 +192,7 @@ def label(
     or best) or a job's model. A file that was begun by the same call is continued. `ask` is `n`, `soft`, `limit`,
     `pattern`: see `Ask`. `say` takes a line per block. Raises GroupwiseError.
     """
-    from groupwise.run.label import Ask, own_rows, write_labels
+    from groupwise.commands.label import Ask, own_rows, write_labels
 
     given, named = _hand_over((data, None), (reward, None, None), trust_remote_code)
     handed = None if isinstance(given.rows, Mapping) else given.rows

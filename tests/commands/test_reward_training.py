@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from groupwise.commands.reward_training import train_reward_model
 from groupwise.errors import RunFolderError
 from groupwise.jobfile.reward_model import load_reward_job
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.reward_models.examples import load_examples
 from groupwise.reward_models.learner import RewardLearner, RewardLearnerSettings
 from groupwise.reward_models.text import Output, prompt_of, rows_of
-from groupwise.run.reward_training import train_reward_model
 from groupwise.store.export import save_reward_model
 from groupwise.watch.metrics import unknown
 from groupwise.watch.panel import draw_svg
@@ -215,7 +215,7 @@ def test_saving_leaves_the_one_that_trains_as_it_is(bench: Path, tmp_path: Path)
 
 
 def test_no_prompt_is_on_both_sides(bench: Path, tmp_path: Path) -> None:
-    from groupwise.run.reward_training import NOTHING, _examples
+    from groupwise.commands.reward_training import NOTHING, _examples
 
     job = load_reward_job({"kind": "outcome", "model": "backbone", "data": str(bench / "labels.jsonl")})
     train_set, held_out = _examples(job, NOTHING)
@@ -357,7 +357,7 @@ def test_what_may_not_change_when_it_is_resumed(bench: Path, monkeypatch: pytest
 
 
 def test_from_python_rows_are_handed_over(bench: Path, tmp_path: Path) -> None:
-    from groupwise.run.reward_training import RewardData
+    from groupwise.commands.reward_training import RewardData
 
     job = load_reward_job(
         {"kind": "outcome", "model": str(bench / "backbone"), "data": "python:rows", "run": str(tmp_path / "run")},

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from groupwise.commands.reward_training import resume_reward_model, train_reward_model
 from groupwise.errors import ConfigError, DataError
 from groupwise.jobfile.reward_model import load_reward_job
-from groupwise.run.reward_training import resume_reward_model, train_reward_model
 from tests.run.tiny import events, save_model, save_rows
 
 ROWS = [{"prompt": a, "completion": b, "label": int(b == "a")} for a in "abcdefgh" for b in "ab"]

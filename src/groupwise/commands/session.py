@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from groupwise import __version__
+from groupwise.commands.resuming import Start
 from groupwise.config import BUILTIN, Job
 from groupwise.errors import GroupwiseError
 from groupwise.jobfile import to_toml
@@ -23,7 +24,6 @@ from groupwise.run.evaluate import ABOVE, Evaluation
 from groupwise.run.loop import Parts
 from groupwise.run.provenance import Provenance, check_resumed, provenance_of
 from groupwise.run.record import Watch, warn_of_missing_lines, with_lost_output
-from groupwise.run.resuming import Start
 from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.store import checkpoint, events
 from groupwise.store.checkpoint import Checkpoint

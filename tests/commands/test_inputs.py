@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from groupwise.commands import inputs
 from groupwise.config import Job
 from groupwise.errors import DataError, GroupwiseError
 from groupwise.jobfile import to_toml
-from groupwise.run import inputs
 
 ASK = """
 import json, sys
