@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from groupwise.errors import ModelError
+from groupwise.learn.budget import is_out_of_memory
 from groupwise.learn.learner import Learner
-from groupwise.learn.memory import is_out_of_memory
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.reference import Reference, RewardPenalty
 from groupwise.models.layout import Stream

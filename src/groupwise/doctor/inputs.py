@@ -14,7 +14,7 @@ from groupwise.data.remarks import remarks
 from groupwise.disk import in_words
 from groupwise.doctor.findings import Finding, Verdict, measured
 from groupwise.doctor.opened_job import LOOKED_AT, Patient, credit, unscored
-from groupwise.learn.memory import peak_memory
+from groupwise.learn.budget import peak_memory
 from groupwise.objective import token_advantages
 from groupwise.readable import duration, percent
 from groupwise.rewards.combine import unique_names

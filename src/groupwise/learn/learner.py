@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from groupwise.learn.agreement import Difference, Guard, NoGuard, is_stray
+from groupwise.learn.budget import Room, peak_memory
 from groupwise.learn.forward import lay_out, score_outputs
 from groupwise.learn.lanes import Twins, at_once, deal
-from groupwise.learn.memory import Room, peak_memory
 from groupwise.learn.optimizer import REFUSED, MasterOptimizer, OptimizerSettings
 from groupwise.learn.pack import Batch, Credit, micro_batches, pack, split_updates
 from groupwise.learn.reference import NoReference, Reference

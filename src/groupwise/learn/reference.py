@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from groupwise.averages import mean
+from groupwise.learn.budget import Room
 from groupwise.learn.forward import score_outputs
-from groupwise.learn.memory import Room
 from groupwise.learn.pack import Batch
 from groupwise.models.policy import Policy
 from groupwise.objective import k1_per_output, less_kl

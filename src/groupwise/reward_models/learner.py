@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from groupwise.errors import DataError, ModelError, RunFolderError
-from groupwise.learn.memory import Room
+from groupwise.learn.budget import Room
 from groupwise.learn.optimizer import REFUSED, REFUSED_UPDATES, MasterOptimizer, OptimizerSettings
 from groupwise.objective.preference import label_losses, preference_losses
 from groupwise.reward_models.metrics import Metrics, label_metrics, preference_metrics, step_metrics
