@@ -41,10 +41,10 @@ def agreement(prompts: int, outputs: int, seed: int) -> dict[str, Any]:
     from groupwise.reward_models.monte_carlo import Completer, MonteCarlo
     from groupwise.rewards.functions.load import load_reward
     from groupwise.rewards.steps import by_pattern
-    from groupwise.run.record import Record
     from groupwise.run.rollouts import Draw, Scorer
     from groupwise.tokenizer.codec import Codec
     from groupwise.types import Prompt, Sampling
+    from groupwise.watch.record import Record
 
     folder = ensure_warm(seed)
     codec = Codec.load(folder)

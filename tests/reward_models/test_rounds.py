@@ -24,11 +24,11 @@ from groupwise.reward_models.text import Row
 from groupwise.rewards.patience import Patience
 from groupwise.run import loop
 from groupwise.run.evaluate import NoEvaluation
-from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
 from groupwise.seeds import stable_hash
 from groupwise.types import Group, Sampling
 from groupwise.watch.metrics import unknown
+from groupwise.watch.record import Record, Watch
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import Log, MemorySink, ScriptedEngine, ScriptedReward, prompts
 from tests.run.test_loop import PASSES, Checkpoints, Learner, Penalty, Reference

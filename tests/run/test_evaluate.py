@@ -10,9 +10,9 @@ from statistics import fmean
 import pytest
 
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule, judge, pass_at
-from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Scorer
 from groupwise.types import Sampling
+from groupwise.watch.record import Record, Watch
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import MemorySink, ScriptedEngine, ScriptedReward, prompts, scored
 

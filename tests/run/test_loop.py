@@ -14,9 +14,9 @@ from groupwise.progress import Progress
 from groupwise.reward_models.rounds import NoRounds, Saving
 from groupwise.run import loop
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
-from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
 from groupwise.types import Sampling, Scored
+from groupwise.watch.record import Record, Watch
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import Log, MemorySink, ScriptedEngine, ScriptedReward, prompts
 

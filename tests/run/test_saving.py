@@ -12,10 +12,10 @@ from groupwise.config import CheckpointSection
 from groupwise.errors import RunFolderError
 from groupwise.progress import Progress
 from groupwise.reward_models.rounds import NoRounds
-from groupwise.run.record import Watch
 from groupwise.run.saving import Clock, Saver, Stateful, check_shapes
 from groupwise.store import checkpoint
 from groupwise.store.folder import RunFolder
+from groupwise.watch.record import Watch
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import MemorySink, a_checkpoint
 

@@ -26,7 +26,6 @@ from groupwise.models.load import quiet_transformers, without_bars
 from groupwise.models.multimodal import with_towers
 from groupwise.run.evaluate import Evaluation
 from groupwise.run.guarded import GuardedEngine
-from groupwise.run.record import Record
 from groupwise.run.saving import Clock, check_shapes
 from groupwise.store import checkpoint
 from groupwise.store.checkpoint import Checkpoint
@@ -35,6 +34,7 @@ from groupwise.store.folder import RunFolder
 from groupwise.store.written import Rounding, write_folder
 from groupwise.streams import ERR, output
 from groupwise.types import Completion, Message, Request
+from groupwise.watch.record import Record
 from groupwise.watch.terminal import Mode
 from groupwise.wiring.parts import Model, narrow, open_engine, open_evaluation, open_guard, open_model
 from groupwise.wiring.python_objects import PYTHON, Given

@@ -28,12 +28,12 @@ from groupwise.readable import duration
 from groupwise.reward_models.monte_carlo import Completer, MonteCarlo, read_by
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.guarded import GuardedEngine
-from groupwise.run.record import Record
 from groupwise.run.rollouts import Draw, Scorer
 from groupwise.store.events import older, read
 from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Finish, Group, GroupKey, Prompt
+from groupwise.watch.record import Record
 from groupwise.wiring.parts import Model, encoded_prompts, open_engine
 from groupwise.wiring.python_objects import PYTHON, Given
 from groupwise.wiring.scoring import as_judged, open_functions

@@ -36,7 +36,6 @@ from groupwise.reward_models.metrics import PREFIX
 from groupwise.reward_models.model import RewardModel, Source, new_reward_model
 from groupwise.reward_models.text import Example, prompt_of
 from groupwise.run.provenance import JOB, Provenance, check_resumed, provenance_of_examples
-from groupwise.run.record import Record, Watch, warn_of_missing_lines, warn_of_refused, with_lost_output
 from groupwise.run.saving import Clock
 from groupwise.seeds import stable_hash
 from groupwise.store import checkpoint, events
@@ -44,6 +43,7 @@ from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.events import EventsFile
 from groupwise.store.export import save_reward_model
 from groupwise.store.folder import RunFolder, git_commit
+from groupwise.watch.record import Record, Watch, warn_of_missing_lines, warn_of_refused, with_lost_output
 from groupwise.watch.terminal import Mode, Terminal, make_terminal
 
 KEEP = 2

@@ -23,11 +23,11 @@ from groupwise.run import loop
 from groupwise.run.evaluate import ABOVE, Evaluation
 from groupwise.run.loop import Parts
 from groupwise.run.provenance import Provenance, check_resumed, provenance_of
-from groupwise.run.record import Watch, warn_of_missing_lines, with_lost_output
 from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.store import checkpoint, events
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.folder import RunFolder, git_commit
+from groupwise.watch.record import Watch, warn_of_missing_lines, with_lost_output
 from groupwise.watch.terminal import Mode, Terminal, make_terminal
 from groupwise.wiring.parts import build, open_sinks
 from groupwise.wiring.python_objects import Given

@@ -18,9 +18,9 @@ from groupwise.learn.budget import peak_memory
 from groupwise.objective import token_advantages
 from groupwise.readable import duration, percent
 from groupwise.rewards.combine import unique_names
-from groupwise.run.record import Record, frac_zero
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Group, GroupKey, Message, Prompt, ScoredGroup
+from groupwise.watch.record import Record, frac_zero
 from groupwise.wiring.settings import memory_settings
 
 NEARLY_ALL = 0.9

@@ -11,9 +11,9 @@ from typing import Protocol
 from groupwise.averages import mean, std
 from groupwise.engines.base import Engine
 from groupwise.errors import RewardError
-from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import RIGHT_STEP, Draw, Scorer
 from groupwise.types import Prompt, Scored
+from groupwise.watch.record import Record, Watch
 
 ABOVE = "above_threshold"
 """The share of outputs whose reward reaches the threshold, where that is not what makes one right."""

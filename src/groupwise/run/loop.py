@@ -11,8 +11,8 @@ from groupwise.objective import Objective, token_advantages
 from groupwise.progress import Progress
 from groupwise.reward_models.rounds import Rounds
 from groupwise.run.evaluate import Evaluator
-from groupwise.run.record import Watch, warn_of_refused
 from groupwise.run.rollouts import Rollouts
+from groupwise.watch.record import Watch, warn_of_refused
 
 
 class Checkpoints(Protocol):

@@ -16,10 +16,10 @@ from groupwise.learn.learner import Learner
 from groupwise.rewards.base import Reward, RewardContext
 from groupwise.rewards.combine import score_groups
 from groupwise.rewards.patience import Patience
-from groupwise.run.record import Record
 from groupwise.seeds import group_seed
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Group, GroupKey, Prompt, Request, Sampling, Scored
+from groupwise.watch.record import Record
 
 RIGHT_STEP = 0.5
 """A step whose reward is at least this counts as right in the metrics: half of 0 and 1, and of a probability."""

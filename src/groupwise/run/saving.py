@@ -19,10 +19,10 @@ from groupwise.reward_models.rounds import Rounds
 from groupwise.rewards.patience import Patience
 from groupwise.run.evaluate import Evaluator
 from groupwise.run.provenance import JOB, Provenance
-from groupwise.run.record import Watch
 from groupwise.store import checkpoint
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.folder import RunFolder
+from groupwise.watch.record import Watch
 
 
 class Clock:

@@ -42,7 +42,6 @@ from groupwise.rewards.steps import segmenter_of
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.guarded import GuardedEngine
 from groupwise.run.loop import Parts
-from groupwise.run.record import Record, Watch
 from groupwise.run.rollouts import Draw, Rollouts, Scorer
 from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.seeds import stable_hash
@@ -50,6 +49,7 @@ from groupwise.store.events import EventsFile, RolloutsFile
 from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Group, Prompt
+from groupwise.watch.record import Record, Watch
 from groupwise.wiring.python_objects import PYTHON, Given, Rows
 from groupwise.wiring.scoring import as_judged, check_thread, open_functions, open_trained, say_unread, scorer_of
 from groupwise.wiring.settings import (

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from groupwise.rewards.base import RewardContext, Values
-from groupwise.run.record import Record, Watch, frac_zero
 from groupwise.run.rollouts import Scorer, summary
 from groupwise.store.events import RolloutsFile
 from groupwise.types import Group
+from groupwise.watch.record import Record, Watch, frac_zero
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import MemorySink, ScriptedReward, scored
 
