@@ -40,8 +40,9 @@ def agreement(prompts: int, outputs: int, seed: int) -> dict[str, Any]:
     from groupwise.models.load import load_policy
     from groupwise.reward_models.monte_carlo import Completer, MonteCarlo
     from groupwise.rewards.functions.load import load_reward
+    from groupwise.rewards.scorer import Scorer
     from groupwise.rewards.steps import by_pattern
-    from groupwise.run.rollouts import Draw, Scorer
+    from groupwise.run.rollouts import Draw
     from groupwise.tokenizer.codec import Codec
     from groupwise.types import Prompt, Sampling
     from groupwise.watch.record import Record

@@ -27,7 +27,8 @@ from groupwise.models.load import LoadedPolicy, load_policy
 from groupwise.models.policy import Policy
 from groupwise.objective import objective_named, token_advantages
 from groupwise.rewards.functions.load import load_reward
-from groupwise.run.rollouts import Draw, Rollouts, Scorer
+from groupwise.rewards.scorer import Scorer
+from groupwise.run.rollouts import Draw, Rollouts
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt, Request, Sampling, Scored
 from groupwise.watch.record import Record

@@ -22,9 +22,10 @@ from groupwise.reward_models.reservoir import Collected
 from groupwise.reward_models.rounds import RewardModelRounds, Task
 from groupwise.reward_models.text import Row
 from groupwise.rewards.patience import Patience
+from groupwise.rewards.scorer import Scorer
 from groupwise.run import loop
 from groupwise.run.evaluate import NoEvaluation
-from groupwise.run.rollouts import Draw, Rollouts, Scorer
+from groupwise.run.rollouts import Draw, Rollouts
 from groupwise.seeds import stable_hash
 from groupwise.types import Group, Sampling
 from groupwise.watch.metrics import unknown

@@ -9,8 +9,9 @@ from statistics import fmean
 
 import pytest
 
+from groupwise.rewards.scorer import Scorer
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule, judge, pass_at
-from groupwise.run.rollouts import Draw, Scorer
+from groupwise.run.rollouts import Draw
 from groupwise.types import Sampling
 from groupwise.watch.record import Record, Watch
 from groupwise.watch.terminal import make_terminal

@@ -12,9 +12,10 @@ from groupwise.data.stream import PromptStream
 from groupwise.objective import objective_named
 from groupwise.progress import Progress
 from groupwise.reward_models.rounds import NoRounds, Saving
+from groupwise.rewards.scorer import Scorer
 from groupwise.run import loop
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
-from groupwise.run.rollouts import Draw, Rollouts, Scorer
+from groupwise.run.rollouts import Draw, Rollouts
 from groupwise.types import Sampling, Scored
 from groupwise.watch.record import Record, Watch
 from groupwise.watch.terminal import make_terminal

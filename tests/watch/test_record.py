@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from groupwise.rewards.base import RewardContext, Values
-from groupwise.run.rollouts import Scorer, summary
+from groupwise.rewards.scorer import Scorer
+from groupwise.run.rollouts import summary
 from groupwise.store.events import RolloutsFile
 from groupwise.types import Group
 from groupwise.watch.record import Record, Watch, frac_zero

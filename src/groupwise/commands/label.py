@@ -26,9 +26,10 @@ from groupwise.learn.agreement import Guard
 from groupwise.progress import Progress, StopSignals, unsaved_steps
 from groupwise.readable import duration
 from groupwise.reward_models.monte_carlo import Completer, MonteCarlo, read_by
+from groupwise.rewards.scorer import Scorer
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.guarded import GuardedEngine
-from groupwise.run.rollouts import Draw, Scorer
+from groupwise.run.rollouts import Draw
 from groupwise.store.events import older, read
 from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec

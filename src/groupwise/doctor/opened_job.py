@@ -23,7 +23,7 @@ from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.pack import Batch
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.load import choose_device
-from groupwise.run.rollouts import Scorer
+from groupwise.rewards.scorer import Scorer
 from groupwise.seeds import group_seed
 from groupwise.types import Group, GroupKey, Prompt, Request, Score, ScoredGroup
 from groupwise.wiring import parts

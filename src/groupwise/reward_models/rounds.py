@@ -22,7 +22,7 @@ from groupwise.reward_models.metrics import PREFIX, against_verifier
 from groupwise.reward_models.replay import ReplayStore
 from groupwise.reward_models.reservoir import Collected, distinct
 from groupwise.reward_models.text import Example, prompt_of
-from groupwise.run.rollouts import Scorer
+from groupwise.rewards.scorer import Scorer
 from groupwise.seeds import stable_hash
 from groupwise.store.export import save_reward_model
 from groupwise.types import Group, Scored

@@ -11,7 +11,8 @@ from typing import Protocol
 from groupwise.averages import mean, std
 from groupwise.engines.base import Engine
 from groupwise.errors import RewardError
-from groupwise.run.rollouts import RIGHT_STEP, Draw, Scorer
+from groupwise.rewards.scorer import Scorer
+from groupwise.run.rollouts import RIGHT_STEP, Draw
 from groupwise.types import Prompt, Scored
 from groupwise.watch.record import Record, Watch
 

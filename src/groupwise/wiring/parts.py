@@ -38,11 +38,12 @@ from groupwise.reward_models.reservoir import Collected
 from groupwise.reward_models.rounds import NoRounds, RewardModelRounds, Rounds, Task
 from groupwise.rewards.functions.calls import FunctionCalls
 from groupwise.rewards.patience import Patience
+from groupwise.rewards.scorer import Scorer
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.guarded import GuardedEngine
 from groupwise.run.loop import Parts
-from groupwise.run.rollouts import Draw, Rollouts, Scorer
+from groupwise.run.rollouts import Draw, Rollouts
 from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.seeds import stable_hash
 from groupwise.store.events import EventsFile, RolloutsFile

@@ -20,9 +20,9 @@ from groupwise.rewards.base import Reward
 from groupwise.rewards.functions.calls import FunctionCalls
 from groupwise.rewards.functions.load import MODEL, ModelOptions, load_reward, load_stepwise
 from groupwise.rewards.patience import Patience
+from groupwise.rewards.scorer import Scorer, SpecialTokens
 from groupwise.rewards.steps import segmenter_of
 from groupwise.rewards.stepwise import StepReward, StepScorer, load_step_reward
-from groupwise.run.rollouts import Scorer, SpecialTokens
 from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt
