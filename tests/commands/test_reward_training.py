@@ -20,9 +20,9 @@ from groupwise.errors import RunFolderError
 from groupwise.jobfile.reward_model import load_reward_job
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.reward_models.examples import load_examples
+from groupwise.reward_models.export import save_reward_model
 from groupwise.reward_models.learner import RewardLearner, RewardLearnerSettings
 from groupwise.reward_models.text import Output, prompt_of, rows_of
-from groupwise.store.export import save_reward_model
 from groupwise.watch.metrics import unknown
 from groupwise.watch.panel import draw_svg
 from tests.commandline import call

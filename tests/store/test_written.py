@@ -18,9 +18,10 @@ import groupwise
 from groupwise.demo.model import character_tokenizer, small_model
 from groupwise.errors import ConfigError, ModelError, RunFolderError
 from groupwise.learn.optimizer import OptimizerSettings
+from groupwise.reward_models.export import save_reward_model
 from groupwise.reward_models.learner import RewardLearner, RewardLearnerSettings
 from groupwise.store import written
-from groupwise.store.export import exported_dtype, save_reward_model
+from groupwise.store.export import exported_dtype
 from groupwise.store.written import Rounding, read_back, write_folder
 from groupwise.tokenizer.codec import Codec
 from tests.run.tiny import ALPHABET, save_model

@@ -23,6 +23,7 @@ from groupwise.models.load import choose_device, choose_dtype, without_bars
 from groupwise.progress import Progress, StopSignals, unsaved_steps
 from groupwise.readable import duration, number
 from groupwise.reward_models.examples import load_examples
+from groupwise.reward_models.export import save_reward_model
 from groupwise.reward_models.learner import (
     Encoded,
     EncodedSet,
@@ -41,7 +42,6 @@ from groupwise.seeds import stable_hash
 from groupwise.store import checkpoint, events
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.events import EventsFile
-from groupwise.store.export import save_reward_model
 from groupwise.store.folder import RunFolder, git_commit
 from groupwise.watch.record import Record, Watch, warn_of_missing_lines, warn_of_refused, with_lost_output
 from groupwise.watch.terminal import Mode, Terminal, make_terminal

@@ -16,6 +16,7 @@ from groupwise.learn.optimizer import REFUSED
 from groupwise.progress import Progress
 from groupwise.readable import ROUND, number
 from groupwise.reward_models.examples import load_examples
+from groupwise.reward_models.export import save_reward_model
 from groupwise.reward_models.labels import LabelSource, Row
 from groupwise.reward_models.learner import EncodedSet, RewardLearner, encode_examples, encode_readable
 from groupwise.reward_models.metrics import PREFIX, against_verifier
@@ -24,7 +25,6 @@ from groupwise.reward_models.reservoir import Collected, distinct
 from groupwise.reward_models.text import Example, prompt_of
 from groupwise.rewards.scorer import Scorer
 from groupwise.seeds import stable_hash
-from groupwise.store.export import save_reward_model
 from groupwise.types import Group, Scored
 from groupwise.watch.record import Record, Watch, warn_of_refused
 
