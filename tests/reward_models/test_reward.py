@@ -15,12 +15,13 @@ from groupwise.demo.model import character_tokenizer
 from groupwise.errors import ModelError, RewardError
 from groupwise.reward_models.reward import ModelReward, ModelStepReward
 from groupwise.rewards.combine import score_groups
-from groupwise.rewards.functions.load import ModelOptions, load_reward
+from groupwise.rewards.functions.load import load_reward
 from groupwise.rewards.steps import by_pattern
-from groupwise.rewards.stepwise import StepScorer, load_step_reward
+from groupwise.rewards.stepwise import StepScorer
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Group, GroupKey, Prompt, Score, ScoredGroup
 from groupwise.watch.metrics import unknown
+from groupwise.wiring.reward_models import ModelOptions, open_reward, open_step_reward
 from tests.rewards.groups import flat, group, listening
 from tests.tiny_judges import ALPHABET, judge, save_judge, stock_logits
 from tests.tiny_tokenizers import wrapped
@@ -59,7 +60,7 @@ def spoil(folder: Path) -> None:
 
 def test_outputs_are_scored_by_name_in_one_call(tmp_path: Path, monkeypatch) -> None:
     folder = save_judge(tmp_path / "mine", "outcome")
-    reward = load_reward(f"model:{folder}", models=CPU)
+    reward = open_reward(f"model:{folder}", models=CPU)
     assert isinstance(reward, ModelReward)
     calls: list[Sequence[object]] = []
     logits = reward.model.logits
@@ -79,7 +80,7 @@ def test_outputs_are_scored_by_name_in_one_call(tmp_path: Path, monkeypatch) -> 
 
 def test_a_model_is_mixed_with_functions_by_weights(tmp_path: Path) -> None:
     folder = save_judge(tmp_path / "mine", "outcome")
-    rewards = [load_reward(f"model:{folder}", models=CPU), load_reward(lambda prompt, completion: len(completion))]
+    rewards = [open_reward(f"model:{folder}", models=CPU), load_reward(lambda prompt, completion: len(completion))]
     context, _ = listening()
     scored = score_groups(GROUPS, rewards, [2.0, 0.5], context)
     score = scored[0].scores[1]
@@ -124,7 +125,7 @@ def test_steps_keep_their_characters_under_another_tokenizer(tmp_path: Path) -> 
     folder, policy = save_judge(tmp_path / "prm", "process"), spanning()
     texts = "a\nba", "ab\na\n", "aa"
     assert policy.encode_text(texts[0]) == (1, 4, 1)
-    reward = load_step_reward(f"model:{folder}", models=CPU)
+    reward = open_step_reward(f"model:{folder}", models=CPU)
     assert isinstance(reward, ModelStepReward)
     context, _ = listening()
     [scored] = StepScorer(by_pattern(policy, "\n"), [reward], None)(sampled(policy, *texts), context, training=True)
@@ -145,7 +146,7 @@ def test_steps_keep_their_characters_under_another_tokenizer(tmp_path: Path) -> 
 def test_a_causal_model_with_tags_scores_steps(tmp_path: Path) -> None:
     folder = save_judge(tmp_path, "causal")
     options = ModelOptions(device="cpu", step_tags=["#", "+", "-"])
-    reward = load_step_reward(f"model:{folder}", models=options)
+    reward = open_step_reward(f"model:{folder}", models=options)
     policy = spanning()
     [scored] = StepScorer(by_pattern(policy, "\n"), [reward], None)(
         sampled(policy, "a\nba"), listening()[0], training=True
@@ -155,7 +156,7 @@ def test_a_causal_model_with_tags_scores_steps(tmp_path: Path) -> None:
     expected = logits[:, [plus, minus]].softmax(-1)[:, 0].tolist()
     assert [reward for _, reward in scored.steps[0]] == pytest.approx(expected, abs=1e-6)
     with pytest.raises(ModelError, match=r"set reward\.step_tags"):
-        load_step_reward(f"model:{folder}", models=CPU)
+        open_step_reward(f"model:{folder}", models=CPU)
 
 
 def test_an_output_whose_steps_cannot_be_read_has_no_score_at_any(tmp_path: Path) -> None:
@@ -171,9 +172,9 @@ def test_a_number_that_is_none_names_the_model_and_the_output(tmp_path: Path) ->
     for kind in ("outcome", "process"):
         spoil(save_judge(tmp_path / kind, kind))
     with pytest.raises(RewardError, match=r"(?s)`outcome` returned nan.*row-0.*output 1 of 3"):
-        load_reward(f"model:{tmp_path / 'outcome'}", models=CPU)(GROUPS, listening()[0])
+        open_reward(f"model:{tmp_path / 'outcome'}", models=CPU)(GROUPS, listening()[0])
     policy = spanning()
-    scorer = StepScorer(by_pattern(policy, "\n"), [load_step_reward(f"model:{tmp_path / 'process'}", models=CPU)], None)
+    scorer = StepScorer(by_pattern(policy, "\n"), [open_step_reward(f"model:{tmp_path / 'process'}", models=CPU)], None)
     with pytest.raises(RewardError, match=r"(?s)reward model `process` returned nan.*output 1 of 1"):
         scorer(sampled(policy, "a"), listening()[0], training=True)
 
@@ -194,8 +195,8 @@ def test_each_score_says_which_version_gave_it(tmp_path: Path) -> None:
 
 def test_a_run_folder_stands_for_its_model(tmp_path: Path) -> None:
     save_judge(tmp_path / "run" / "model", "outcome")
-    reward = load_reward(f"model:{tmp_path / 'run'}", models=CPU)
+    reward = open_reward(f"model:{tmp_path / 'run'}", models=CPU)
     assert reward.name == "run"
     assert isinstance(reward, ModelReward)
     with pytest.raises(ModelError, match="is no folder"):
-        load_reward(f"model:{tmp_path / 'nothing'}", models=CPU)
+        open_reward(f"model:{tmp_path / 'nothing'}", models=CPU)

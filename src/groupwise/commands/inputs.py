@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from groupwise.config import BUILTIN, TRAINED, Job
+from groupwise.config import BUILTIN, MODEL_PREFIX, TRAINED, Job
 from groupwise.data.rows import read_rows
 from groupwise.disk import PARTIAL, is_stream
 from groupwise.errors import ConfigError, DataError, ModelError, RunFolderError
@@ -30,7 +30,6 @@ WHICH = ("latest", "best", "base")
 """A run's weights: of the last checkpoint, of the best evaluation, or as they were before training."""
 EXPORTED = ("auto", "float32", "bfloat16", "float16")
 """Types that a model is exported in; auto is one that keeps what was learned."""
-MODEL = "model:"
 _OF_TRAINING = ("train", "checkpoint", "watch")
 """Sections of a job that nothing but training reads."""
 _WHOLE = 10_000_000
@@ -239,8 +238,8 @@ def check_functions(specs: Sequence[str], kind: str, stepwise: bool = False) -> 
     Raises RewardError or ModelError.
     """
     for spec in specs:
-        if spec.startswith(MODEL):
-            path = spec.removeprefix(MODEL)
+        if spec.startswith(MODEL_PREFIX):
+            path = spec.removeprefix(MODEL_PREFIX)
             trained = Path(path) / "model"  # of a run of `reward-model train`
             check_model(str(trained) if trained.is_dir() else path)
         elif spec != TRAINED and not spec.startswith((PYTHON, "builtin:")) and not _seems_right(spec):

@@ -28,7 +28,8 @@ from groupwise.seeds import group_seed
 from groupwise.types import Group, GroupKey, Prompt, Request, Score, ScoredGroup
 from groupwise.wiring import parts
 from groupwise.wiring.python_objects import Given
-from groupwise.wiring.scoring import open_functions, open_trained, say_unread, scorer_of
+from groupwise.wiring.reward_models import open_trained
+from groupwise.wiring.scoring import open_functions, say_unread, scorer_of
 from groupwise.wiring.settings import learner_settings, objective_of, sampling_of
 
 LOOKED_AT = 64

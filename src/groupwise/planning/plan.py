@@ -30,7 +30,7 @@ from groupwise.reward_models.model import Source
 from groupwise.tokenizer.codec import Codec
 from groupwise.wiring.parts import available_memory, encoded_prompts
 from groupwise.wiring.python_objects import Given
-from groupwise.wiring.scoring import reward_model_bytes
+from groupwise.wiring.reward_models import reward_model_bytes
 from groupwise.wiring.settings import memory_settings, objective_of
 from groupwise.wording import one_line
 

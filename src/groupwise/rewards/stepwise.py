@@ -13,7 +13,7 @@ from groupwise.rewards.base import Outcome, RewardContext
 from groupwise.rewards.checks import check_number, shorten, show_output
 from groupwise.rewards.combine import check_weights, publish, run_all, unique_names, weighted_sum
 from groupwise.rewards.functions.calls import FunctionCalls
-from groupwise.rewards.functions.load import MODEL, ModelOptions, load_stepwise, open_reward_model
+from groupwise.rewards.functions.load import load_stepwise
 from groupwise.rewards.patience import Patience
 from groupwise.rewards.steps import Cut, Cuts, Segmenter
 from groupwise.types import Group, Score, ScoredGroup, Step
@@ -85,17 +85,11 @@ class FunctionStepReward:
         self._calls.close()
 
 
-def load_step_reward(
-    spec: str | Callable[..., Any], *, models: ModelOptions = ModelOptions(), **limits: Any  # noqa: B008 - frozen
-) -> StepReward:  # fmt: skip
-    """What scores steps by the name `spec`: a reward model (`model:DIR`), or a function as `load_stepwise` takes it.
+def load_step_reward(spec: str | Callable[..., Any], **limits: Any) -> StepReward:
+    """What scores steps by the name `spec`, a function as `load_stepwise` takes it, with its `limits`.
 
-    `limits` are those of functions. Raises RewardError, or ModelError for a model, where it cannot be loaded.
+    Raises RewardError where it cannot be loaded.
     """
-    if isinstance(spec, str) and spec.startswith(MODEL):
-        from groupwise.reward_models.reward import ModelStepReward
-
-        return ModelStepReward(open_reward_model(spec, "process", models))
     calls = load_stepwise(spec, place="step_rewards", kind="step reward function", **limits)
     try:
         return FunctionStepReward(calls)

@@ -17,13 +17,12 @@ import torch
 import transformers
 
 from groupwise import __version__
-from groupwise.config import BUILTIN, TRAINED, Job
+from groupwise.config import BUILTIN, MODEL_PREFIX, TRAINED, Job
 from groupwise.cpu.kernels import compiled, processor
 from groupwise.data.stream import columns_digest, contents_digest
 from groupwise.errors import DataError, RunFolderError
 from groupwise.jobfile.reward_model import RewardModelJob
 from groupwise.reward_models.model import RewardModel
-from groupwise.rewards.functions.load import MODEL
 from groupwise.rewards.functions.sources import sources_of
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.types import Prompt
@@ -75,8 +74,8 @@ def provenance_of(
         judging |= columns_digest(held_out, f"{path} (held out)")
     named = (*job.reward.functions, *job.reward.step_functions, *job.reward.verifier, job.process.function or BUILTIN)
     for spec in named:
-        if spec.startswith(MODEL):
-            settings, found = model_digests(spec.removeprefix(MODEL), None)
+        if spec.startswith(MODEL_PREFIX):
+            settings, found = model_digests(spec.removeprefix(MODEL_PREFIX), None)
             judging |= settings | found
         elif not spec.startswith((PYTHON, "builtin:")) and spec != TRAINED:
             judging |= {name: _digest(file.read_bytes()) for name, file in sources_of(spec).items()}

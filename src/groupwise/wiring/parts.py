@@ -52,7 +52,8 @@ from groupwise.tokenizer.codec import Codec
 from groupwise.types import Group, Prompt
 from groupwise.watch.record import Record, Watch
 from groupwise.wiring.python_objects import PYTHON, Given, Rows
-from groupwise.wiring.scoring import as_judged, check_thread, open_functions, open_trained, say_unread, scorer_of
+from groupwise.wiring.reward_models import open_trained
+from groupwise.wiring.scoring import as_judged, check_thread, open_functions, say_unread, scorer_of
 from groupwise.wiring.settings import (
     eval_sampling_of,
     learner_settings,

@@ -8,25 +8,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-import torch
-
 from groupwise.config import TRAINED, Job
 from groupwise.data.remarks import unread
 from groupwise.errors import RewardError
-from groupwise.models.size import weight_bytes
-from groupwise.reward_models.model import RewardModel, Source, new_reward_model, parameters_of
+from groupwise.reward_models.model import RewardModel
 from groupwise.reward_models.reward import ModelReward, ModelStepReward
 from groupwise.rewards.base import Reward
 from groupwise.rewards.functions.calls import FunctionCalls
-from groupwise.rewards.functions.load import MODEL, ModelOptions, load_reward, load_stepwise
+from groupwise.rewards.functions.load import load_stepwise
 from groupwise.rewards.patience import Patience
 from groupwise.rewards.scorer import Scorer, SpecialTokens
 from groupwise.rewards.steps import segmenter_of
-from groupwise.rewards.stepwise import StepReward, StepScorer, load_step_reward
+from groupwise.rewards.stepwise import StepReward, StepScorer
 from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt
 from groupwise.wiring.python_objects import PYTHON, Given
+from groupwise.wiring.reward_models import ModelOptions, open_reward, open_step_reward
 from groupwise.wiring.settings import total_steps
 
 
@@ -70,9 +68,9 @@ def open_functions(
     )
     option = ("verifier", "verifier") if given.judges else ("reward function", "reward")
     named = _named_or_handed(section.functions, given.rewards, *option)
-    rewards = [None if f == TRAINED else _opened(load_reward(f, **limits), closing) for f in named]
+    rewards = [None if f == TRAINED else _opened(open_reward(f, **limits), closing) for f in named]
     named = _named_or_handed(section.step_functions, given.step_rewards, "step reward function", "step_reward")
-    step_rewards = [None if f == TRAINED else _opened(load_step_reward(f, **limits), closing) for f in named]
+    step_rewards = [None if f == TRAINED else _opened(open_step_reward(f, **limits), closing) for f in named]
     segmenter = None
     if job.process.function is not None:
         del limits["models"]
@@ -145,41 +143,6 @@ def check_thread(given: Given, warn: Callable[[str], None]) -> None:
             "handed over: what needs the main thread (signal.alarm, as in math_verify) fails in them. Call groupwise "
             "from the main thread, or name the functions as `file.py:name`"
         )
-
-
-def reward_model_bytes(job: Job, policy: Source | int, trust_remote_code: bool, dtype: torch.dtype) -> dict[str, int]:
-    """What a job's reward models hold on the policy's device; `policy` is where the policy comes from, or the number of
-    its parameters where that is no folder. Raises ModelError."""
-    section = job.reward
-    if section.device not in (None, job.model.device):
-        return {}
-    named = [("outcome", name) for name in (*section.functions, *section.verifier)]
-    named += [("process", name) for name in section.step_functions]
-    found = {"reward models": 0, "reward model in training": 0}
-    for kind, name in named:
-        if name.startswith(MODEL):
-            source = Source(name.removeprefix(MODEL), trust_remote_code=trust_remote_code)
-            found["reward models"] += dtype.itemsize * parameters_of(source, kind)  # type: ignore[arg-type]
-        if name == TRAINED:
-            own = Source(job.reward_model.path or "", job.reward_model.revision, trust_remote_code)
-            backbone = own if job.reward_model.path else policy
-            count = backbone if isinstance(backbone, int) else parameters_of(backbone, kind)  # type: ignore[arg-type]
-            found["reward model in training"] = sum(weight_bytes(count, dtype, reference=False).values())
-    return found
-
-
-def open_trained(job: Job, policy: str, given: Given) -> RewardModel:
-    """The reward model that a run trains, as it is before the first round; `policy` is where the policy comes from.
-
-    Raises ModelError where its backbone has no such class, or where it has to be trained already and is not.
-    """
-    section = job.reward_model
-    revision = job.model.revision if section.path is None else section.revision
-    return new_reward_model(
-        Source(section.path or policy, revision, given.trust_remote_code, job.data.date),
-        "outcome" if TRAINED in job.reward.functions else "process",
-        seed=job.seed, device=job.reward.device or job.model.device, has_head=section.first_prompts == 0,
-    )  # fmt: skip
 
 
 def say_unread(job: Job, prompts: Sequence[Prompt], functions: Sequence[Functions], say: Callable[[str], None]) -> None:

@@ -18,9 +18,8 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from groupwise.errors import RewardError
 from groupwise.rewards.base import Reward, RewardContext, Scope, Values
@@ -30,25 +29,8 @@ from groupwise.rewards.functions.calls import FunctionCalls
 from groupwise.rewards.functions.workers import InProcess, Runner, Worker
 from groupwise.types import Group
 
-if TYPE_CHECKING:
-    from groupwise.reward_models.model import Kind, RewardModel
-
 BUILTINS = {"arithmetic": "groupwise.demo.reward:score", "gsm8k": "groupwise.rewards.gsm8k:score"}
-MODEL = "model:"
-"""Begins the name of a reward model: `model:DIR`, or `model:ID` of the hub."""
 STEPWISE_BUILTINS = {"arithmetic": "groupwise.demo.reward:score_steps"}
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """How reward models are opened: where they compute, in what, `tag, right, wrong` of causal ones, and what day their
-    templates are told it is."""
-
-    device: str = "auto"
-    dtype: str = "auto"
-    step_tags: Sequence[str] | None = None
-    trust_remote_code: bool = False
-    date: str | None = None
 
 
 class FunctionReward(FunctionCalls):
@@ -70,36 +52,18 @@ def load_reward(
     timeout: float = 60.0,
     output_timeout: float = 10.0,
     log: Path | None = None,
-    models: ModelOptions = ModelOptions(),
 ) -> Reward:
     """The reward that `spec` names, loaded and ready.
 
     `file.py:name` and `package.module:name` run in a worker process, whose prints are appended to `log` (default: a
-    temporary file); `builtin:...` and callables run in the thread that calls; `model:DIR` is a reward model,
-    opened by `models`; a Reward is returned as it is. Limits in seconds, which hold for functions: `timeout` for a
-    step's outputs together, `output_timeout` for one alone. Raises RewardError where it cannot be loaded, ModelError
-    for a model.
+    temporary file); `builtin:...` and callables run in the thread that calls; a Reward is returned as it is. Limits in
+    seconds: `timeout` for a step's outputs together, `output_timeout` for one alone. Raises RewardError where it cannot
+    be loaded.
     """
     if not isinstance(spec, str) and isinstance(spec, Reward):
         return spec
-    if isinstance(spec, str) and spec.startswith(MODEL):
-        from groupwise.reward_models.reward import ModelReward
-
-        return ModelReward(open_reward_model(spec, "outcome", models))
     runner, name = _runner(spec, log)
     return FunctionReward(runner, name or runner.signature.name, timeout=timeout, output_timeout=output_timeout)
-
-
-def open_reward_model(spec: str, kind: Kind, options: ModelOptions) -> RewardModel:
-    """The reward model that `model:DIR` names. Raises ModelError where it cannot be used."""
-    from groupwise.models.load import choose_device, choose_dtype
-    from groupwise.reward_models.model import Source, load_reward_model
-    from groupwise.reward_models.text import Tags
-
-    source = Source(spec.removeprefix(MODEL), trust_remote_code=options.trust_remote_code, date=options.date)
-    dtype = choose_dtype(options.dtype, choose_device(options.device))
-    tags = Tags(*options.step_tags) if options.step_tags else None
-    return load_reward_model(source, kind, device=options.device, dtype=dtype, tags=tags)
 
 
 def load_stepwise(
