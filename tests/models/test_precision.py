@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from groupwise.models.precision import exp
+from groupwise.precision import exp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

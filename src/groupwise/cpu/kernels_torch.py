@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from groupwise.models.precision import wide
+from groupwise.precision import wide
 
 if TYPE_CHECKING:
     from groupwise.cpu.kernels import Look, Pair

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.cpu.kernels import is_plain
-from groupwise.models.tracing import counter
 
 _SMALLEST = 1 << 18
 """Elements of a matrix from which on the kernel's longer call is worth it."""
@@ -53,7 +52,7 @@ class PackedProducts:
 
     def __call__(self, x: Tensor, *parts: Part) -> Tensor:
         """`x @ weight.T + bias` for `[R, K]` rows, the parts' results side by side."""
-        if torch.is_grad_enabled() or counter.get() is not None or not (_fits(x, parts) and _copied(x.dtype, parts)):
+        if torch.is_grad_enabled() or not (_fits(x, parts) and _copied(x.dtype, parts)):
             return plain_product(x, *parts)
         copy = self._copy_of(parts)
         return copy.multiply(x, copy.weight, copy.bias)

@@ -21,8 +21,8 @@ from transformers.activations import ACT2FN
 from groupwise.cpu.kernels import LANES, Kernels, kernels_for
 from groupwise.cpu.packed import Part, plain_product
 from groupwise.models.attention import AttentionLayout
-from groupwise.models.precision import wide
 from groupwise.models.tiles import Options
+from groupwise.precision import wide
 
 FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose decoder is this one: RMS norms before attention and MLP, rotated keys, a gated MLP."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groupwise.models.precision import exp, wide, wide_dtype
 from groupwise.models.tracing import counter
+from groupwise.precision import exp, wide, wide_dtype
 
 _CHUNK_ELEMENTS = 1 << 20
 """Logits of a chunk, 4 MB in float32, or a quarter of the matrix where that is more: the matrix is read per chunk."""

@@ -15,7 +15,7 @@ from groupwise.models.attention import KEYWORD, AttentionLayout, ForestAttention
 from groupwise.models.direct import DirectBody
 from groupwise.models.head import HeadShape, chunked_logprobs, dense_logprobs
 from groupwise.models.layout import Stream, Tokens, plain_stream, shared_stream
-from groupwise.models.precision import wide
+from groupwise.precision import wide
 
 LayoutName = Literal["shared", "plain"]
 

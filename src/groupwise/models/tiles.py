@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from groupwise.cpu.kernels import Kernels, kernels_for
-from groupwise.models.precision import exp, wide_dtype
+from groupwise.precision import exp, wide_dtype
 
 _SCORES = 1 << 19
 """Scores of a tile, over all heads: 2 MB in float32."""

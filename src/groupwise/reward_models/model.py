@@ -34,8 +34,8 @@ from groupwise.models.load import (
 )
 from groupwise.models.narrow import narrow_model
 from groupwise.models.policy import silence_dropout
-from groupwise.models.precision import wide
 from groupwise.models.size import parameter_count
+from groupwise.precision import wide
 from groupwise.reward_models.text import Encoder, Judged, OutputEncoder, Row, StepEncoder, TagEncoder, Tags
 from groupwise.tokenizer.codec import Codec
 from groupwise.tokenizer.files import special_ids

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from groupwise.models.precision import exp
+from groupwise.precision import exp
 from groupwise.types import Sampling
 
 _BLOCK = 512

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from groupwise.models.policy import Policy
-from groupwise.models.precision import wide_dtype
 from groupwise.models.stock_decode import CachedRows, whole_rows
+from groupwise.precision import wide_dtype
 from groupwise.types import Branch
 
 NONE: Mapping[str, Branch] = MappingProxyType({})

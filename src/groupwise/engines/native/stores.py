@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from groupwise.cpu.kernels import Kernels, Look, Parts, kernels_for
-from groupwise.models.precision import wide, wide_dtype
 from groupwise.models.tiles import Options
+from groupwise.precision import wide, wide_dtype
 
 
 class Store:
