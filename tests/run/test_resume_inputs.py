@@ -13,7 +13,7 @@ import torch
 
 import groupwise
 from groupwise.errors import ConfigError, DataError, GroupwiseError
-from groupwise.run import provenance
+from groupwise.store import provenance
 from tests.run.tiny import events, save_model, save_rows
 
 REWARDS = (

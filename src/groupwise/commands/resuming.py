@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from groupwise.config import Job
 from groupwise.errors import ConfigError, RunFolderError
 from groupwise.jobfile import Difference, differences, load_job, resumable_keys
-from groupwise.run.provenance import JOB
 from groupwise.store import checkpoint
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.folder import RunFolder
+from groupwise.store.provenance import JOB
 
 
 @dataclass(frozen=True)

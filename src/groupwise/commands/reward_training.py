@@ -36,15 +36,16 @@ from groupwise.reward_models.learner import (
 from groupwise.reward_models.metrics import PREFIX
 from groupwise.reward_models.model import RewardModel, Source, new_reward_model
 from groupwise.reward_models.text import Example, prompt_of
-from groupwise.run.provenance import JOB, Provenance, check_resumed, provenance_of_examples
 from groupwise.run.saving import Clock
 from groupwise.seeds import stable_hash
 from groupwise.store import checkpoint, events
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.events import EventsFile
 from groupwise.store.folder import RunFolder, git_commit
+from groupwise.store.provenance import JOB, Provenance, check_resumed
 from groupwise.watch.record import Record, Watch, warn_of_missing_lines, warn_of_refused, with_lost_output
 from groupwise.watch.terminal import Mode, Terminal, make_terminal
+from groupwise.wiring.provenance import provenance_of_examples
 
 KEEP = 2
 """Checkpoints that are kept: the one before the last serves when the last is damaged."""

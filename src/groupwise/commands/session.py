@@ -22,14 +22,15 @@ from groupwise.readable import duration, number
 from groupwise.run import loop
 from groupwise.run.evaluate import ABOVE, Evaluation
 from groupwise.run.loop import Parts
-from groupwise.run.provenance import Provenance, check_resumed, provenance_of
 from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.store import checkpoint, events
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.folder import RunFolder, git_commit
+from groupwise.store.provenance import Provenance, check_resumed
 from groupwise.watch.record import Watch, warn_of_missing_lines, with_lost_output
 from groupwise.watch.terminal import Mode, Terminal, make_terminal
 from groupwise.wiring.parts import build, open_sinks
+from groupwise.wiring.provenance import provenance_of
 from groupwise.wiring.python_objects import Given
 from groupwise.wiring.settings import total_steps
 

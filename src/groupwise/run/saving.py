@@ -18,10 +18,10 @@ from groupwise.progress import Progress, unsaved_steps
 from groupwise.reward_models.rounds import Rounds
 from groupwise.rewards.patience import Patience
 from groupwise.run.evaluate import Evaluator
-from groupwise.run.provenance import JOB, Provenance
 from groupwise.store import checkpoint
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.folder import RunFolder
+from groupwise.store.provenance import JOB, Provenance
 from groupwise.watch.record import Watch
 
 

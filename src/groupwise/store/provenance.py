@@ -6,27 +6,20 @@ judges outputs may, since a reward that fails is mended and the run goes on, but
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from types import CodeType
 from typing import Any, Final
 
 import torch
 import transformers
 
 from groupwise import __version__
-from groupwise.config import BUILTIN, MODEL_PREFIX, TRAINED, Job
+from groupwise.config import BUILTIN
 from groupwise.cpu.kernels import compiled, processor
-from groupwise.data.stream import columns_digest, contents_digest
 from groupwise.errors import DataError, RunFolderError
-from groupwise.jobfile.reward_model import RewardModelJob
-from groupwise.reward_models.model import RewardModel
-from groupwise.rewards.functions.sources import sources_of
 from groupwise.store.checkpoint import Checkpoint
-from groupwise.types import Prompt
-from groupwise.wiring.python_objects import PYTHON, Given
 
 JOB: Final = "job.toml"
 """The file of a checkpoint that holds the job that it was made with."""
@@ -61,40 +54,6 @@ class Provenance:
         }  # fmt: skip
 
 
-def provenance_of(
-    job: Job, given: Given, commit: str | None, device: torch.device, prompts: Sequence[Prompt],
-    held_out: Sequence[Prompt],
-) -> Provenance:  # fmt: skip
-    """What goes into a run. `commit` is that of a model from the hub. Raises GroupwiseError as opening the job does."""
-    fixed, base = model_digests(job.model.path, commit)
-    judging = columns_digest(prompts, job.data.path.replace(PYTHON, "the given "))
-    if held_out:
-        path = (job.eval.data or job.data.path).replace(PYTHON, "the given ")
-        fixed[f"the held-out prompts ({path})"] = contents_digest(held_out)
-        judging |= columns_digest(held_out, f"{path} (held out)")
-    named = (*job.reward.functions, *job.reward.step_functions, *job.reward.verifier, job.process.function or BUILTIN)
-    for spec in named:
-        if spec.startswith(MODEL_PREFIX):
-            settings, found = model_digests(spec.removeprefix(MODEL_PREFIX), None)
-            judging |= settings | found
-        elif not spec.startswith((PYTHON, "builtin:")) and spec != TRAINED:
-            judging |= {name: _digest(file.read_bytes()) for name, file in sources_of(spec).items()}
-    for function in (*given.rewards, *given.step_rewards, *given.verifier):
-        judging |= callable_digest(function)
-    return Provenance(fixed, judging, base, computed_by(device))
-
-
-def provenance_of_examples(
-    job: RewardModelJob, model: RewardModel, train: Sequence[Any], held_out: Sequence[Any]
-) -> Provenance:  # fmt: skip
-    """What goes into the training of a reward model: its backbone, and encoded examples to learn from and to hold
-    out."""
-    fixed, base = model_digests(job.model, getattr(model.model.config, "_commit_hash", None))
-    data = {f"what it learns from ({job.data})": train, f"what is held out ({job.eval_data or job.data})": held_out}
-    fixed |= {name: _digest("\n".join(map(repr, examples)).encode()) for name, examples in data.items()}
-    return Provenance(fixed, {}, base, computed_by(model.device))
-
-
 def computed_by(device: torch.device) -> dict[str, str]:
     """What decides the last bits of what is computed here."""
     found = {
@@ -106,7 +65,7 @@ def computed_by(device: torch.device) -> dict[str, str]:
     own = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     return found | {
         "device": device.type, "threads": str(torch.get_num_threads()), "processor": own,
-        FEATURES: _digest(processor().encode()), "compiled kernels": "no" if compiled() is None else "yes",
+        FEATURES: digest(processor().encode()), "compiled kernels": "no" if compiled() is None else "yes",
     }  # fmt: skip
 
 
@@ -168,27 +127,8 @@ def model_digests(path: str, commit: str | None) -> tuple[dict[str, str], dict[s
     if path == BUILTIN or not folder.is_dir():
         return ({f"model {path}": commit} if commit else {}), {}
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
-    settings = {f"{path}/{file.name}": _digest(file.read_bytes()) for file in files if file.suffix in _SETTINGS}
+    settings = {f"{path}/{file.name}": digest(file.read_bytes()) for file in files if file.suffix in _SETTINGS}
     return settings, {f"{path}/{file.name}": _ends(file) for file in files if file.suffix in _WEIGHTS}
-
-
-def callable_digest(function: Callable[..., Any]) -> dict[str, str]:
-    """Of a function from Python: its code, not the values that it finds around it. Nothing of what has no code."""
-    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
-    name = getattr(function, "__name__", type(function).__name__)
-    return {f"{name} (from Python)": _digest(repr(list(_instructions(code))).encode())} if code else {}
-
-
-def _instructions(code: CodeType) -> Iterable[Any]:
-    """What a function does, wherever it stands: names and constants, and those of the functions inside it."""
-    yield code.co_code
-    yield code.co_names
-    yield code.co_varnames
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _instructions(constant)
-        else:
-            yield sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant)
 
 
 def _ends(file: Path) -> str:
@@ -196,8 +136,9 @@ def _ends(file: Path) -> str:
     with file.open("rb") as opened:
         first = opened.read(_SAMPLED_BYTES)
         opened.seek(max(0, size - _SAMPLED_BYTES))
-        return _digest(b"%d " % size + first + opened.read())
+        return digest(b"%d " % size + first + opened.read())
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
+    """16 hexadecimal digits that tell whether two things are the same."""
     return blake2b(data, digest_size=8).hexdigest()
