@@ -51,7 +51,7 @@ class Pooled(PooledEngine):
 
     @property
     def pids(self) -> list[int]:
-        return [helper.process.pid for helper in self.helpers]
+        return [helper.fork.process.pid for helper in self.helpers]
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_there_are_no_helpers_where_one_process_is_best(engine: Pooled, monkeypa
 
 
 def test_a_process_that_may_have_no_children_samples_alone(engine: Pooled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(processes.multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
     same(generate(engine, requests()), sample(make_policy(), requests()))
     assert not engine.helpers
 
@@ -334,8 +334,8 @@ def test_a_helper_that_is_killed_before_it_is_told_what_to_do_is_replaced(monkey
     engine, asked = Pooled(codec=without_end()), requests(n=4)
     expected = exactly(generate(engine, asked))
     os.kill(engine.pids[0], signal.SIGKILL)
-    engine.helpers[0].process.join()
-    monkeypatch.setattr(type(engine.helpers[0].process), "is_alive", lambda process: True)
+    engine.helpers[0].fork.process.join()
+    monkeypatch.setattr(type(engine.helpers[0].fork.process), "is_alive", lambda process: True)
     with pytest.warns(RuntimeWarning, match="ended with status -9"):
         assert exactly(generate(engine, asked)) == expected
     engine.close()
@@ -379,7 +379,7 @@ def test_an_idle_helper_that_is_killed_is_replaced(engine: Pooled) -> None:
     expected = generate(engine, requests(n=4))
     pids = engine.pids
     os.kill(pids[0], signal.SIGKILL)
-    engine.helpers[0].process.join()
+    engine.helpers[0].fork.process.join()
     with pytest.warns(RuntimeWarning, match="ended from outside"):
         found = generate(engine, requests(n=4))
     same(found, expected)

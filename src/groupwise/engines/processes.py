@@ -11,22 +11,20 @@ per thread, or one alone."""
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 
 from groupwise.cpu.cores import LARGEST, even_shares, threads
+from groupwise.cpu.forks import Fork, GoneError, may_fork
 from groupwise.cpu.shared_weights import SharedWeights, share
-from groupwise.engines.fork import GoneError, SamplingProcess, Task
 from groupwise.engines.native.engine import NativeEngine
+from groupwise.engines.sampling_process import SamplingProcess, Task
 from groupwise.errors import ModelError
 from groupwise.types import Request, Sampled
 
@@ -214,7 +212,7 @@ class PooledEngine:
         of_family = list(families.values())
         tokens = [sum(r.n * r.sampling.max_tokens for r in family) for family in of_family]
         shares = [list(range(len(tokens)))]
-        if sum(tokens) >= self.least_tokens and not multiprocessing.current_process().daemon:
+        if sum(tokens) >= self.least_tokens:
             policy = self.own.policy
             shares = by_process(tokens, sum(request.n for request in requests), policy.size, policy.device)
         return [[request for f in share for request in of_family[f]] for share in shares]
@@ -227,7 +225,7 @@ class PooledEngine:
             self._weights = weights
         while self._idle:
             helper = self._idle.pop()
-            if helper.process.is_alive():
+            if helper.fork.alive:
                 return helper
             _warn("a process that had nothing to do was ended from outside, and another takes its place")
             helper.end()
@@ -235,8 +233,8 @@ class PooledEngine:
 
     def _receive(self, *, wait_for_one: bool) -> None:
         """Take in what helpers have finished."""
-        ready = wait([helper.pipe for helper in self._busy], None if wait_for_one else 0.0)
-        for helper in [helper for helper in self._busy if helper.pipe in ready]:
+        ready = Fork.ready([helper.fork for helper in self._busy], None if wait_for_one else 0.0)
+        for helper in [helper for helper in self._busy if helper.fork in ready]:
             try:
                 self._take(helper)
             except GoneError as gone:
@@ -256,9 +254,7 @@ class PooledEngine:
 def by_process(sizes: Sequence[float], outputs: int, parameters: int, device: torch.device | str) -> list[list[int]]:
     """Indexes of `sizes`, what there is to sample of a model, `outputs` in all, by process."""
     count = torch.get_num_threads()
-    # A fork of a process with threads is safe on Linux alone.
-    possible = sys.platform == "linux" and torch.device(device).type == "cpu"
-    if possible and parameters <= LARGEST and outputs >= ROWS * count:
+    if torch.device(device).type == "cpu" and may_fork() and parameters <= LARGEST and outputs >= ROWS * count:
         shares = even_shares(sizes, count)
         if len(shares) == count:
             return shares
