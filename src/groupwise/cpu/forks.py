@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+Pipe = Connection
+"""One end of what two processes speak through."""
+
 
 class GoneError(Exception):
     """A copy has ended; the message says with which status."""
@@ -28,7 +31,7 @@ def may_fork() -> bool:
 class Fork:
     """A copy of this process that runs `serve(pipe)` until the pipe is closed. Raises OSError."""
 
-    def __init__(self, serve: Callable[[Connection], None], name: str) -> None:
+    def __init__(self, serve: Callable[[Pipe], None], name: str) -> None:
         self._pipe, far = multiprocessing.Pipe()
         try:
             with far, _quiet():
@@ -78,7 +81,7 @@ class Fork:
         return [fork for fork in forks if fork._pipe in found]
 
 
-def _begin(serve: Callable[[Connection], None], pipe: Connection) -> None:
+def _begin(serve: Callable[[Pipe], None], pipe: Pipe) -> None:
     """What a copy does first."""
     os.setsid()  # Ctrl-C is for the run to handle, which ends its copies
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from groupwise.cpu.forks import Fork
+from groupwise.cpu.forks import Fork, Pipe
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import ModelError
 from groupwise.types import Request, Sampled
@@ -57,7 +56,7 @@ class SamplingProcess:
         self.fork.end()
 
 
-def _serve(own: NativeEngine, pipe: Connection) -> None:
+def _serve(own: NativeEngine, pipe: Pipe) -> None:
     """What a helper does, until the other end is closed."""
     own.close()  # what the parent has decoded is of no use here
     own.on_tokens = None
@@ -71,7 +70,7 @@ def _serve(own: NativeEngine, pipe: Connection) -> None:
         pipe.send(error if ours else ModelError(f"Sampling failed: {one_line(error, 300)}"))
 
 
-def _sample(own: NativeEngine, task: Task, pipe: Connection) -> None:
+def _sample(own: NativeEngine, task: Task, pipe: Pipe) -> None:
     own.version, own.max_live = task.version, task.max_live
     for request in task.requests:
         own.submit(request)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from groupwise.data.stream import PromptStream
 from groupwise.rewards.base import Outcome, Reward, RewardContext
 from groupwise.rewards.combine import score_groups
 from groupwise.rewards.patience import Patience
@@ -21,6 +20,17 @@ class Report(Protocol):
     metrics: dict[str, Any]
     extras: dict[str, list[Any]]
     outcomes: list[Outcome]
+
+
+class Prompts(Protocol):
+    """What is trained on, and how often it was gone through so far."""
+
+    @property
+    def epoch(self) -> float:
+        """Passes over them."""
+
+    def __len__(self) -> int:
+        """How many there are."""
 
 
 class StepScores(Protocol):
@@ -83,7 +93,7 @@ class Scorer:
         self._epoch: Callable[[], float] = float
         self._epochs: int | None = None
 
-    def follow(self, prompts: PromptStream, prompts_per_step: int) -> None:
+    def follow(self, prompts: Prompts, prompts_per_step: int) -> None:
         """Tell rewards how far training is in these prompts."""
         self._epoch = lambda: prompts.epoch
         self._epochs = math.ceil(self.total_steps * prompts_per_step / len(prompts))
