@@ -42,7 +42,7 @@ def agreement(prompts: int, outputs: int, seed: int) -> dict[str, Any]:
     from groupwise.rewards.functions.load import load_reward
     from groupwise.rewards.scorer import Scorer
     from groupwise.rewards.steps import by_pattern
-    from groupwise.run.rollouts import Draw
+    from groupwise.run.rollouts import GroupSampler
     from groupwise.tokenizer.codec import Codec
     from groupwise.types import Prompt, Sampling
     from groupwise.watch.record import Record
@@ -56,7 +56,7 @@ def agreement(prompts: int, outputs: int, seed: int) -> dict[str, Any]:
         Prompt(str(i), row["prompt"], codec.encode_prompt(row["prompt"]), {"answer": row["answer"]})
         for i, row in enumerate(held_out(prompts))
     ]
-    groups = Draw(sampling, outputs, seed, "label").groups(engine, rows, 0)
+    groups = GroupSampler(sampling, outputs, seed, "label").sample(engine, rows, 0)
     scored = scorer(groups, Record(0))
     found = {}
     for n in TRIES:

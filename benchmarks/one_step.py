@@ -19,7 +19,7 @@ from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.probe import probe
 from groupwise.types import Group, GroupKey, Request, Score, ScoredGroup
 from groupwise.wiring import parts
-from groupwise.wiring.python_objects import Given
+from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wiring.settings import learner_settings, objective_of, sampling_of
 
 
@@ -41,11 +41,11 @@ def warm_up() -> None:
 def main(path: str, steps: int) -> None:
     """Sample and update as often as asked."""
     job = load_job(path).job
-    given = Given()
+    objects = PythonObjects()
     warm_up()
     before = status("VmRSS")
-    model = parts.open_model(job, given, lambda line: None, training=True)
-    prompts = parts.training_prompts(job, model, given).prompts[: job.train.prompts_per_step]
+    model = parts.open_model(job, objects, lambda line: None, training=True)
+    prompts = parts.training_prompts(job, model, objects).prompts[: job.train.prompts_per_step]
     model.codec.end_token_ids = frozenset()
     objective = objective_of(job)
     engine = parts.NativeEngine(model.loaded.policy, model.codec, max_live=job.sampling.max_live_outputs)

@@ -28,7 +28,7 @@ from groupwise.models.policy import Policy
 from groupwise.objective import objective_named, token_advantages
 from groupwise.rewards.functions.load import load_reward
 from groupwise.rewards.scorer import Scorer
-from groupwise.run.rollouts import Draw, Rollouts
+from groupwise.run.rollouts import GroupSampler, Rollouts
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt, Request, Sampling, Scored
 from groupwise.watch.record import Record
@@ -101,7 +101,7 @@ class Session:
             prompts.append(Prompt(str(number), text, codec.encode_prompt(text)))
             assert len(prompts[-1].token_ids) == case.prompt, f"a prompt has {len(prompts[-1].token_ids)} tokens"
         scorer = Scorer([load_reward(_reward, timeout=60, output_timeout=10)], None, 1_000_000, _warn)
-        draw = Draw(Sampling(max_tokens=case.completion), case.outputs, SEED, "train")
+        draw = GroupSampler(Sampling(max_tokens=case.completion), case.outputs, SEED, "train")
         stream = PromptStream(prompts, seed=SEED, shuffle=False)
         return Rollouts(stream, self.engine, scorer, draw, case.prompts)
 
@@ -129,7 +129,7 @@ class Session:
         lengths = self._prescribe(number, short)
         prompts = self.rollouts.prompts.take(self.case.prompts)
         start = time.perf_counter()
-        groups = self.rollouts.draw.groups(self.engine, prompts, number)
+        groups = self.rollouts.draw.sample(self.engine, prompts, number)
         seconds = time.perf_counter() - start
         assert [len(c.token_ids) for group in groups for c in group.completions] == lengths
         return {"seconds": seconds, "tokens": sum(lengths)}

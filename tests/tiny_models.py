@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from groupwise.models.attention import NAME
+from groupwise.models.attention import ATTENTION_NAME
 from groupwise.models.clone import tiny_clone
 from groupwise.models.head import HeadShape
 from groupwise.models.layout import Tokens
@@ -81,7 +81,7 @@ def policy_of(
     """A policy with weights of its own, equal to the model's."""
     own = copy.deepcopy(model)
     if layout == "shared":
-        own.set_attn_implementation(NAME)
+        own.set_attn_implementation(ATTENTION_NAME)
     return Policy(own, layout, head, cached, direct, aligned)
 
 

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 SCHEMA_VERSION: Final = 1
 BUILTIN: Final = "builtin:arithmetic"
-TRAINED: Final = "reward_model"
+TRAINED_REWARD_MODEL: Final = "reward_model"
 MODEL_PREFIX: Final = "model:"
 """Begins the name of a reward model among the rewards: `model:DIR`, or `model:ID` of the hub."""
 """Names, among a job's rewards, the reward model that its run trains."""

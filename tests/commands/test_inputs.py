@@ -37,9 +37,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case(["train", "--stepps", "3"], "No such option"),
-    Case(
-        ["train", "--learning-rate", "1e-5"], "--learning-rate is no option; a key is given by --set section.key"
-    ),
+    Case(["train", "--learning-rate", "1e-5"], "--learning-rate is no option; a key is given by --set section.key"),
     Case(["train", "--num_train_epochs=3"], "key=value. Training is counted in steps, not in epochs: `train.steps`"),
     Case(["train", *OWN, "--quiet", "--json"], "--quiet and --json cannot go together"),
     Case(["train", *OWN, "--set", "train.max_steps=3"], "Did you mean `train.steps`?"),

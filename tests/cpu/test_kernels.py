@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.cpu import kernels
-from groupwise.cpu.kernels import Kernels, Look, Parts, compiled, kernels_for
+from groupwise.cpu.kernels import Kernels, KeyRange, KeyRanges, compiled, kernels_for
 from tests.engines.policies import difference, make_policy, requests, sample, tokens
 
 needs_a_compiler = pytest.mark.skipif(not any(map(shutil.which, kernels._COMPILERS)), reason="no C compiler")
@@ -51,9 +51,9 @@ def test_norm(made: Kernels, width: int) -> None:
 @needs_a_compiler
 def test_gate(made: Kernels) -> None:
     gate, up = (30 * noise(9, 96)).chunk(2, -1)
-    torch.testing.assert_close(made.gate(gate, up), nn.functional.silu(gate) * up)
+    torch.testing.assert_close(made.swiglu(gate, up), nn.functional.silu(gate) * up)
     far = torch.tensor([[-1e4, -200.0, -88.0, -87.0, 0.0, 87.0, 88.0, 1e4] * 2])
-    torch.testing.assert_close(made.gate(far, torch.ones_like(far)), nn.functional.silu(far), atol=1e-30, rtol=1e-5)
+    torch.testing.assert_close(made.swiglu(far, torch.ones_like(far)), nn.functional.silu(far), atol=1e-30, rtol=1e-5)
 
 
 @needs_a_compiler
@@ -62,9 +62,9 @@ def test_turn(made: Kernels, width: int) -> None:
     whole, cos, sin = noise(5, 6, width), noise(5, 1, width, seed=1), noise(5, 1, width, seed=2)
     before = whole.clone()
     expected = (before * cos + before.roll(width // 2, -1) * sin)[:, :4]
-    torch.testing.assert_close(made.turn(whole[:, :4], cos, sin, out=torch.empty(5, 4, width)), expected)
+    torch.testing.assert_close(made.rotary(whole[:, :4], cos, sin, out=torch.empty(5, 4, width)), expected)
     assert torch.equal(whole, before)
-    made.turn(whole[:, :4], cos, sin, out=whole[:, :4])
+    made.rotary(whole[:, :4], cos, sin, out=whole[:, :4])
     torch.testing.assert_close(whole[:, :4], expected)
     assert torch.equal(whole[:, 4:], before[:, 4:])
 
@@ -91,7 +91,7 @@ def test_gradients_of_gate(made: Kernels) -> None:
     gate[0, :4] = torch.tensor([-200.0, -88.0, 88.0, 1e4])
     inputs = (gate.requires_grad_(), up.requires_grad_())
     expected = gradients(nn.functional.silu(gate) * up, inputs, back)
-    torch.testing.assert_close(made.gate_back(gate.detach(), up.detach(), back), expected, atol=1e-6, rtol=2e-5)
+    torch.testing.assert_close(made.swiglu_back(gate.detach(), up.detach(), back), expected, atol=1e-6, rtol=2e-5)
 
 
 BIASES = {"none": None, "one": (1, 1), "per row": (3, 1), "per query": (1, 5), "each": (3, 5)}
@@ -109,14 +109,14 @@ def test_weights_of_a_tile_and_gradients_of_its_scores(made: Kernels, keys: int,
         bias[0, 0, 0] = -math.inf
     whole = scores if bias is None else scores + bias
     weights = scores.clone()
-    top, total = made.soften_(weights, bias)
+    top, total = made.softmax_numerator_(weights, bias)
     torch.testing.assert_close(top, whole.amax(-1).clamp_min(-1e30))
     torch.testing.assert_close(weights, (whole - top[..., None]).exp(), atol=1e-30, rtol=1e-5)
     torch.testing.assert_close(total, weights.sum(-1))
     lse, delta = top + total.log().clamp_min(-1e30), noise(3, 2, 5, seed=2)
     lse[1, 1, 2] = math.inf  # a query that only fills up
     again, change = scores.clone(), back.clone()
-    made.soften_back_(again, bias, change, lse, delta)
+    made.softmax_numerator_back_(again, bias, change, lse, delta)
     expected = (whole - lse[..., None]).exp()
     torch.testing.assert_close(again, expected, atol=1e-30, rtol=1e-5)
     torch.testing.assert_close(change, (back - delta[..., None]) * expected, atol=1e-6, rtol=1e-5)
@@ -153,10 +153,10 @@ def test_attend(
     firsts: list[Tensor | None] = [None, None]
     if window is not None:
         firsts = [(ends[0] + ends[1] - window).clamp_min(0), (ends[1] - window).clamp_min(0)]
-    looks = [Look(torch.tensor(slots), firsts[0], ends[0]), Look(None, firsts[1], ends[1])]
+    looks = [KeyRange(torch.tensor(slots), firsts[0], ends[0]), KeyRange(None, firsts[1], ends[1])]
 
     found = made.attend(
-        query, key, value, 0.4, Parts(looks), [(prompts[0], prompts[1]), (outputs[0], outputs[1])]
+        query, key, value, 0.4, KeyRanges(looks), [(prompts[0], prompts[1]), (outputs[0], outputs[1])]
     )  # fmt: skip
 
     for row, (slot, cut, length) in enumerate(zip(slots, cuts, seen, strict=True)):
@@ -175,7 +175,7 @@ def test_a_row_s_result_is_the_same_to_the_bit_beside_any_others(made: Kernels) 
     slot, seen, end = torch.tensor([0, 1, 1, 1]), torch.tensor([200, 130, 200, 7]), torch.tensor([5, 150, 9, 1])
 
     def attend(rows: slice) -> Tensor:
-        looks = Parts([Look(slot[rows], None, seen[rows]), Look(None, None, end[rows])])
+        looks = KeyRanges([KeyRange(slot[rows], None, seen[rows]), KeyRange(None, None, end[rows])])
         stores = [(prompts[0], prompts[1]), (outputs[0][rows], outputs[1][rows])]
         return made.attend(query[rows], key[rows], value[rows], 1.0, looks, stores)
 
@@ -191,9 +191,9 @@ def test_what_is_not_finite_comes_out_as_that(made: Kernels, fault: float) -> No
     x[1, 3] = fault
     assert not made.norm(x, weight, 1e-6)[1].isfinite().all()
     assert made.norm(x, weight, 1e-6)[0].isfinite().all()
-    assert not made.gate(x, up)[1].isfinite().all()
+    assert not made.swiglu(x, up)[1].isfinite().all()
     stores = noise(2, 2, 1, 4, 32, seed=3)
-    looks = Parts([Look(None, None, torch.tensor([3, 3]))])
+    looks = KeyRanges([KeyRange(None, None, torch.tensor([3, 3]))])
     found = made.attend(x[:, None], up[:, None], up[:, None], 1.0, looks, [(stores[0], stores[1])])
     assert found[0].isfinite().all()
     assert not found[1].isfinite().all()
@@ -202,7 +202,7 @@ def test_what_is_not_finite_comes_out_as_that(made: Kernels, fault: float) -> No
 @needs_a_compiler
 def test_large_scores_do_not_overflow(made: Kernels) -> None:
     query, stores = 100 * noise(1, 1, 16), 100 * noise(2, 1, 1, 50, 16, seed=1)
-    looks, key, value = Parts([Look(None, None, torch.tensor([50]))]), stores[0][:, :, 49], stores[1][:, :, 49]
+    looks, key, value = KeyRanges([KeyRange(None, None, torch.tensor([50]))]), stores[0][:, :, 49], stores[1][:, :, 49]
     found = made.attend(query, key, value, 1.0, looks, [(stores[0], stores[1])])
     torch.testing.assert_close(found[0], by_hand(query[0], stores[0][0], stores[1][0], 1.0), rtol=1e-4, atol=1e-3)
 

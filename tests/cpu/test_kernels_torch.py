@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from groupwise.cpu import kernels, kernels_torch, packed
-from groupwise.cpu.kernels import Kernels, Look, Parts, compiled, is_plain
-from groupwise.cpu.packed import PackedProducts
+from groupwise.cpu.kernels import Kernels, KeyRange, KeyRanges, compiled, is_plain
+from groupwise.cpu.packed import PackedLinear
 from tests.engines.policies import make_policy, requests, sample
 from tests.tiny_models import GROUPS
 
@@ -65,19 +65,22 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 def attend(made: Kernels, *tensors: Tensor, end: Tensor | None = None) -> tuple[Tensor, ...]:
     query, key, value, keys, values = tensors
     end = torch.tensor([7, 2, 5], device=key.device) if end is None else end
-    return made.attend(query, key, value, 0.3, Parts([Look(None, None, end)]), [(keys, values)]), keys, values
+    return made.attend(query, key, value, 0.3, KeyRanges([KeyRange(None, None, end)]), [(keys, values)]), keys, values
 
 
 Call = Callable[..., tuple[Tensor, ...]]
 CALLS: dict[str, tuple[Call, list[tuple[int, ...]]]] = {
     "norm": (lambda made, x, w, factor: (made.norm(x, w, 1e-6, factor), factor), [(3, 2, 32), (32,), (3, 2, 1)]),
     "norm_back": (lambda made, *given: made.norm_back(*given), [(3, 32), (32,), (3, 1), (3, 32)]),
-    "gate": (lambda made, *given: (made.gate(*given),), [(3, 32), (3, 32)]),
-    "gate_back": (lambda made, *given: made.gate_back(*given), [(3, 32)] * 3),
-    "turn": (lambda made, *given: (made.turn(*given), given[-1]), [(3, 2, 32), (3, 1, 32), (3, 1, 32), (3, 2, 32)]),
-    "soften": (lambda made, *given: (*made.soften_(*given), given[0]), [(2, 3, 4, 11), (2, 1, 4, 11)]),
-    "soften_back": (
-        lambda made, *given: (made.soften_back_(*given), given[0], given[2])[1:],
+    "swiglu": (lambda made, *given: (made.swiglu(*given),), [(3, 32), (3, 32)]),
+    "swiglu_back": (lambda made, *given: made.swiglu_back(*given), [(3, 32)] * 3),
+    "rotary": (lambda made, *given: (made.rotary(*given), given[-1]), [(3, 2, 32), (3, 1, 32), (3, 1, 32), (3, 2, 32)]),
+    "softmax_numerator": (
+        lambda made, *given: (*made.softmax_numerator_(*given), given[0]),
+        [(2, 3, 4, 11), (2, 1, 4, 11)],
+    ),
+    "softmax_numerator_back": (
+        lambda made, *given: (made.softmax_numerator_back_(*given), given[0], given[2])[1:],
         [(2, 3, 4, 11), (2, 1, 4, 11), (2, 3, 4, 11), (2, 3, 4), (2, 3, 4)],
     ),
     "attend": (attend, [(3, 4, 16), (3, 2, 16), (3, 2, 16), (3, 2, 7, 16), (3, 2, 7, 16)]),
@@ -142,9 +145,9 @@ def test_shapes_that_do_not_go_together_are_errors_and_no_crashes() -> None:
     x = noise(3, 32)
     with torch.no_grad():
         for call in (
-            lambda: made().gate(x, x[:2]), lambda: made().norm(x, x[0, :16], 1e-6),
-            lambda: made().turn(noise(3, 2, 32), x, x, torch.empty(2, 2, 32)),
-            lambda: made().soften_(noise(2, 3, 4, 11), noise(2, 1, 4, 10)),
+            lambda: made().swiglu(x, x[:2]), lambda: made().norm(x, x[0, :16], 1e-6),
+            lambda: made().rotary(noise(3, 2, 32), x, x, torch.empty(2, 2, 32)),
+            lambda: made().softmax_numerator_(noise(2, 3, 4, 11), noise(2, 1, 4, 10)),
         ):  # fmt: skip
             with pytest.raises(RuntimeError):
                 call()
@@ -180,7 +183,16 @@ def test_sampling_and_training_compute_nothing_twice_as_slowly(monkeypatch: pyte
     def refuse(*given: Any) -> None:
         raise AssertionError("this was for a kernel")
 
-    for name in ("norm", "norm_back", "gate", "gate_back", "turn", "soften_", "soften_back_", "attend"):
+    for name in (
+        "norm",
+        "norm_back",
+        "swiglu",
+        "swiglu_back",
+        "rotary",
+        "softmax_numerator_",
+        "softmax_numerator_back_",
+        "attend",
+    ):
         monkeypatch.setattr(kernels_torch, name, refuse)
     policy = make_policy("qwen3", direct=True)
     assert policy.direct is not None
@@ -190,7 +202,7 @@ def test_sampling_and_training_compute_nothing_twice_as_slowly(monkeypatch: pyte
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_of_such_matrices_are_left_to_torch(kind: str) -> None:
-    products, weight, x = PackedProducts(), noise(512, 513), noise(3, 513, seed=1)
+    products, weight, x = PackedLinear(), noise(512, 513), noise(3, 513, seed=1)
     with torch.no_grad():
         found = products(KINDS[kind](x), (KINDS[kind](weight), None))
         found = found.inner if isinstance(found, Sharded) else found
@@ -203,4 +215,4 @@ def test_products_of_such_matrices_are_left_to_torch(kind: str) -> None:
 
 def test_products_of_unlike_types_fail_as_torch_does() -> None:
     with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
-        PackedProducts()(noise(3, 513), (noise(512, 513).double(), None))
+        PackedLinear()(noise(3, 513), (noise(512, 513).double(), None))

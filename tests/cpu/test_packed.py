@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.cpu import packed
-from groupwise.cpu.packed import PackedProducts, bytes_of_copies
+from groupwise.cpu.packed import PackedLinear, bytes_of_copies
 from tests.engines.policies import difference, make_policy, requests, sample, tokens
 
 needs_the_kernel = pytest.mark.skipif(
@@ -34,7 +34,7 @@ def every_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_the_kernel
 @pytest.mark.parametrize("rows", [1, 3, 64, 65, 200])
 def test_a_product_is_the_plain_one(rows: int) -> None:
-    weight, bias, products = matrix(), torch.linspace(-1, 1, 512), PackedProducts()
+    weight, bias, products = matrix(), torch.linspace(-1, 1, 512), PackedLinear()
     x = inputs(rows, weight)
     with torch.inference_mode():
         for b in (None, bias):
@@ -47,7 +47,7 @@ def test_a_product_is_the_plain_one(rows: int) -> None:
 @pytest.mark.parametrize("biases", [(True, True), (False, True), (False, False)])
 def test_parts_are_laid_out_as_one(biases: tuple[bool, bool]) -> None:
     parts = [(matrix(512, 513, n), torch.full((512,), float(n + 1)) if biases[n] else None) for n in range(2)]
-    products = PackedProducts()
+    products = PackedLinear()
     with torch.no_grad():
         x = inputs(5, parts[0][0])
         for _ in range(2):
@@ -61,7 +61,7 @@ def test_parts_are_laid_out_as_one(biases: tuple[bool, bool]) -> None:
 
 @needs_the_kernel
 def test_a_matrix_that_changes_is_laid_out_again() -> None:
-    weight, products = matrix(), PackedProducts()
+    weight, products = matrix(), PackedLinear()
     x = inputs(5, weight)
     with torch.no_grad():
         before = products(x, (weight, None))
@@ -74,7 +74,7 @@ def test_a_matrix_that_changes_is_laid_out_again() -> None:
 
 @needs_the_kernel
 def test_a_copied_policy_uses_its_own_weights() -> None:
-    ours = PackedProducts(), matrix()
+    ours = PackedLinear(), matrix()
     x = inputs(5, ours[1])
     with torch.no_grad():
         before = ours[0](x, (ours[1], None))
@@ -85,7 +85,7 @@ def test_a_copied_policy_uses_its_own_weights() -> None:
 
 
 def test_small_matrices_and_gradients_are_left_to_torch() -> None:
-    products, small = PackedProducts(), matrix(8, 16)
+    products, small = PackedLinear(), matrix(8, 16)
     with torch.no_grad():
         products(inputs(2, small), (small, None))
     large = matrix()
@@ -102,7 +102,7 @@ def test_a_build_without_the_kernel_computes_plainly(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(packed, "_product", missing)
     packed._kernel_agrees.cache_clear()
     try:
-        weight, products = matrix(), PackedProducts()
+        weight, products = matrix(), PackedLinear()
         with torch.no_grad():
             x = inputs(3, weight)
             torch.testing.assert_close(products(x, (weight, None)), nn.functional.linear(x, weight), atol=0, rtol=0)
@@ -133,7 +133,7 @@ def test_what_copies_take_is_told(every_matrix: None) -> None:
 
 
 def test_small_ones_that_are_multiplied_together_lie_side_by_side() -> None:
-    products = PackedProducts()
+    products = PackedLinear()
     parts = [(matrix(8, 16), None), (matrix(4, 16), torch.ones(4))]
     x = inputs(3, parts[0][0])
     with torch.no_grad():
@@ -151,13 +151,13 @@ def test_sampling_over_copies_draws_what_it_draws_without(
     kind: str, every_matrix: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, asked, made = make_policy(kind, direct=True), requests(n=3, max_tokens=20), list[int]()
-    release = PackedProducts.release
+    release = PackedLinear.release
 
-    def counted(self: PackedProducts) -> None:
+    def counted(self: PackedLinear) -> None:
         made.append(len(self))
         release(self)
 
-    monkeypatch.setattr(PackedProducts, "release", counted)
+    monkeypatch.setattr(PackedLinear, "release", counted)
     found = sample(policy, asked)
     assert made[-1] == (1 + 4 * 2 if policy.direct is not None else 1)
     assert len(policy.packed) == 0, "the copies are given back"

@@ -24,7 +24,7 @@ from groupwise.demo.model import character_tokenizer
 from groupwise.doctor import doctor, inputs
 from groupwise.doctor.findings import Finding, Report, measured, print_report
 from groupwise.doctor.numbers import Bounds, bounds
-from groupwise.doctor.opened_job import Patient, Room, open_patient
+from groupwise.doctor.opened_job import OpenedJob, TokenBudget, open_job
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.jobfile import load_job
 from groupwise.learn import learner as learning
@@ -34,7 +34,7 @@ from groupwise.models.head import HeadShape
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt
 from groupwise.wiring import parts
-from groupwise.wiring.python_objects import Given
+from groupwise.wiring.python_objects import PythonObjects
 from tests.commandline import call
 from tests.run.tiny import ALPHABET, save_model, save_rewards, save_rows
 from tests.tiny_tokenizers import CHAT_TEMPLATE, byte_level
@@ -52,7 +52,7 @@ EVERY = {
 SHARED = {"shared = plain, log-probs", "shared = plain, gradient"}
 SAMPLER = {"sampler = trainer, mean", "sampler = trainer, worst"}
 HEAD = {"chunked head, log-probs", "chunked head, gradient"}
-Plant = Callable[[Patient, pytest.MonkeyPatch], Patient]
+Plant = Callable[[OpenedJob, pytest.MonkeyPatch], OpenedJob]
 
 
 def share(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
@@ -64,20 +64,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def opened(folder: Path, closing: ExitStack, reward: Callable[..., Any] = share, **more: Any) -> Patient:
+def opened_job(folder: Path, closing: ExitStack, reward: Callable[..., Any] = share, **more: Any) -> OpenedJob:
     options = {"model": folder, "data": "python:rows", "reward": "python:share", **OPTIONS, **more}
-    return open_patient(load_job(None, (), options).job, Given([reward], ROWS), lambda _: None, closing)
+    return open_job(load_job(None, (), options).job, PythonObjects([reward], ROWS), lambda _: None, closing)
 
 
 @pytest.fixture(scope="module")
-def kept(folder: Path) -> Iterator[Patient]:
+def kept(folder: Path) -> Iterator[OpenedJob]:
     """One patient for the whole module: the checks change nothing in it."""
     with ExitStack() as closing:
-        yield opened(folder, closing)
+        yield opened_job(folder, closing)
 
 
 @pytest.fixture
-def patient(kept: Patient) -> Patient:
+def opened(kept: OpenedJob) -> OpenedJob:
     """The same, with nothing sampled yet."""
     return replace(kept, warnings=[])
 
@@ -109,12 +109,12 @@ def test_a_healthy_job_passes_and_nothing_is_left_behind(
     assert "checking: order" in said.err
 
 
-def test_no_weight_is_moved(patient: Patient) -> None:
+def test_no_weight_is_moved(opened: OpenedJob) -> None:
     def weights() -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in patient.learner.masters().items()}
+        return {name: tensor.clone() for name, tensor in opened.learner.master_weights().items()}
 
     before = weights()
-    doctor.run_checks(patient)
+    doctor.run_checks(opened)
     after = weights()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -127,7 +127,7 @@ def test_no_weight_is_moved(patient: Patient) -> None:
 )
 def test_other_healthy_jobs_pass(folder: Path, more: dict[str, Any], unused: set[str]) -> None:
     with ExitStack() as closing:
-        report = doctor.run_checks(opened(folder, closing, **more))
+        report = doctor.run_checks(opened_job(folder, closing, **more))
     assert failed(report) == set()
     first = {name.partition(",")[0] for name in unused}
     assert {name for name, verdict in verdicts(report).items() if verdict == "not used"} == first | {"chat template"}
@@ -135,16 +135,16 @@ def test_other_healthy_jobs_pass(folder: Path, more: dict[str, Any], unused: set
         assert "as asked" in the(report, "shared = plain").words
 
 
-def test_a_head_that_is_no_matrix_is_not_compared(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_is_no_matrix_is_not_compared(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     with ExitStack() as closing:
-        plain = opened(Path(patient.model.source), closing, layout="plain")
+        plain = opened_job(Path(opened.model.source), closing, layout="plain")
         monkeypatch.setattr(plain.learner.policy, "head", None)
         report = doctor.run_checks(plain)
     assert failed(report) == set()
     assert the(report, "chunked head").verdict == "not used"
 
 
-def leak(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
+def leak(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
     """Every token of a stream sees a little of all the others."""
     attend = ForestAttention.attend
 
@@ -153,10 +153,10 @@ def leak(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
         return attend(self, layer, query, key, value, options) + 0.2 * seen
 
     monkeypatch.setattr(ForestAttention, "attend", leaking)
-    return patient
+    return opened
 
 
-def normalise_each_part(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
+def normalise_each_part(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
     """Each micro-batch is a mean of its own."""
     losses = learning.token_losses
 
@@ -165,10 +165,10 @@ def normalise_each_part(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Pa
         return replace(found, loss_T=found.loss_T / len(found.loss_T))
 
     monkeypatch.setattr(learning, "token_losses", wrong)
-    return patient
+    return opened
 
 
-def weigh_by_place(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
+def weigh_by_place(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
     """What comes later in the batch weighs more."""
     weights = learning.token_weights
 
@@ -177,83 +177,83 @@ def weigh_by_place(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient
         return found * torch.linspace(1, 2, len(found))
 
     monkeypatch.setattr(learning, "token_weights", wrong)
-    return patient
+    return opened
 
 
-def wrong_scale(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
-    return with_head(HeadShape(scale=1.2), patient, monkeypatch)
+def wrong_scale(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
+    return with_head(HeadShape(scale=1.2), opened, monkeypatch)
 
 
-def wrong_cap(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
-    return with_head(HeadShape(softcap=1.0), patient, monkeypatch)
+def wrong_cap(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
+    return with_head(HeadShape(softcap=1.0), opened, monkeypatch)
 
 
-def with_head(shape: HeadShape, patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
+def with_head(shape: HeadShape, opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
     """What is wrong is so for policy and reference alike, as it would be after a probe that erred."""
-    assert isinstance(patient.reference, Reference)
-    for policy in (patient.learner.policy, patient.reference.policy):
+    assert isinstance(opened.reference, Reference)
+    for policy in (opened.learner.policy, opened.reference.policy):
         monkeypatch.setattr(policy, "head", shape)
-    return patient
+    return opened
 
 
-def stale_sampler(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
+def stale_sampler(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
     """The engine has weights of its own, and what it is given does not arrive."""
-    engine = NativeEngine(noisy(copy.deepcopy(patient.learner.policy)), patient.model.codec)
+    engine = NativeEngine(noisy(copy.deepcopy(opened.learner.policy)), opened.model.codec)
     monkeypatch.setattr(engine, "load_weights", lambda weights, version: None)
-    return replace(patient, engine=engine)
+    return replace(opened, engine=engine)
 
 
-def without_temperature(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
-    submit = patient.engine.submit
+def without_temperature(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
+    submit = opened.engine.submit
     monkeypatch.setattr(
-        patient.engine, "submit",
+        opened.engine, "submit",
         lambda request: submit(replace(request, sampling=replace(request.sampling, temperature=1.0))),
     )  # fmt: skip
-    return patient
+    return opened
 
 
-def another_reference(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
-    reference = Reference(patient.learner.policy)
+def another_reference(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
+    reference = Reference(opened.learner.policy)
     noisy(reference.policy)
-    return replace(patient, reference=reference)
+    return replace(opened, reference=reference)
 
 
-def drifting_old(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
+def drifting_old(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
     """Old log-probs are those of slightly other weights; the learner's other answers are right."""
-    prepare = patient.learner.prepare
+    prepare = opened.learner.prepare
 
     def wrong(*positional: Any) -> Any:
         batch = prepare(*positional)
         return replace(batch, old_logprobs_T=None if batch.old_logprobs_T is None else batch.old_logprobs_T + 0.01)
 
-    monkeypatch.setattr(patient.learner, "prepare", wrong)
-    return patient
+    monkeypatch.setattr(opened.learner, "prepare", wrong)
+    return opened
 
 
-def dropped_newlines(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
+def dropped_newlines(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
     tokenizer = character_tokenizer(ALPHABET)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\n", "")
-    return replace(patient, model=replace(patient.model, codec=Codec(tokenizer)))
+    return replace(opened, model=replace(opened.model, codec=Codec(tokenizer)))
 
 
-def masked_end(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
+def masked_end(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
     """Pad is the end token, and what is padding by its id is left out of the loss."""
-    pack, patient = patient.learner.pack, pad_is_end(patient)
-    end = patient.model.codec.tokenizer.eos_token_id
+    pack, opened = opened.learner.pack, pad_is_end(opened)
+    end = opened.model.codec.tokenizer.eos_token_id
 
     def wrong(*positional: Any) -> Any:
         batch = pack(*positional)
         ids_T = torch.tensor([token for output in batch.outputs for token in output.token_ids])
         return replace(batch, trained_T=batch.trained_T & (ids_T != end))
 
-    monkeypatch.setattr(patient.learner, "pack", wrong)
-    return patient
+    monkeypatch.setattr(opened.learner, "pack", wrong)
+    return opened
 
 
-def pad_is_end(patient: Patient) -> Patient:
+def pad_is_end(opened: OpenedJob) -> OpenedJob:
     tokenizer = character_tokenizer(ALPHABET)
     tokenizer.pad_token = tokenizer.eos_token
-    return replace(patient, model=replace(patient.model, codec=Codec(tokenizer)))
+    return replace(opened, model=replace(opened.model, codec=Codec(tokenizer)))
 
 
 def noisy(module: torch.nn.Module) -> torch.nn.Module:
@@ -281,16 +281,16 @@ def noisy(module: torch.nn.Module) -> torch.nn.Module:
     ],
 )
 def test_a_planted_fault_is_found(
-    plant: Plant, expected: set[str], patient: Patient, monkeypatch: pytest.MonkeyPatch
+    plant: Plant, expected: set[str], opened: OpenedJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = doctor.run_checks(plant(patient, monkeypatch))
+    report = doctor.run_checks(plant(opened, monkeypatch))
     assert failed(report) == expected
     assert all(the(report, name).words for name in expected)
 
 
 def test_the_wide_bounds_of_bfloat16_still_find_a_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ExitStack() as closing:
-        ill = normalise_each_part(opened(folder, closing, dtype="bfloat16"), monkeypatch)
+        ill = normalise_each_part(opened_job(folder, closing, dtype="bfloat16"), monkeypatch)
         assert failed(doctor.run_checks(ill)) == {"micro-batches", "order"}
 
 
@@ -309,21 +309,21 @@ def test_a_window_that_is_ignored_is_found(tmp_path: Path, monkeypatch: pytest.M
         return attend(self, layer, q, k, v, Options(options.scale, None, options.softcap, options.sinks))
 
     with ExitStack() as closing:
-        windowed = opened(tmp_path, closing)
+        windowed = opened_job(tmp_path, closing)
         assert failed(doctor.run_checks(windowed)) == set()
         monkeypatch.setattr(ForestAttention, "attend", without_window)
         assert failed(doctor.run_checks(replace(windowed))) >= SHARED
 
 
-def test_a_pad_that_is_the_end_token_is_trained(patient: Patient) -> None:
-    [finding] = inputs.end_token(pad_is_end(patient))
+def test_a_pad_that_is_the_end_token_is_trained(opened: OpenedJob) -> None:
+    [finding] = inputs.end_token(pad_is_end(opened))
     assert finding.verdict == "passed"
     assert "trained all the same" in finding.words
 
 
-def test_a_model_without_end_tokens_is_a_warning(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patient.model.codec, "end_token_ids", frozenset())
-    assert [finding.verdict for finding in inputs.end_token(patient)] == ["warning"]
+def test_a_model_without_end_tokens_is_a_warning(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opened.model.codec, "end_token_ids", frozenset())
+    assert [finding.verdict for finding in inputs.end_token(opened)] == ["warning"]
 
 
 OPEN = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -348,12 +348,12 @@ THINKING = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><thin
     ],
 )
 @pytest.mark.parametrize("prefilled", [False, True])
-def test_chat_templates(template: str, fault: str, prefilled: bool, patient: Patient) -> None:
+def test_chat_templates(template: str, fault: str, prefilled: bool, opened: OpenedJob) -> None:
     codec = Codec(byte_level(template))
     messages = [{"role": "user", "content": "add 1"}]
     messages += [{"role": "assistant", "content": "the answer"}] if prefilled else []
     prompt = Prompt("0", messages, codec.encode_prompt(messages))
-    ill = replace(patient, model=replace(patient.model, codec=codec), prompts=PromptSet((prompt, prompt), 0))
+    ill = replace(opened, model=replace(opened.model, codec=codec), prompts=PromptSet((prompt, prompt), 0))
     [finding] = inputs.chat_template(ill)
     if prefilled and "assistant" in fault:
         fault = ""  # nobody needs a generation prompt there
@@ -392,11 +392,11 @@ def some(prompts: Any, completions: Any, **_: Any) -> list[float | None]:
         (share, "passed", "not scored: 0%"),
     ],
 )
-def test_rewards(reward: Callable[..., Any], verdict: str, said: str, patient: Patient) -> None:
+def test_rewards(reward: Callable[..., Any], verdict: str, said: str, opened: OpenedJob) -> None:
     with ExitStack() as closing:
-        functions = parts.open_functions(patient.job, Given([reward]), None, closing)
-        scorer = parts.scorer_of(patient.job, functions, patient.model.codec, patient.warnings.append)
-        [finding] = doctor._tried("rewards", inputs.rewards, replace(patient, scorer=scorer))
+        functions = parts.open_functions(opened.job, PythonObjects([reward]), None, closing)
+        scorer = parts.scorer_of(opened.job, functions, opened.model.codec, opened.warnings.append)
+        [finding] = doctor._tried("rewards", inputs.rewards, replace(opened, scorer=scorer))
     assert finding.verdict == verdict
     assert said in finding.words
 
@@ -422,46 +422,46 @@ def no_steps(steps: Any, **_: Any) -> list[None]:
         (no_steps, "[a-h]", "failed", "of the steps scored nothing"),
     ],
 )
-def test_step_rewards(reward: Callable[..., Any], pattern: str, verdict: str, said: str, patient: Patient) -> None:
+def test_step_rewards(reward: Callable[..., Any], pattern: str, verdict: str, said: str, opened: OpenedJob) -> None:
     scoring = RewardSection(functions=[], step_functions=["python:f"])
     process = ProcessSection(segmenter="pattern", pattern=pattern)
-    job = patient.job.model_copy(update={"reward": scoring, "process": process})
+    job = opened.job.model_copy(update={"reward": scoring, "process": process})
     with ExitStack() as closing:
-        functions = parts.open_functions(job, Given(step_rewards=[reward]), None, closing)
-        scorer = parts.scorer_of(job, functions, patient.model.codec, patient.warnings.append)
-        learner = copy.copy(patient.learner)
+        functions = parts.open_functions(job, PythonObjects(step_rewards=[reward]), None, closing)
+        scorer = parts.scorer_of(job, functions, opened.model.codec, opened.warnings.append)
+        learner = copy.copy(opened.learner)
         learner.objective = parts.objective_of(job)
-        [finding] = doctor._tried("rewards", inputs.rewards, replace(patient, scorer=scorer, learner=learner))
+        [finding] = doctor._tried("rewards", inputs.rewards, replace(opened, scorer=scorer, learner=learner))
     assert finding.verdict == verdict
     assert said in finding.words
 
 
 @pytest.mark.parametrize("peak, verdict", [(80, "passed"), (95, "warning"), (101, "failed")])
-def test_memory_of_an_update(peak: int, verdict: str, patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_an_update(peak: int, verdict: str, opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "peak_memory", lambda device: 50 + peak)
-    [finding] = inputs.memory(replace(patient, room=Room(free=100, held=50)))
+    [finding] = inputs.memory(replace(opened, room=TokenBudget(free=100, held=50)))
     assert (finding.verdict, finding.error, finding.bound) == (verdict, peak, 100)
     assert ("Lower train.tokens_per_micro_batch" in finding.words) == (verdict != "passed")
 
 
-def test_an_update_that_runs_out_of_memory(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_that_runs_out_of_memory(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(batch: Any) -> Any:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(patient.learner, "update", out_of_memory)
-    settings = patient.learner.settings
-    [finding] = inputs.memory(patient)
+    monkeypatch.setattr(opened.learner, "update", out_of_memory)
+    settings = opened.learner.settings
+    [finding] = inputs.memory(opened)
     assert finding.verdict == "failed"
     assert "Lower train.tokens_per_micro_batch" in finding.words
-    assert patient.learner.settings is settings
+    assert opened.learner.settings is settings
 
 
-def test_the_update_of_the_memory_check_is_a_full_one(patient: Patient) -> None:
-    groups = inputs._largest(patient)
+def test_the_update_of_the_memory_check_is_a_full_one(opened: OpenedJob) -> None:
+    groups = inputs._largest(opened)
     assert [len(group.group.prompt.token_ids) for group in groups] == [8, 8]  # two prompts a step, the longest each
     assert [len(c.token_ids) for group in groups for c in group.group.completions] == [12] * 8
-    job = patient.job.model_copy(update={"train": patient.job.train.model_copy(update={"tokens_per_micro_batch": 60})})
-    assert len(inputs._largest(replace(patient, job=job))) == 1  # 8 + 4 * 12 tokens fill it
+    job = opened.job.model_copy(update={"train": opened.job.train.model_copy(update={"tokens_per_micro_batch": 60})})
+    assert len(inputs._largest(replace(opened, job=job))) == 1  # 8 + 4 * 12 tokens fill it
 
 
 def test_weights_that_do_not_fit_are_the_only_finding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,13 +473,13 @@ def test_weights_that_do_not_fit_are_the_only_finding(folder: Path, monkeypatch:
 
 
 def test_a_check_that_crashes_has_failed_and_the_others_go_on(
-    patient: Patient, monkeypatch: pytest.MonkeyPatch
+    opened: OpenedJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(groups: Any) -> Any:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(patient.learner.policy, "stream", broken)
-    report = doctor.run_checks(patient)
+    monkeypatch.setattr(opened.learner.policy, "stream", broken)
+    report = doctor.run_checks(opened)
     assert {name for name, _ in doctor.CHECKS} >= failed(report) >= {"shared = plain", "order", "memory"}
     assert the(report, "order").words == "ZeroDivisionError: of all things."
     assert verdicts(report)["tokenizer"] == verdicts(report)["rewards"] == "passed"
@@ -491,7 +491,7 @@ def test_a_number_that_is_none_never_passes() -> None:
     assert measured("a", 1.01, 1.0, words="two", fault="three").words == "two. three"
 
 
-def test_narrow_types_have_wide_bounds() -> None:
+def test_cast_types_have_wide_bounds() -> None:
     assert bounds(torch.float32) == Bounds(token=1e-3, mean=1e-4, gradient=1e-3)
     assert bounds(torch.bfloat16) == Bounds(token=1.0, mean=0.05, gradient=0.15)
 
@@ -533,11 +533,11 @@ def test_on_the_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"rewards.py", "rows.jsonl"}
 
 
-def test_what_there_is_to_say_of_prompts_is_in_the_table(patient: Patient) -> None:
+def test_what_there_is_to_say_of_prompts_is_in_the_table(opened: OpenedJob) -> None:
     def finding(content: Any) -> Finding:
         codec = Codec(byte_level(CHAT_TEMPLATE))
         prompt = Prompt("0", content, codec.encode_prompt(content))
-        ill = replace(patient, model=replace(patient.model, codec=codec), prompts=PromptSet((prompt,), 0))
+        ill = replace(opened, model=replace(opened.model, codec=codec), prompts=PromptSet((prompt,), 0))
         [found] = inputs.chat_template(ill)
         return found
 

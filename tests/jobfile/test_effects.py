@@ -13,7 +13,7 @@ from groupwise.jobfile.reward_model import load_reward_job
 OWN = {"model": "org/model", "data": "prompts.jsonl", "reward": "rewards.py:score"}
 HUB = ["data.path=org/set"]
 HELD_OUT = ["eval.data=held.jsonl"]
-TRAINED = ["reward.functions=['reward_model']", "reward_model.labels=labels.jsonl"]
+TRAINED_REWARD_MODEL = ["reward.functions=['reward_model']", "reward_model.labels=labels.jsonl"]
 
 
 def load(*overrides: str, **options: str) -> None:
@@ -44,9 +44,9 @@ def load(*overrides: str, **options: str) -> None:
         (["watch.rollouts=false", "watch.rollouts_max_bytes=5000"], "no rollouts are written"),
         (["reward.functions=['model:org/m']", "reward.timeout=5"], "only models are named"),
         (["reward.functions=['model:org/m']", "reward.output_timeout=5"], "only models are named"),
-        ([*TRAINED, "reward_model.prompts_per_round=8"], "labels come from the file"),
-        ([*TRAINED, "reward_model.first_prompts=8"], "labels come from the file"),
-        ([*TRAINED, "reward_model.replay=0", "reward_model.replay_size=5"], "`reward_model.replay` = 0"),
+        ([*TRAINED_REWARD_MODEL, "reward_model.prompts_per_round=8"], "labels come from the file"),
+        ([*TRAINED_REWARD_MODEL, "reward_model.first_prompts=8"], "labels come from the file"),
+        ([*TRAINED_REWARD_MODEL, "reward_model.replay=0", "reward_model.replay_size=5"], "`reward_model.replay` = 0"),
     ],
 )
 def test_a_key_without_effect_is_refused_with_its_reason(overrides: list[str], reason: str) -> None:
@@ -65,7 +65,12 @@ def test_a_key_without_effect_is_refused_with_its_reason(overrides: list[str], r
         ["eval.threshold=0.5"],
         [*HUB, "eval.data=org/set", "eval.split=test"],
         [*HELD_OUT, "reward.verifier=['v.py:right']"],
-        [*TRAINED, "reward.verifier=['v.py:right']", "reward_model.first_prompts=0", "reward_model.path=org/m"],
+        [
+            *TRAINED_REWARD_MODEL,
+            "reward.verifier=['v.py:right']",
+            "reward_model.first_prompts=0",
+            "reward_model.path=org/m",
+        ],
         ["objective.beta=0.01", "objective.kl=k2"],
         ["watch.rollouts_max_bytes=5000"],
         ["reward.functions=['model:org/m', 'r.py:f']", "reward.timeout=5"],

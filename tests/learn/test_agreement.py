@@ -113,11 +113,11 @@ def guarded_learner(shift: float, corrected: bool = False, **settings: int) -> t
 @pytest.mark.parametrize("settings", [{}, {"updates_per_batch": 2}, {"num_iterations": 2}], ids=str)
 def test_no_weight_moves_where_the_batch_is_of_another_policy(settings: dict[str, int]) -> None:
     learner, batch, _ = guarded_learner(0.5, **settings)
-    before = {name: master.clone() for name, master in learner.masters().items()}
+    before = {name: master.clone() for name, master in learner.master_weights().items()}
     with pytest.raises(ModelError, match="outputs of this step"):
         learner.update(batch)
     assert learner.version == 0
-    assert all(torch.equal(master, before[name]) for name, master in learner.masters().items())
+    assert all(torch.equal(master, before[name]) for name, master in learner.master_weights().items())
 
 
 @pytest.mark.parametrize("settings", [{}, {"updates_per_batch": 2, "num_iterations": 2}], ids=str)

@@ -47,8 +47,8 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def learner(policy: Policy, count: int, **settings: Any) -> Learner:
     """One that computes in so many lanes."""
     made = make_learner(policy, **settings)
-    assert made.twins.most == 3
-    made.twins.most = count
+    assert made.replicas.most == 3
+    made.replicas.most = count
     return made
 
 
@@ -148,14 +148,14 @@ def test_updates_follow_the_same_weights(kind: str, direct: bool) -> None:
     found = []
     for count in (1, 3):
         own = learner(tiny_policy(kind, direct=direct), count, rate=1e-2, num_iterations=2)
-        twins = own.twins.policies(count)
-        assert all((policy.direct is not None) == direct for policy in twins)
-        assert not direct or len({id(policy.direct.body) for policy in twins if policy.direct}) == count
+        replicas = own.replicas.policies(count)
+        assert all((policy.direct is not None) == direct for policy in replicas)
+        assert not direct or len({id(policy.direct.body) for policy in replicas if policy.direct}) == count
         for _ in range(2):
             batch = own.prepare(groups, some_credit(groups), reference_of(own))
             for done in range(2):
                 own.update(batch, done)
-        found.append({name: master.detach().clone() for name, master in own.optimizer.masters.items()})
+        found.append({name: master.detach().clone() for name, master in own.optimizer.master_weights.items()})
     moved = distance(found[0], dict(tiny_policy(kind).model.named_parameters()))
     assert moved > 1e-2
     assert distance(*found) < (1e-9 if kind == "exact" else 5e-3 * moved)
@@ -230,7 +230,7 @@ def tight(room: int) -> Any:
 
 def test_twins_share_weights_and_buffers_and_nothing_else() -> None:
     own = learner(tiny_policy("llama"), 3)
-    first, second, third = own.twins.policies(3)
+    first, second, third = own.replicas.policies(3)
     assert first is own.policy
     assert second is not third
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
@@ -243,10 +243,10 @@ def test_twins_share_weights_and_buffers_and_nothing_else() -> None:
     for policy in (second, third):
         policy(policy.stream([((2, 3), [(4, 5)])])).logprobs_T.sum().backward()
     assert distance(before, gathered(own)) == 0
-    own.twins.gather()
+    own.replicas.gather()
     doubled = gathered(own)
     own.optimizer.zero_grad()
-    own.twins.gather()
+    own.replicas.gather()
     assert size(gathered(own)) == 0, "gathered once"
     first(first.stream([((2, 3), [(4, 5)])])).logprobs_T.sum().backward()
     assert distance(doubled, {name: 2 * value for name, value in gathered(own).items()}) < 1e-6
@@ -254,9 +254,9 @@ def test_twins_share_weights_and_buffers_and_nothing_else() -> None:
 
 def test_twins_follow_weights_that_were_moved() -> None:
     own = learner(tiny_policy("llama"), 3)
-    own.twins.policies(3)
+    own.replicas.policies(3)
     for parameter in own.policy.parameters():
         parameter.data = 2 * parameter.data
-    first, second, third = own.twins.policies(3)
+    first, second, third = own.replicas.policies(3)
     for twin in (second, third):
         assert all(p.data_ptr() == q.data_ptr() for p, q in zip(first.parameters(), twin.parameters(), strict=True))

@@ -203,7 +203,7 @@ def test_old_log_probs_are_computed_once_and_stay() -> None:
     assert batch.old_logprobs_T is not None
     with torch.no_grad():
         stock_T = stock_logprobs(policy.model, batch)
-    live_T = ~torch.tensor(batch.silent_S)[batch.completion_T]
+    live_T = ~torch.tensor(batch.zero_advantage_S)[batch.completion_T]
     assert (batch.old_logprobs_T - stock_T)[live_T].abs().max() < 1e-12
     old_T = batch.old_logprobs_T.clone()
     assert learner.update(batch, 0)["ratio/max"] == 1.0
@@ -264,7 +264,7 @@ def test_skipping_outputs_without_advantage_changes_nothing(
 
         learner.optimizer.step = keep_then_step  # type: ignore[method-assign]
         learner.update(batch, 0)
-        return found, {n: w.clone() for n, w in learner.masters().items()}, learner.update(batch, 1)
+        return found, {n: w.clone() for n, w in learner.master_weights().items()}, learner.update(batch, 1)
 
     skipped, weights, metrics = learn()
     without_skipping(monkeypatch)
@@ -298,7 +298,7 @@ def test_a_step_without_any_advantage_still_steps_adam() -> None:
     policy = tiny_policy()
     learner = learner_of("dapo", policy, rate=0.01)
     adam = torch.optim.AdamW(
-        twins := [p.detach().clone().requires_grad_() for p in policy.parameters()], lr=0.01, weight_decay=0.0
+        replicas := [p.detach().clone().requires_grad_() for p in policy.parameters()], lr=0.01, weight_decay=0.0
     )
     groups, credit = data()
     wanted, _ = stock_gradient(policy, learner.objective, batch := learner.prepare(groups, credit, NO_REFERENCE))
@@ -306,14 +306,14 @@ def test_a_step_without_any_advantage_still_steps_adam() -> None:
     forwards = count_forwards(policy)
     metrics = learner.update(learner.prepare(groups, [[0.0] * len(row) for row in credit], NO_REFERENCE))
     assert forwards == []
-    for twin, gradient in zip(twins, wanted.values(), strict=True):
+    for twin, gradient in zip(replicas, wanted.values(), strict=True):
         twin.grad = gradient
-    torch.nn.utils.clip_grad_norm_(twins, 1.0)
+    torch.nn.utils.clip_grad_norm_(replicas, 1.0)
     adam.step()
-    for twin in twins:
+    for twin in replicas:
         twin.grad = torch.zeros_like(twin)
     adam.step()
-    for twin, parameter in zip(twins, policy.parameters(), strict=True):
+    for twin, parameter in zip(replicas, policy.parameters(), strict=True):
         assert torch.allclose(twin, parameter, rtol=0, atol=1e-12)
     assert (metrics["updates"], metrics["updates/refused"]) == (1, 0)
     assert metrics["tokens/skipped"] == len(batch.completion_T)
@@ -324,16 +324,16 @@ def test_a_gradient_that_is_not_finite_is_refused_and_counted() -> None:
     policy = tiny_policy()
     learner = learner_of("dapo", policy, updates_per_batch=2)
     batch = learner.prepare(*data(), NO_REFERENCE)
-    before = {name: weight.clone() for name, weight in learner.masters().items()}
+    before = {name: weight.clone() for name, weight in learner.master_weights().items()}
     poison: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient * torch.inf  # noqa: E731
     handle = next(policy.parameters()).register_hook(poison)
     metrics = learner.update(batch)
     assert (metrics["updates"], metrics["updates/refused"], learner.version) == (2, 2, 0)
-    assert distance(before, learner.masters()) == 0.0
+    assert distance(before, learner.master_weights()) == 0.0
     handle.remove()
     metrics = learner.update(batch)
     assert metrics["updates/refused"] == 0
-    assert distance(before, learner.masters()) > 0.0
+    assert distance(before, learner.master_weights()) > 0.0
 
 
 @every_preset

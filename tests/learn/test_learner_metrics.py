@@ -43,7 +43,7 @@ def off_policy(preset: str | Objective, masked: bool = False, **settings: Any) -
 
 def live(batch: Batch, objective: Objective) -> Tensor:
     """Trained tokens of the outputs that are forwarded."""
-    forwarded = torch.tensor([not (objective.may_skip_zero_advantages and silent) for silent in batch.silent_S])
+    forwarded = torch.tensor([not (objective.may_skip_zero_advantages and silent) for silent in batch.zero_advantage_S])
     return batch.trained_T & forwarded[batch.completion_T]
 
 
@@ -96,7 +96,7 @@ def test_the_first_pass_tells_entropy_and_the_distance_of_the_sampler(preset: st
     assert found["tokens/trained"] == keep_T.sum()
     assert found["tokens/skipped"] == sum(
         len(output.token_ids)
-        for output, trained, silent in zip(batch.outputs, batch.trained_S, batch.silent_S, strict=True)
+        for output, trained, silent in zip(batch.outputs, batch.trained_S, batch.zero_advantage_S, strict=True)
         if not trained or (silent and learner.objective.may_skip_zero_advantages)
     )
 

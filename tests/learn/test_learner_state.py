@@ -71,15 +71,15 @@ def test_a_bfloat16_gradient_is_close_to_that_of_float32() -> None:
 
 def test_masters_move_in_small_steps_and_the_policy_computes_with_their_cast() -> None:
     learner = learning(compute_dtype=BFLOAT16, rate=1e-6)
-    before = {name: master.clone() for name, master in learner.masters().items()}
+    before = {name: master.clone() for name, master in learner.master_weights().items()}
     narrow = {name: tensor.detach().clone() for name, tensor in learner.weights()}
     learn(learner, 0)
-    assert 0.9e-6 < distance(before, learner.masters()) < 1.1e-6
+    assert 0.9e-6 < distance(before, learner.master_weights()) < 1.1e-6
     stood = torch.cat([(tensor == narrow[name]).flatten() for name, tensor in learner.weights()])
     assert stood.float().mean() > 0.99, "narrow weights alone would stand still for ever"
     for name, parameter in learner.policy.model.named_parameters():
         assert parameter.dtype == BFLOAT16
-        assert torch.equal(parameter, learner.masters()[name].to(BFLOAT16))
+        assert torch.equal(parameter, learner.master_weights()[name].to(BFLOAT16))
 
 
 def test_rotary_frequencies_stay_in_float32() -> None:
@@ -109,7 +109,7 @@ def test_a_reference_made_beside_a_learner_is_its_own(dtype: torch.dtype) -> Non
     reference = Reference(learner.policy)
     kept = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     batch = learner.prepare(*step_data(), reference)
-    assert all(master.grad is None or not master.grad.any() for master in learner.optimizer.masters.values())
+    assert all(master.grad is None or not master.grad.any() for master in learner.optimizer.master_weights.values())
     learner.update(batch)
     for name, tensor in reference.state_dict().items():
         assert torch.equal(tensor, kept[name])
@@ -136,12 +136,12 @@ def test_a_restored_learner_goes_on_to_the_same_bits(kind: str, tied: bool, dtyp
     learn(second, 7)
     second.load_state_dict({stem: saved.tensors(stem) for stem in tensors}, saved.state)
     assert second.version == 4
-    assert distance(first.masters(), second.masters()) == 0.0
+    assert distance(first.master_weights(), second.master_weights()) == 0.0
     for seed in (1, 2):
         metrics, same = learn(first, seed), learn(second, seed)
         metrics["memory/peak_bytes"] = same["memory/peak_bytes"]
         assert metrics == same
-    assert distance(first.masters(), second.masters()) == 0.0
+    assert distance(first.master_weights(), second.master_weights()) == 0.0
     for (name, left), (_, right) in zip(first.weights(), second.weights(), strict=True):
         assert torch.equal(left, right), name
 

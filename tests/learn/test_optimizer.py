@@ -42,7 +42,7 @@ def make(dtype: torch.dtype = FLOAT32, **settings: object) -> tuple[Net, MasterO
 
 def push(optimizer: MasterOptimizer, gradient: float) -> None:
     """Give every master the same gradient everywhere."""
-    for master in optimizer.masters.values():
+    for master in optimizer.master_weights.values():
         assert master.grad is not None
         master.grad.fill_(gradient)
 
@@ -92,21 +92,21 @@ def test_a_gradient_is_clipped_to_the_norm(dtype: torch.dtype) -> None:
     push(clipped, 3.0)
     norm, _ = clipped.step()
     assert norm == pytest.approx(3 * math.sqrt(15))
-    mean = clipped.adam.state[clipped.masters["vector"]]["exp_avg"]
+    mean = clipped.adam.state[clipped.master_weights["vector"]]["exp_avg"]
     assert torch.allclose(mean, torch.full((3,), 0.1 * 3 * 0.5 / norm), rtol=1e-4)
     _, free = make(dtype, max_grad_norm=math.inf)
     push(free, 3.0)
     free.step()
-    assert torch.allclose(free.adam.state[free.masters["vector"]]["exp_avg"], torch.tensor(0.3))
+    assert torch.allclose(free.adam.state[free.master_weights["vector"]]["exp_avg"], torch.tensor(0.3))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_only_matrices_decay(dtype: torch.dtype) -> None:
     _, optimizer = make(dtype, weight_decay=0.5)
-    before = {name: master.detach().clone() for name, master in optimizer.masters.items()}
+    before = {name: master.detach().clone() for name, master in optimizer.master_weights.items()}
     optimizer.step()
-    assert torch.allclose(optimizer.masters["matrix"], before["matrix"] * (1 - 0.1 * 0.5))
-    assert torch.equal(optimizer.masters["vector"], before["vector"])
+    assert torch.allclose(optimizer.master_weights["matrix"], before["matrix"] * (1 - 0.1 * 0.5))
+    assert torch.equal(optimizer.master_weights["vector"], before["vector"])
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
@@ -116,13 +116,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(wrong: float, dtype: torc
     for one in (optimizer, twin):
         push(one, 1.0)
         one.step()
-    optimizer.masters["vector"].grad[1] = wrong  # type: ignore[index]
+    optimizer.master_weights["vector"].grad[1] = wrong  # type: ignore[index]
     norm, _ = optimizer.step()
     assert not math.isfinite(norm)
     assert optimizer.update == 2, "it counts for the schedule"
     assert (optimizer.applied, optimizer.refused_in_a_row) == (1, 1)
-    for name in optimizer.masters:
-        assert torch.equal(optimizer.masters[name], twin.masters[name])
+    for name in optimizer.master_weights:
+        assert torch.equal(optimizer.master_weights[name], twin.master_weights[name])
     for one in (optimizer, twin):
         push(one, 2.0)
         one.step()
@@ -137,7 +137,7 @@ def test_a_run_of_refused_updates_is_an_error_and_an_applied_one_begins_anew() -
         optimizer.step()
         optimizer.check()
     _, taken_up = make()
-    taken_up.load(optimizer.masters, *optimizer.state())
+    taken_up.load(optimizer.master_weights, *optimizer.state())
     for one in (optimizer, taken_up):
         push(one, math.nan)
         one.step()
@@ -160,12 +160,12 @@ def test_an_update_without_any_gradient_moves_the_running_means(dtype: torch.dty
     _, optimizer = make(dtype)
     push(optimizer, 1.0)
     optimizer.step()
-    before = optimizer.masters["vector"].detach().clone()
+    before = optimizer.master_weights["vector"].detach().clone()
     optimizer.step()
-    state = optimizer.adam.state[optimizer.masters["vector"]]
+    state = optimizer.adam.state[optimizer.master_weights["vector"]]
     assert state["step"] == 2
     assert torch.allclose(state["exp_avg"], state["exp_avg"].new_full((3,), 0.9 * 0.1 / math.sqrt(15)))
-    assert not torch.equal(optimizer.masters["vector"], before)
+    assert not torch.equal(optimizer.master_weights["vector"], before)
 
 
 def test_gradients_of_many_passes_add_up_without_rounding() -> None:
@@ -173,7 +173,7 @@ def test_gradients_of_many_passes_add_up_without_rounding() -> None:
     for _ in range(1000):
         (net.vector * 1.0078125).sum().backward()  # exact in bfloat16, whose sums stop at 256
     assert net.vector.grad is None, "the narrow gradient is not kept"
-    gradient = optimizer.masters["vector"].grad
+    gradient = optimizer.master_weights["vector"].grad
     assert gradient is not None
     assert gradient.dtype == FLOAT32
     assert gradient.tolist() == [1007.8125] * 3
@@ -188,8 +188,8 @@ def test_small_updates_add_up_where_narrow_weights_would_stay() -> None:
     for _ in range(100):
         push(optimizer, 1.0)
         optimizer.step()
-    assert torch.allclose(optimizer.masters["vector"], torch.tensor(0.01 - 1e-4), rtol=1e-5)
-    assert torch.equal(net.vector, optimizer.masters["vector"].to(BFLOAT16))
+    assert torch.allclose(optimizer.master_weights["vector"], torch.tensor(0.01 - 1e-4), rtol=1e-5)
+    assert torch.equal(net.vector, optimizer.master_weights["vector"].to(BFLOAT16))
     assert (narrow - net.vector).min() > 0
 
 
@@ -197,15 +197,15 @@ def test_all_parameters_are_cast_and_no_buffer() -> None:
     net, optimizer = make(BFLOAT16)
     assert {parameter.dtype for parameter in net.parameters()} == {BFLOAT16}
     assert net.frequency.dtype == FLOAT32
-    assert {master.dtype for master in optimizer.masters.values()} == {FLOAT32}
-    assert optimizer.masters.keys() == {"matrix", "vector"}, "what is not trained has no master"
-    assert torch.equal(optimizer.masters["matrix"], Net().matrix), "masters are not rounded"
+    assert {master.dtype for master in optimizer.master_weights.values()} == {FLOAT32}
+    assert optimizer.master_weights.keys() == {"matrix", "vector"}, "what is not trained has no master"
+    assert torch.equal(optimizer.master_weights["matrix"], Net().matrix), "masters are not rounded"
     net(inputs(0)).sum().backward()
 
 
 def test_in_float32_the_masters_are_the_parameters() -> None:
     net, optimizer = make(FLOAT32)
-    assert optimizer.masters["matrix"] is net.matrix
+    assert optimizer.master_weights["matrix"] is net.matrix
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
@@ -224,7 +224,7 @@ def test_state_goes_over_to_another_optimizer(dtype: torch.dtype) -> None:
     tensors, counters = old.state()
     assert counters == {"update": 2, "adam_steps": 1, "refused_in_a_row": 1}
     new.load(
-        {name: master.detach().clone() for name, master in old.masters.items()},
+        {name: master.detach().clone() for name, master in old.master_weights.items()},
         {name: tensor.clone() for name, tensor in tensors.items()}, counters,
     )  # fmt: skip
     for seed in (1, 2):
@@ -239,7 +239,7 @@ def test_state_of_before_the_first_update_forgets_what_was_there() -> None:
     _, used = make()
     push(used, 1.0)
     used.step()
-    used.load(fresh.masters, *fresh.state())
+    used.load(fresh.master_weights, *fresh.state())
     assert used.update == 0
     assert used.state() == fresh.state() == ({}, {"update": 0, "adam_steps": 0, "refused_in_a_row": 0})
     for state in used.adam.state.values():
@@ -251,7 +251,7 @@ def test_running_means_are_made_at_once_and_stay_where_they_are(dtype: torch.dty
     _, optimizer = make(dtype)
     places = {
         f"{name}.{key}": optimizer.adam.state[master][key].data_ptr()
-        for name, master in optimizer.masters.items() for key in ("exp_avg", "exp_avg_sq")
+        for name, master in optimizer.master_weights.items() for key in ("exp_avg", "exp_avg_sq")
     }  # fmt: skip
     push(optimizer, 1.0)
     optimizer.step()
@@ -261,7 +261,7 @@ def test_running_means_are_made_at_once_and_stay_where_they_are(dtype: torch.dty
     assert all(tensor.any() for tensor in kept.values())
     push(optimizer, 2.0)
     optimizer.step()
-    optimizer.load(dict(optimizer.masters), kept, counters)
+    optimizer.load(dict(optimizer.master_weights), kept, counters)
     now = optimizer.state()[0]
     assert {name: tensor.data_ptr() for name, tensor in now.items()} == places
     assert all(torch.equal(now[name], tensor) for name, tensor in kept.items())
@@ -274,7 +274,7 @@ def test_a_state_that_lacks_a_running_mean_is_refused() -> None:
     tensors, counters = optimizer.state()
     lacking = {name: tensor for name, tensor in tensors.items() if name != "matrix.exp_avg_sq"}
     with pytest.raises(KeyError, match="exp_avg_sq"):
-        optimizer.load(dict(optimizer.masters), lacking, counters)
+        optimizer.load(dict(optimizer.master_weights), lacking, counters)
 
 
 def test_means_that_were_made_at_once_are_those_that_adam_makes() -> None:

@@ -44,9 +44,9 @@ def test_outputs_lie_end_to_end_in_group_order() -> None:
 
 
 def test_an_output_is_silent_when_all_of_its_advantages_are_0() -> None:
-    assert packed().silent_S == (False, False, True)
-    assert packed(credit=((0.0, (0.0, 0.0)), (1e-30,))).silent_S == (True, True, False)
-    assert packed(credit=((0.0, (0.0, 1e-30)), (0.0,))).silent_S == (True, False, True), "one token is enough"
+    assert packed().zero_advantage_S == (False, False, True)
+    assert packed(credit=((0.0, (0.0, 0.0)), (1e-30,))).zero_advantage_S == (True, True, False)
+    assert packed(credit=((0.0, (0.0, 1e-30)), (0.0,))).zero_advantage_S == (True, False, True), "one token is enough"
 
 
 def test_outputs_cut_by_the_length_limit_are_left_out_when_asked() -> None:

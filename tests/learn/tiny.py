@@ -15,7 +15,7 @@ from groupwise.demo.model import small_model
 from groupwise.learn.learner import Learner, LearnerSettings
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.pack import Batch
-from groupwise.models.attention import NAME
+from groupwise.models.attention import ATTENTION_NAME
 from groupwise.models.head import HeadShape
 from groupwise.models.policy import LayoutName, Policy
 from groupwise.objective import Objective, objective_named, policy_loss
@@ -55,7 +55,7 @@ def tiny_policy(
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.copy_(0.3 * noise) if parameter.ndim > 1 else parameter.add_(0.1 * noise)
     if layout == "shared":
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(ATTENTION_NAME)
     return Policy(model, layout, HeadShape(), direct=direct)
 
 
@@ -119,7 +119,11 @@ def with_past(batch: Batch, objective: Objective) -> Batch:
 
 def gathered(learner: Learner) -> Gradient:
     """A copy of the gradient as it is now."""
-    return {name: master.grad.clone() for name, master in learner.optimizer.masters.items() if master.grad is not None}
+    return {
+        name: master.grad.clone()
+        for name, master in learner.optimizer.master_weights.items()
+        if master.grad is not None
+    }
 
 
 def gradients(learner: Learner, batch: Batch, passes_done: int = 1) -> list[Gradient]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupwise.models.attention import KEYWORD, ForestAttention, attend
+from groupwise.models.attention import LAYOUT_KEYWORD, ForestAttention, attend
 from groupwise.models.layout import build_forest
 from groupwise.models.tiles import Options
 from tests.tiny_models import clone_of, policy_of
@@ -77,10 +77,10 @@ def test_values_may_be_narrower_than_keys() -> None:
 
 def test_a_call_without_a_layout_raises() -> None:
     q, k, v = tensors(1, 4, 2, 5, 8)
-    with pytest.raises(RuntimeError, match=KEYWORD):
+    with pytest.raises(RuntimeError, match=LAYOUT_KEYWORD):
         attend(Layer(), q, k, v, None)
     model = policy_of(clone_of("llama"), "shared").model
-    with pytest.raises(RuntimeError, match=KEYWORD):
+    with pytest.raises(RuntimeError, match=LAYOUT_KEYWORD):
         model(input_ids=torch.tensor([[1, 2, 3]]))
 
 
@@ -93,8 +93,10 @@ def test_what_a_layer_asks_for_reaches_the_layout() -> None:
             return query
 
     q, k, v = tensors(1, 4, 2, 5, 16)
-    attend(Layer(), q, k, v, None, **{KEYWORD: Recorder()}, dropout=0.5)
-    attend(Layer(), q, k, v, None, **{KEYWORD: Recorder()}, scaling=2.0, sliding_window=7, softcap=3.0, s_aux=SINKS)
+    attend(Layer(), q, k, v, None, **{LAYOUT_KEYWORD: Recorder()}, dropout=0.5)
+    attend(
+        Layer(), q, k, v, None, **{LAYOUT_KEYWORD: Recorder()}, scaling=2.0, sliding_window=7, softcap=3.0, s_aux=SINKS
+    )
     assert asked == [(3, 0.25, None, None, None), (3, 2.0, 7, 3.0, SINKS)]
 
 

@@ -188,7 +188,7 @@ def test_a_slope_that_is_known_beforehand_gives_the_same_gradients(shape: HeadSh
     for known in (None, slope):
         hidden, weight, bias, target = inputs()
         logprobs, entropy = chunked_logprobs(
-            hidden, weight, bias, target, shape=shape, temperature=temperature, entropy=True, slope_T=known
+            hidden, weight, bias, target, shape=shape, temperature=temperature, entropy=True, grad_logprobs_T=known
         )
         logprobs.backward(slope if known is None else torch.full_like(slope, float("nan")))  # not looked at
         results.append([logprobs, entropy, hidden.grad, weight.grad, bias.grad])
@@ -203,7 +203,7 @@ def test_a_known_slope_costs_three_products_in_place_of_four(monkeypatch: pytest
     for slope, products in ((None, 8), (torch.ones(TOKENS, dtype=torch.float64), 4)):
         made.clear()
         hidden, weight, _, target = inputs()
-        logprobs, _ = chunked_logprobs(hidden, weight, None, target, slope_T=slope)
+        logprobs, _ = chunked_logprobs(hidden, weight, None, target, grad_logprobs_T=slope)
         logprobs.sum().backward()
         assert len(made) == products  # four chunks of 16 rows
 
@@ -211,5 +211,7 @@ def test_a_known_slope_costs_three_products_in_place_of_four(monkeypatch: pytest
 def test_without_a_gradient_a_slope_costs_nothing() -> None:
     hidden, weight, _, target = inputs()
     with torch.no_grad():
-        logprobs, _ = chunked_logprobs(hidden, weight, None, target, slope_T=torch.ones(TOKENS, dtype=torch.float64))
+        logprobs, _ = chunked_logprobs(
+            hidden, weight, None, target, grad_logprobs_T=torch.ones(TOKENS, dtype=torch.float64)
+        )
     assert not logprobs.requires_grad

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from groupwise.models.attention import KEYWORD, ForestAttention
+from groupwise.models.attention import LAYOUT_KEYWORD, ForestAttention
 from groupwise.models.layout import Forest, Stream, build_forest, plain_stream, shared_stream
 from tests.tiny_models import GROUPS, KEYS, Groups, exact_model, gradients, largest_difference, policy_of
 
@@ -118,7 +118,7 @@ def test_a_forest_of_several_levels_equals_a_dense_mask_on_stock_attention(kind:
     expected = model(**common, attention_mask=dense[None, None]).logits
     shared = policy_of(model, "shared").model
     attention = ForestAttention(build_forest(LENGTHS, PARENTS))
-    found = shared(**common, attention_mask=None, **{KEYWORD: attention}).logits
+    found = shared(**common, attention_mask=None, **{LAYOUT_KEYWORD: attention}).logits
     assert attention.calls == [0, 1]
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
     left, right = (gradients(m, x.flatten()) for m, x in ((shared, found), (model, expected)))

@@ -15,7 +15,7 @@ from groupwise.planning import fit
 from groupwise.planning import plan as plans
 from groupwise.planning.plan import Plan
 from groupwise.planning.trace import UntraceableError
-from groupwise.wiring.python_objects import Given
+from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wiring.settings import BUDGET
 from tests.run.tiny import save_model
 
@@ -35,14 +35,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("fit") / "model")
 
 
-def settled(monkeypatch: pytest.MonkeyPatch, folder: Path, plan: Plan | None, *changes: str) -> tuple[Job, list[str]]:
-    """The job as `settle` leaves it when it plans so, and what it said; None: it must not plan."""
+def chosen(monkeypatch: pytest.MonkeyPatch, folder: Path, plan: Plan | None, *changes: str) -> tuple[Job, list[str]]:
+    """The job as `choose_budget` leaves it when it plans so, and what it said; None: it must not plan."""
     said: list[str] = []
     monkeypatch.setattr(plans, "plan_of", lambda *_, **__: plan or pytest.fail("it planned"))
     if plan is not None:
         monkeypatch.setattr(fit, "available_memory", lambda device: 0)
     job = load_job(None, changes, {"model": str(folder), "data": BUILTIN}).job
-    return fit.settle(job, Given(), said.append), said
+    return fit.choose_budget(job, PythonObjects(), said.append), said
 
 
 def numbers(job: Job) -> tuple[Any, Any]:
@@ -50,29 +50,29 @@ def numbers(job: Job) -> tuple[Any, Any]:
 
 
 def test_where_there_is_room_many_times_over_nothing_is_traced(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    job, said = settled(monkeypatch, folder, None)
+    job, said = chosen(monkeypatch, folder, None)
     assert (numbers(job), said) == ((BUDGET, False), [])
 
 
 def test_an_output_fits_into_the_budget_that_nobody_named(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    job, _ = settled(monkeypatch, folder, None, "sampling.max_completion_length=20000")
+    job, _ = chosen(monkeypatch, folder, None, "sampling.max_completion_length=20000")
     assert numbers(job) == (20000, False)
 
 
 def test_where_there_is_room_nothing_is_said(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    job, said = settled(monkeypatch, folder, PLAN)
+    job, said = chosen(monkeypatch, folder, PLAN)
     assert (numbers(job), said) == ((BUDGET, False), ["planning memory"])
 
 
 def test_where_there_is_little_the_plan_is_followed_and_told(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    job, said = settled(monkeypatch, folder, TIGHT)
+    job, said = chosen(monkeypatch, folder, TIGHT)
     assert numbers(job) == (512, True)
     assert said[1:] == ["memory: fits with gradient checkpointing and tokens_per_micro_batch = 512"]
 
 
 def test_what_the_job_names_is_kept(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     named = ("train.tokens_per_micro_batch=300", "model.gradient_checkpointing=true")
-    assert numbers(settled(monkeypatch, folder, None, *named)[0]) == (300, True)
+    assert numbers(chosen(monkeypatch, folder, None, *named)[0]) == (300, True)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_cannot_fit_is_refused(
     monkeypatch: pytest.MonkeyPatch, folder: Path, plan: Plan, changes: tuple[str, ...]
 ) -> None:
     with pytest.raises(ModelError, match=r"9\.0 MB of the 7\.0 MB that are free; it .*fit.* `groupwise plan`"):
-        settled(monkeypatch, folder, plan, *changes)
+        chosen(monkeypatch, folder, plan, *changes)
 
 
 def test_a_class_that_cannot_be_planned_is_trained_with_the_budget_of_those_that_name_none(
@@ -97,7 +97,7 @@ def test_a_class_that_cannot_be_planned_is_trained_with_the_budget_of_those_that
     monkeypatch.setattr(fit, "available_memory", lambda device: 0)
     said: list[str] = []
     job = load_job(None, (), {"model": str(folder), "data": BUILTIN}).job
-    assert numbers(fit.settle(job, Given(), said.append)) == (BUDGET, False)
+    assert numbers(fit.choose_budget(job, PythonObjects(), said.append)) == (BUDGET, False)
     half = "Micro-batches have 16,384 tokens, and half as many where memory runs out."
     assert said == ["planning memory", f"It cannot be told. {half}"]
 

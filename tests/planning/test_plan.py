@@ -29,8 +29,8 @@ from groupwise.planning import plan as plans
 from groupwise.planning.hardware import Rates
 from groupwise.planning.meter import Cost
 from groupwise.planning.plan import Plan, in_text
-from groupwise.planning.trace import Hollow, Shape
-from groupwise.wiring.python_objects import Given
+from groupwise.planning.trace import Shape, TracedModel
+from groupwise.wiring.python_objects import PythonObjects
 from tests.run.tiny import save_model, save_rewards, save_rows
 from tests.tiny_judges import save_judge
 
@@ -137,7 +137,7 @@ def test_a_config_is_enough(at: Path, plain: Plan) -> None:
     assert "data.max_prompt_length" in found.prompts
     job = load_job(None, (), {"model": str(at / "bare"), "data": "x.jsonl", "reward": "a.py:f"}).job
     job = job.model_copy(update={"sampling": SamplingSection(max_completion_length=16)})
-    unknown = plans._prompts(job, Given(), load_config(str(at / "bare")))
+    unknown = plans._prompts(job, PythonObjects(), load_config(str(at / "bare")))
     assert unknown.longest == 64 - 16  # what the context leaves
     assert "assumed: set data.max_prompt_length" in unknown.source
 
@@ -145,18 +145,18 @@ def test_a_config_is_enough(at: Path, plain: Plan) -> None:
 def a_verdict(monkeypatch: pytest.MonkeyPatch, room: int, budget: int = 1000, checkpoints: bool = True) -> str:
     """Of two groups of 20 + 4 * 16 = 84 tokens that take 100 bytes each, 30 where layers are computed twice."""
 
-    def peak(hollow: Hollow, shape: Shape, part: tuple[int, ...], checkpointing: bool) -> Cost:
+    def peak(traced: TracedModel, shape: Shape, part: tuple[int, ...], checkpointing: bool) -> Cost:
         return Cost(peak=shape.tokens(part, shared=True) * (30 if checkpointing else 100))
 
-    monkeypatch.setattr(Hollow, "training", peak)
-    monkeypatch.setattr(Hollow, "can_checkpoint", checkpoints)
+    monkeypatch.setattr(TracedModel, "training", peak)
+    monkeypatch.setattr(TracedModel, "can_checkpoint", checkpoints)
     job = Job.model_validate(
         {"sampling": {"num_generations": 4, "max_completion_length": 16}}
         | {"train": {"prompts_per_step": 2, "tokens_per_micro_batch": budget}}
     )
-    hollow = Hollow(Qwen3Config(), "shared", None, torch.float32)
+    traced = TracedModel(Qwen3Config(), "shared", None, torch.float32)
     prompts = plans._Prompts(20, 20.0, "by hand")
-    planned = plans._Planned(job, hollow, torch.device("cpu"), PRESETS["dapo"], 0, True, prompts)
+    planned = plans._Planned(job, traced, torch.device("cpu"), PRESETS["dapo"], 0, True, prompts)
     return plans._verdict(job, plans._what_fits(planned, room, sampling=300))
 
 
@@ -188,21 +188,21 @@ def test_the_text_names_every_component(plain: Plan) -> None:
 
 
 def test_the_command_tells_what_python_does(at: Path, monkeypatch: pytest.MonkeyPatch, plain: Plan) -> None:
-    given: list[Job] = []
-    monkeypatch.setattr(plans, "plan_of", lambda job, _: given.append(job) or plain)
+    objects: list[Job] = []
+    monkeypatch.setattr(plans, "plan_of", lambda job, _: objects.append(job) or plain)
     arguments = ["plan", "--model", str(at / "model"), "--data", str(at / "prompts.jsonl"), "--reward", "r.py:f"]
     arguments += ["--set", "sampling.max_completion_length=16"]
     text = CliRunner().invoke(app, arguments)
     assert (text.exit_code, text.output) == (0, f"{in_text(plain)}\n")
-    assert given[0].sampling.max_completion_length == 16
+    assert objects[0].sampling.max_completion_length == 16
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
     assert found == json.loads(json.dumps(plain.as_dict()))
 
 
 @pytest.mark.parametrize(("layout", "cached"), [("shared", True), ("plain", True), ("plain", False)])
 def test_rates_are_of_this_machine(at: Path, layout: LayoutName, cached: bool) -> None:
-    hollow = Hollow(load_config(str(at / "model")), layout, HeadShape(), torch.float32)
-    found = hardware.measure(hollow, few=2, many=64, cached=cached)
+    traced = TracedModel(load_config(str(at / "model")), layout, HeadShape(), torch.float32)
+    found = hardware.measure(traced, few=2, many=64, cached=cached)
     assert found.flops_few > 1e6
     assert 1e7 < found.flops_many < 1e15
     assert 1e7 < found.bytes_memory < 1e13

@@ -13,7 +13,7 @@ from groupwise.jobfile import load_job
 from groupwise.models.size import parameter_count
 from groupwise.planning import plan as plans
 from groupwise.planning.hardware import Rates
-from groupwise.wiring.python_objects import Given
+from groupwise.wiring.python_objects import PythonObjects
 
 RATES = Rates(
     flops_many=1e9, flops_few=1e9, bytes_many=1e9, bytes_few=1e9, bytes_memory=1e9, operation_decoding=0.0,
@@ -60,7 +60,7 @@ def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 def planned(config: PreTrainedConfig, folder: Path) -> plans.Plan:
     config.save_pretrained(folder)
     options = {"model": str(folder), "data": "prompts.jsonl", "reward": "rewards.py:score", "steps": 1}
-    return plans.plan_of(load_job(None, (), options | {"max_completion_length": 16}).job, Given())
+    return plans.plan_of(load_job(None, (), options | {"max_completion_length": 16}).job, PythonObjects())
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -16,7 +16,7 @@ from groupwise.planning import trace
 from groupwise.planning.meter import Cost, Meter
 from groupwise.planning.repeats import Counting, Rounds
 from groupwise.planning.sampling import sampling_costs
-from groupwise.planning.trace import Hollow, Shape
+from groupwise.planning.trace import Shape, TracedModel
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -45,10 +45,10 @@ def a_config(kind: str) -> PreTrainedConfig:
 
 
 def costs(kind: str, dtype: torch.dtype) -> list[Cost]:
-    hollow = Hollow(a_config(kind), "shared", HeadShape(), dtype, direct=kind == "qwen3")
-    passes = [hollow.training(SHAPE, PART, checkpointing) for checkpointing in (False, True)]
-    sampling = sampling_costs(hollow, SHAPE, 8, cached=True, parameters=0)
-    return [*passes, hollow.scoring(SHAPE, PART), sampling.prefill, sampling.longest]
+    traced = TracedModel(a_config(kind), "shared", HeadShape(), dtype, direct=kind == "qwen3")
+    passes = [traced.training(SHAPE, PART, checkpointing) for checkpointing in (False, True)]
+    sampling = sampling_costs(traced, SHAPE, 8, cached=True, parameters=0)
+    return [*passes, traced.scoring(SHAPE, PART), sampling.prefill, sampling.longest]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,11 +70,11 @@ def test_attention_is_run_once_for_all_layers_and_all_passes(monkeypatch: pytest
     runs: list[int] = []
     real = TiledAttention.forward
     monkeypatch.setattr(TiledAttention, "forward", staticmethod(lambda *a: runs.append(1) or real(*a)))
-    hollow = Hollow(a_config("qwen3"), "shared", HeadShape(), torch.float32)
+    traced = TracedModel(a_config("qwen3"), "shared", HeadShape(), torch.float32)
     for checkpointing in (False, True):
-        hollow.training(SHAPE, PART, checkpointing)
+        traced.training(SHAPE, PART, checkpointing)
     assert len(runs) == 1
-    hollow.scoring(SHAPE, PART)  # without gradient it keeps less
+    traced.scoring(SHAPE, PART)  # without gradient it keeps less
     assert len(runs) == 2
 
 
@@ -103,7 +103,7 @@ def leave(rounds: Rounds[int], meter: Meter) -> None:
 
 def test_nobody_counts_where_tensors_have_data() -> None:
     assert counter.get() is None
-    Hollow(a_config("qwen3"), "shared", HeadShape(), torch.float32).scoring(SHAPE, PART)
+    TracedModel(a_config("qwen3"), "shared", HeadShape(), torch.float32).scoring(SHAPE, PART)
     assert counter.get() is None
 
 

@@ -10,14 +10,14 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from groupwise.cpu import kernels, packed
 from groupwise.errors import ModelError
-from groupwise.models.attention import NAME
+from groupwise.models.attention import ATTENTION_NAME
 from groupwise.models.head import HeadShape
 from groupwise.models.layout import Stream
 from groupwise.models.load import checkpoint_gradients
 from groupwise.models.policy import Policy
 from groupwise.planning.meter import Cost, Meter
 from groupwise.planning.sampling import sampling_costs
-from groupwise.planning.trace import Hollow, Shape
+from groupwise.planning.trace import Shape, TracedModel
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -46,12 +46,12 @@ def test_a_view_takes_nothing() -> None:
 
 
 def a_policy(config: PreTrainedConfig, direct: bool) -> Policy:
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
     return Policy(model, "shared", HeadShape(), direct=direct)
 
 
-def a_hollow(config: PreTrainedConfig, direct: bool) -> Hollow:
-    return Hollow(config, "shared", HeadShape(), torch.float32, direct=direct)
+def a_hollow(config: PreTrainedConfig, direct: bool) -> TracedModel:
+    return TracedModel(config, "shared", HeadShape(), torch.float32, direct=direct)
 
 
 past_the_modules = pytest.mark.parametrize("direct", [False, True], ids=["modules", "direct"])
@@ -119,13 +119,14 @@ def test_what_is_kept_is_what_autograd_saves(
     assert found.kept == pytest.approx(sum(saved.values()), rel=0.1)
 
 
-def test_narrow_activations_are_about_half_and_checkpointing_keeps_a_layer_s_input() -> None:
+def test_cast_activations_are_about_half_and_checkpointing_keeps_a_layer_s_input() -> None:
     config = Qwen3Config(**SIZES)
-    wide, narrow = (Hollow(config, "shared", HeadShape(), d) for d in (torch.float32, torch.bfloat16))
+    wide, narrow = (TracedModel(config, "shared", HeadShape(), d) for d in (torch.float32, torch.bfloat16))
     parts = (SHAPE, (4, 4))
     assert 0.45 < narrow.training(*parts, False).kept / wide.training(*parts, False).kept < 0.75
     shallow, deep = (
-        Hollow(Qwen3Config(**SIZES | {"num_hidden_layers": n}), "shared", HeadShape(), torch.float32) for n in (3, 13)
+        TracedModel(Qwen3Config(**SIZES | {"num_hidden_layers": n}), "shared", HeadShape(), torch.float32)
+        for n in (3, 13)
     )
     tokens = 2 * (24 + 4 * 15)
     more = deep.training(*parts, True).kept - shallow.training(*parts, True).kept
@@ -156,7 +157,7 @@ def test_what_sampling_lays_out_anew_is_part_of_a_decoding_step(monkeypatch: pyt
 
 def test_the_plain_layout_goes_through_the_modules_and_lays_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "_SMALLEST", 1)
-    plain = Hollow(Qwen2Config(**SIZES), "plain", HeadShape(), torch.float32, direct=True)
+    plain = TracedModel(Qwen2Config(**SIZES), "plain", HeadShape(), torch.float32, direct=True)
     assert (plain.past_modules, plain.copies) == (False, 0)
     assert a_hollow(Qwen2Config(**SIZES), True).past_modules
 
@@ -169,22 +170,22 @@ def test_parts_are_those_that_the_learner_cuts() -> None:
 
 
 def test_more_tokens_take_more_bytes() -> None:
-    hollow = Hollow(Qwen3Config(**SIZES), "shared", HeadShape(), torch.float32)
-    sizes = [hollow.training(Shape(n, 8, 16, 16), (8,) * n, False).peak for n in (1, 2, 4)]
+    traced = TracedModel(Qwen3Config(**SIZES), "shared", HeadShape(), torch.float32)
+    sizes = [traced.training(Shape(n, 8, 16, 16), (8,) * n, False).peak for n in (1, 2, 4)]
     assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=0.05)
 
 
 def test_layers_that_are_not_alike_are_run_one_by_one() -> None:
     sizes = SIZES | {"num_hidden_layers": 4, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}
-    found = Hollow(Qwen3Config(**sizes), "shared", HeadShape(), torch.float32).training(SHAPE, (4,), False)
-    alike = Hollow(Qwen3Config(**SIZES | {"num_hidden_layers": 4}), "shared", HeadShape(), torch.float32)
+    found = TracedModel(Qwen3Config(**sizes), "shared", HeadShape(), torch.float32).training(SHAPE, (4,), False)
+    alike = TracedModel(Qwen3Config(**SIZES | {"num_hidden_layers": 4}), "shared", HeadShape(), torch.float32)
     assert found.kept > alike.training(SHAPE, (4,), False).kept  # by the masks of windows
 
 
 def test_experts_are_counted() -> None:
     config = CONFIG_MAPPING["qwen3_moe"](**SIZES, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
     for dtype in (torch.float32, torch.bfloat16):
-        assert Hollow(config, "shared", HeadShape(), dtype).training(SHAPE, (4,), False).kept > 0
+        assert TracedModel(config, "shared", HeadShape(), dtype).training(SHAPE, (4,), False).kept > 0
 
 
 def test_a_class_that_branches_on_data_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,11 +194,11 @@ def test_a_class_that_branches_on_data_says_so(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Qwen3MLP, "forward", forward)
     with pytest.raises(ModelError, match="qwen3 holds and computes cannot be told"):
-        Hollow(Qwen3Config(**SIZES), "shared", HeadShape(), torch.float32).training(SHAPE, (4,), False)
+        TracedModel(Qwen3Config(**SIZES), "shared", HeadShape(), torch.float32).training(SHAPE, (4,), False)
 
 
 def test_a_deep_model_with_a_wide_vocabulary_is_at_its_most_at_the_head() -> None:
     """One and two layers are at their most at the embedding's gradient: what is kept of eight counts at the head."""
     config = Qwen3Config(**SIZES | {"num_hidden_layers": 8, "vocab_size": 4000})
-    found = Hollow(config, "shared", HeadShape(), torch.float32).training(SHAPE, (4, 4), False)
+    found = TracedModel(config, "shared", HeadShape(), torch.float32).training(SHAPE, (4, 4), False)
     assert found.peak >= found.kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from groupwise.errors import DataError
-from groupwise.reward_models.reservoir import Collected, distinct
+from groupwise.reward_models.reservoir import RoundSamples, distinct
 from groupwise.types import Completion, Group, GroupKey, Prompt, Score, ScoredGroup
 
 PROMPTS = {str(i): Prompt(str(i), f"question {i}", (2, 3), {"answer": object()}) for i in range(3)}
@@ -24,12 +24,12 @@ def groups(step: int, n: int = 4) -> list[ScoredGroup]:
     return found
 
 
-def keys(collected: Collected) -> list[tuple[int, int]]:
+def keys(collected: RoundSamples) -> list[tuple[int, int]]:
     return [(one.group.key.step, one.group.key.slot) for one in collected.scored]
 
 
-def filled(capacity: int, *steps: int, seed: int = 0) -> Collected:
-    made = Collected(capacity, seed, PROMPTS)
+def filled(capacity: int, *steps: int, seed: int = 0) -> RoundSamples:
+    made = RoundSamples(capacity, seed, PROMPTS)
     for step in steps:
         made.add(groups(step))
     return made
@@ -63,7 +63,7 @@ def test_a_choice_is_bounded_seeded_and_the_same_in_any_order() -> None:
 
 
 def test_lines_bring_back_what_labels_are_made_from() -> None:
-    before, after = filled(5, 1, 2, 3), Collected(5, 0, PROMPTS)
+    before, after = filled(5, 1, 2, 3), RoundSamples(5, 0, PROMPTS)
     after.load(before.lines())
     assert after.scored == before.scored
     assert [one.rewards for one in after.scored] == [[1.0, None]] * 5
@@ -77,4 +77,4 @@ def test_lines_bring_back_what_labels_are_made_from() -> None:
 
 def test_a_prompt_that_is_not_there_any_more_is_named() -> None:
     with pytest.raises(DataError, match="prompt 2, which the data set lacks"):
-        Collected(5, 0, {"0": PROMPTS["0"], "1": PROMPTS["1"]}).load(filled(100, 1).lines())
+        RoundSamples(5, 0, {"0": PROMPTS["0"], "1": PROMPTS["1"]}).load(filled(100, 1).lines())

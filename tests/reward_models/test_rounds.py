@@ -18,18 +18,18 @@ from groupwise.objective import objective_named
 from groupwise.progress import Progress
 from groupwise.reward_models import rounds
 from groupwise.reward_models.labels import FileLabels, LabelSource, VerifierLabels, VerifierPairs
-from groupwise.reward_models.reservoir import Collected
+from groupwise.reward_models.reservoir import RoundSamples
 from groupwise.reward_models.rounds import RewardModelRounds, Task
 from groupwise.reward_models.text import Row
 from groupwise.rewards.patience import Patience
 from groupwise.rewards.scorer import Scorer
 from groupwise.run import loop
 from groupwise.run.evaluate import NoEvaluation
-from groupwise.run.rollouts import Draw, Rollouts
+from groupwise.run.rollouts import GroupSampler, Rollouts
 from groupwise.seeds import stable_hash
 from groupwise.types import Group, Sampling
 from groupwise.watch.metrics import unknown
-from groupwise.watch.record import Record, Watch
+from groupwise.watch.record import Record, Recorder
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import Log, MemorySink, ScriptedEngine, ScriptedReward, prompts
 from tests.run.test_loop import PASSES, Checkpoints, Learner, Penalty, Reference
@@ -111,22 +111,22 @@ class Bench:
         self.pupil = Pupil(self.log)
         self.engine = ScriptedEngine(self.log)
         section = RewardModelSection(first_prompts=FIRST, **{"held_out_share": SHARE, "replay": 0.25, **settings})
-        self.watch = Watch([self.sink], make_terminal("quiet", total_steps=0, title=""), None)
+        self.watch = Recorder([self.sink], make_terminal("quiet", total_steps=0, title=""), None)
         asked = prompts(*LETTERS)
         self.verifier = Scorer([Verifier(self.log)], None, 2, lambda message: None)
-        first = Draw(Sampling(), OUTPUTS, SEED, "reward_model")
+        first = GroupSampler(Sampling(), OUTPUTS, SEED, "reward_model")
         task = Task(
             learner=self.pupil, labels=labels or VerifierLabels(1.0), verifier=self.verifier, threshold=1.0,  # type: ignore[arg-type]
-            first=lambda: first.groups(self.engine, asked[:FIRST], 0), settings=section, seed=SEED,
+            first=lambda: first.sample(self.engine, asked[:FIRST], 0), settings=section, seed=SEED,
             progress=self.progress, watch=self.watch, model_folder=tmp_path / "model",
         )  # fmt: skip
-        collected = Collected(section.prompts_per_round, SEED, {prompt.prompt_id: prompt for prompt in asked})
+        collected = RoundSamples(section.prompts_per_round, SEED, {prompt.prompt_id: prompt for prompt in asked})
         self.rounds = RewardModelRounds(task, collected)
         scorer = Scorer([Judge(self.log, self.pupil)], None, 2, lambda message: None)
         stream = PromptStream(asked, seed=0, shuffle=False)
         self.parts = loop.Parts(
             progress=self.progress,
-            rollouts=Rollouts(stream, self.engine, scorer, Draw(Sampling(), OUTPUTS, 5, "train"), PER_STEP),
+            rollouts=Rollouts(stream, self.engine, scorer, GroupSampler(Sampling(), OUTPUTS, 5, "train"), PER_STEP),
             objective=objective_named("grpo"),
             learner=Learner(self.log),  # type: ignore[arg-type]
             reference=Reference(self.log),  # type: ignore[arg-type]
@@ -241,9 +241,9 @@ def test_the_gap_is_what_the_model_says_more_than_the_verifier(tmp_path: Path) -
 def sampled(bench: Bench) -> list[list[Sequence[Any]]]:
     """Per step, the outputs of its groups, drawn again."""
     stream = PromptStream(prompts(*LETTERS), seed=0, shuffle=False)
-    draw = Draw(Sampling(), OUTPUTS, 5, "train")
+    draw = GroupSampler(Sampling(), OUTPUTS, 5, "train")
     return [
-        [group.completions for group in draw.groups(ScriptedEngine(), stream.take(PER_STEP), number)]
+        [group.completions for group in draw.sample(ScriptedEngine(), stream.take(PER_STEP), number)]
         for number in (1, 2)
     ]
 
@@ -256,7 +256,7 @@ def test_without_first_prompts_the_model_is_trained_already(tmp_path: Path) -> N
     assert [event["reward_model/round"] for event in bench.told] == [1]
     assert RewardModelRounds(
         SimpleNamespace(settings=RewardModelSection(first_prompts=0), seed=0),  # type: ignore[arg-type]
-        Collected(1, 0, {}),
+        RoundSamples(1, 0, {}),
     ).done == 1  # fmt: skip
 
 
@@ -297,7 +297,7 @@ def test_state_and_lines_bring_rounds_back(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.progress.total = 2
     loop.train(bench.parts)
-    groups = Draw(Sampling(), 2, 1, "x").groups(ScriptedEngine(), prompts("a"), 3)
+    groups = GroupSampler(Sampling(), 2, 1, "x").sample(ScriptedEngine(), prompts("a"), 3)
     bench.rounds.add(bench.verifier(groups, Record(3)), Record(3))
     other = Bench(tmp_path)
     other.rounds.load(lambda name: {}, json.loads(json.dumps(bench.rounds.state())), bench.rounds.texts().__getitem__)
@@ -335,7 +335,9 @@ def test_pairs_are_learned_where_there_are_any(tmp_path: Path) -> None:
 
 def first() -> Sequence[Group]:
     """What is sampled before the first step, drawn again."""
-    return Draw(Sampling(), OUTPUTS, SEED, "reward_model").groups(ScriptedEngine(), prompts(*LETTERS)[:FIRST], 0)
+    return GroupSampler(Sampling(), OUTPUTS, SEED, "reward_model").sample(
+        ScriptedEngine(), prompts(*LETTERS)[:FIRST], 0
+    )
 
 
 def test_a_bad_reward_model_stops_the_run(tmp_path: Path) -> None:

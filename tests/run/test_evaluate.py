@@ -11,9 +11,9 @@ import pytest
 
 from groupwise.rewards.scorer import Scorer
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule, judge, pass_at
-from groupwise.run.rollouts import Draw
+from groupwise.run.rollouts import GroupSampler
 from groupwise.types import Sampling
-from groupwise.watch.record import Record, Watch
+from groupwise.watch.record import Record, Recorder
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import MemorySink, ScriptedEngine, ScriptedReward, prompts, scored
 
@@ -102,7 +102,7 @@ def test_lengths_are_counted_in_tokens() -> None:
 
 def an_evaluation(reward: ScriptedReward, every: int = 0) -> Evaluation:
     scorer = Scorer([reward], None, 10, lambda message: None)
-    draw = Draw(Sampling(temperature=0.5), 2, 5, "eval")
+    draw = GroupSampler(Sampling(temperature=0.5), 2, 5, "eval")
     return Evaluation(prompts("a", "b"), ScriptedEngine(), scorer, draw, Schedule(every, 10), 500_000.0)
 
 
@@ -146,7 +146,7 @@ def test_a_rewards_own_metrics_stay_those_of_the_training_step() -> None:
 
 def test_without_held_out_data_there_is_nothing_to_say() -> None:
     record, sink = Record(10), MemorySink()
-    watch = Watch([sink], make_terminal("quiet", total_steps=10, title=""), None)
+    watch = Recorder([sink], make_terminal("quiet", total_steps=10, title=""), None)
     NoEvaluation().maybe(record)
     NoEvaluation().baseline(watch, 0)
     assert record.metrics == {}

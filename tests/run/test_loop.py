@@ -15,9 +15,9 @@ from groupwise.reward_models.rounds import NoRounds, Saving
 from groupwise.rewards.scorer import Scorer
 from groupwise.run import loop
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
-from groupwise.run.rollouts import Draw, Rollouts
+from groupwise.run.rollouts import GroupSampler, Rollouts
 from groupwise.types import Sampling, Scored
-from groupwise.watch.record import Record, Watch
+from groupwise.watch.record import Record, Recorder
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import Log, MemorySink, ScriptedEngine, ScriptedReward, prompts
 
@@ -105,9 +105,9 @@ class Bench:
         self.progress = Progress(iterations, steps)
         scorer = Scorer([self.reward], None, self.progress.total, lambda message: None)
         stream = PromptStream(prompts("a", "b"), seed=0, shuffle=False)
-        self.rollouts = Rollouts(stream, self.engine, scorer, Draw(Sampling(), 2, 5, "train"), 2)
+        self.rollouts = Rollouts(stream, self.engine, scorer, GroupSampler(Sampling(), 2, 5, "train"), 2)
         schedule = Schedule(every, self.progress.total)
-        judge = Evaluation(prompts("?"), self.engine, scorer, Draw(Sampling(), 1, 5, "eval"), schedule, 5.0)
+        judge = Evaluation(prompts("?"), self.engine, scorer, GroupSampler(Sampling(), 1, 5, "eval"), schedule, 5.0)
         self.evaluation = judge if held_out else NoEvaluation()
         self.parts = loop.Parts(
             progress=self.progress,
@@ -119,7 +119,7 @@ class Bench:
             rounds=RewardModel(self.log),
             evaluation=self.evaluation,
             checkpoints=Checkpoints(self.log),
-            watch=Watch([self.sink], make_terminal("quiet", total_steps=0, title=""), None),
+            watch=Recorder([self.sink], make_terminal("quiet", total_steps=0, title=""), None),
             num_iterations=PASSES,
         )
 
@@ -202,7 +202,7 @@ def test_evaluation_is_due_every_so_often_and_at_the_end(every: int, total: int,
 def test_a_question_drawn_twice_in_a_step_makes_two_groups() -> None:
     engine = ScriptedEngine()
     once = prompts("the same")
-    groups = Draw(Sampling(), 4, 5, "train").groups(engine, once * 2, 3)
+    groups = GroupSampler(Sampling(), 4, 5, "train").sample(engine, once * 2, 3)
     assert [group.key for group in groups] == [(3, 0, "0"), (3, 1, "0")]
     assert [request.uid for request in engine.requests] == ["train/3/0", "train/3/1"]
     texts = [output.text for group in groups for output in group.completions]
@@ -211,8 +211,8 @@ def test_a_question_drawn_twice_in_a_step_makes_two_groups() -> None:
 
 def test_outputs_stay_in_the_order_of_their_seeds_however_they_finish() -> None:
     engine = ScriptedEngine()
-    first, second = Draw(Sampling(), 3, 5, "train").groups(engine, prompts("a", "b"), 1)
-    alone = Draw(Sampling(), 3, 5, "train").groups(ScriptedEngine(), prompts("a"), 1)
+    first, second = GroupSampler(Sampling(), 3, 5, "train").sample(engine, prompts("a", "b"), 1)
+    alone = GroupSampler(Sampling(), 3, 5, "train").sample(ScriptedEngine(), prompts("a"), 1)
     assert first.completions == alone[0].completions
     assert first.completions != second.completions
 
@@ -220,7 +220,7 @@ def test_outputs_stay_in_the_order_of_their_seeds_however_they_finish() -> None:
 def test_purposes_steps_slots_and_runs_draw_apart() -> None:
     def seed(run_seed: int = 5, purpose: str = "train", step: int = 1, slot: int = 0) -> int:
         engine = ScriptedEngine()
-        Draw(Sampling(), 2, run_seed, purpose).groups(engine, prompts(*"ab"), step)
+        GroupSampler(Sampling(), 2, run_seed, purpose).sample(engine, prompts(*"ab"), step)
         return engine.requests[slot].seed
 
     seeds = [seed(), seed(run_seed=6), seed(purpose="eval"), seed(step=2), seed(slot=1)]

@@ -15,7 +15,7 @@ from groupwise.reward_models.rounds import NoRounds
 from groupwise.run.saving import Clock, Saver, Stateful, check_shapes
 from groupwise.store import checkpoint
 from groupwise.store.folder import RunFolder
-from groupwise.watch.record import Watch
+from groupwise.watch.record import Recorder
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import MemorySink, a_checkpoint
 
@@ -35,7 +35,7 @@ class Counter:
     def state_dict(self) -> Any:
         return {"model": {"w": torch.ones(2)}, "optimizer": {}}, {"update": self.updates}
 
-    def masters(self) -> dict[str, torch.Tensor]:
+    def master_weights(self) -> dict[str, torch.Tensor]:
         return {"w": torch.ones(2)}
 
 
@@ -55,7 +55,7 @@ class Bench:
     def __init__(self, path: Path, **schedule: Any) -> None:
         self.folder = RunFolder.create(path / "run")
         self.progress, self.evaluation, self.sink = Progress(1, 10), Evaluations(), MemorySink()
-        self.watch = Watch([self.sink], make_terminal("quiet", total_steps=10, title=""), None)
+        self.watch = Recorder([self.sink], make_terminal("quiet", total_steps=10, title=""), None)
         self.counter = Counter()
         self.minutes = 0.0
         clock = Clock(now=lambda: 60 * self.minutes)

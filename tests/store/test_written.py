@@ -348,7 +348,7 @@ def test_a_reward_model_is_kept_in_float32_where_its_sources_type_would_lose_wha
         folder = save_model(tmp_path / f"source-{dtype}", dtype=torch.bfloat16)
         learner = a_learner(folder)
         with torch.no_grad():
-            for tensor in learner.masters().values():
+            for tensor in learner.master_weights().values():
                 tensor.add_(step)
         save_reward_model(learner, tmp_path / dtype)
         assert config_in(tmp_path / dtype)["dtype"] == dtype

@@ -14,7 +14,7 @@ import pytest
 from groupwise.errors import ModelError
 from groupwise.models.load import load_config
 from groupwise.tokenizer.codec import Codec
-from groupwise.tokenizer.hub import check_within_reach, silence
+from groupwise.tokenizer.hub import check_within_reach, hub_error
 from tests.tiny_hub import NOBODY_LISTENS, cached_snapshot
 
 
@@ -79,16 +79,16 @@ def answering() -> Iterator[str]:
 
 
 def test_an_error_is_an_answer(monkeypatch: pytest.MonkeyPatch, answering: str) -> None:
-    assert silence("nobody/nothing", "dataset") is not None
+    assert hub_error("nobody/nothing", "dataset") is not None
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", answering)
-    assert silence("nobody/nothing", "dataset") is None
+    assert hub_error("nobody/nothing", "dataset") is None
     check_within_reach("nobody/nothing", None, "The model nobody/nothing")
 
 
 def test_a_name_that_is_none_is_for_the_loader_to_refuse() -> None:
-    assert silence("what is this?", "model") is None
+    assert hub_error("what is this?", "model") is None
 
 
 def test_a_wish_to_stay_offline_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "offline mode is enabled" in str(silence("nobody/nothing", "model"))
+    assert "offline mode is enabled" in str(hub_error("nobody/nothing", "model"))

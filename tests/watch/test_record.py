@@ -13,13 +13,13 @@ from groupwise.rewards.scorer import Scorer
 from groupwise.run.rollouts import summary
 from groupwise.store.events import RolloutsFile
 from groupwise.types import Group
-from groupwise.watch.record import Record, Watch, frac_zero
+from groupwise.watch.record import Record, Recorder, frac_zero
 from groupwise.watch.terminal import make_terminal
 from tests.run.doubles import MemorySink, ScriptedReward, scored
 
 
-def a_watch(sink: MemorySink, rollouts: RolloutsFile | None = None) -> Watch:
-    return Watch([sink], make_terminal("quiet", total_steps=3, title=""), rollouts)
+def a_watch(sink: MemorySink, rollouts: RolloutsFile | None = None) -> Recorder:
+    return Recorder([sink], make_terminal("quiet", total_steps=3, title=""), rollouts)
 
 
 def test_phases_add_up() -> None:

@@ -40,7 +40,7 @@ from groupwise.models.policy import Policy
 from groupwise.planning.plan import plan_of
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Request, Sampling
-from groupwise.wiring.python_objects import Given
+from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wording import one_line
 from tests.tiny_models import GROUPS, VOCABULARY, Groups, gradients, largest_difference, randomized, stock_logprobs
 from tests.wide.shrink import small_config
@@ -203,7 +203,7 @@ def _bfloat16(folder: Path, at: Path) -> None:
 def _plan(folder: Path) -> None:
     named = {"model": folder, "max_prompt_length": 8, "data": str(folder / "rows.jsonl"), "reward": ["checks:boxed"]}
     job = load_job(None, [*_JOB, "model.device=cpu"], named).job
-    assert plan_of(job, Given(rows=[], rewards=[vowels]), memory_only=True).needed > 0
+    assert plan_of(job, PythonObjects(rows=[], rewards=[vowels]), memory_only=True).needed > 0
 
 
 def _close(found: Tensor, expected: Tensor, what: str) -> None:

@@ -15,7 +15,7 @@ from groupwise.tokenizer.codec import Codec
 from groupwise.types import Sampling
 from groupwise.wiring import parts
 from groupwise.wiring.parts import Model
-from groupwise.wiring.python_objects import Given
+from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wiring.settings import eval_sampling_of, objective_of, sampling_of
 from tests.run.tiny import CONTEXT, save_model
 
@@ -81,18 +81,18 @@ def with_rows(**sections: Any) -> Job:
 
 
 def test_prompts_leave_room_for_the_output(model: Model) -> None:
-    given = Given(rows=[{"prompt": "a" * length} for length in (CONTEXT - 16, CONTEXT - 15)])
-    found = parts.training_prompts(with_rows(sampling={"max_completion_length": 16}), model, given)
+    objects = PythonObjects(rows=[{"prompt": "a" * length} for length in (CONTEXT - 16, CONTEXT - 15)])
+    found = parts.training_prompts(with_rows(sampling={"max_completion_length": 16}), model, objects)
     assert [len(prompt.token_ids) for prompt in found.prompts] == [CONTEXT - 16]
     assert found.dropped_long == 1
 
 
 def test_held_out_prompts_leave_room_for_outputs_of_their_own_length(model: Model) -> None:
-    given = Given(eval_rows=[{"prompt": "a" * length} for length in (CONTEXT - 16, CONTEXT - 4)])
+    objects = PythonObjects(eval_rows=[{"prompt": "a" * length} for length in (CONTEXT - 16, CONTEXT - 4)])
     job = with_rows(
         sampling={"max_completion_length": 16}, eval={"data": "python:rows", "max_completion_length": 4, "limit": 9}
     )
-    found = parts.held_out_prompts(job, model, given)
+    found = parts.held_out_prompts(job, model, objects)
     assert found is not None
     assert len(found.prompts) == 2
 
@@ -109,13 +109,13 @@ def test_held_out_prompts_leave_room_for_outputs_of_their_own_length(model: Mode
 )
 def test_lengths_that_cannot_fit_are_refused(model: Model, sections: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        parts.training_prompts(with_rows(**sections), model, Given(rows=[{"prompt": "a"}]))
+        parts.training_prompts(with_rows(**sections), model, PythonObjects(rows=[{"prompt": "a"}]))
 
 
 def test_the_key_that_is_too_long_is_the_one_that_is_named(model: Model) -> None:
     job = with_rows(sampling={"max_completion_length": 8}, eval={"data": "python:rows", "max_completion_length": 64})
     with pytest.raises(ConfigError, match=r"`eval.max_completion_length` = 64"):
-        parts.held_out_prompts(job, model, Given(eval_rows=[{"prompt": "a"}]))
+        parts.held_out_prompts(job, model, PythonObjects(eval_rows=[{"prompt": "a"}]))
 
 
 def test_another_split_of_the_same_data_is_of_the_same_revision(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
@@ -124,7 +124,7 @@ def test_another_split_of_the_same_data_is_of_the_same_revision(monkeypatch: pyt
     for path in ("org/data", "org/other"):
         data = {"path": "org/data", "revision": "v2", "subset": "main"}
         job = a_job(data=data, eval={"data": path, "split": "test"}, sampling={"max_completion_length": 8})
-        parts.held_out_prompts(job, model, Given())
+        parts.held_out_prompts(job, model, PythonObjects())
     assert [(one.path, one.split, one.revision, one.subset) for one in seen] == [
         ("org/data", "test", "v2", "main"),
         ("org/other", "test", None, None),
@@ -133,7 +133,7 @@ def test_another_split_of_the_same_data_is_of_the_same_revision(monkeypatch: pyt
 
 def test_what_came_from_python_has_to_come_again(model: Model) -> None:
     with pytest.raises(DataError, match=r"hand it over again: data=rows"):
-        parts.training_prompts(with_rows(sampling={"max_completion_length": 8}), model, Given())
+        parts.training_prompts(with_rows(sampling={"max_completion_length": 8}), model, PythonObjects())
 
 
 def check_memory(monkeypatch: pytest.MonkeyPatch, free_per_parameter: float, **knobs: Any) -> None:

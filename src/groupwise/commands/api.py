@@ -36,8 +36,8 @@ from groupwise.streams import ERR, output
 from groupwise.types import Completion, Message, Request
 from groupwise.watch.record import Record
 from groupwise.watch.terminal import Mode
-from groupwise.wiring.parts import Model, narrow, open_engine, open_evaluation, open_guard, open_model
-from groupwise.wiring.python_objects import PYTHON, Given
+from groupwise.wiring.parts import Model, cast_policy, open_engine, open_evaluation, open_guard, open_model
+from groupwise.wiring.python_objects import PYTHON_PREFIX, PythonObjects
 from groupwise.wiring.scoring import as_judged, open_functions, scorer_of
 from groupwise.wiring.settings import eval_sampling_of
 
@@ -64,12 +64,12 @@ def train(
     plain, quiet or json. Raises GroupwiseError where the job cannot be run.
     """
     clock = Clock()
-    given, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
+    objects, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
     resolved = load_job(job, overrides, {"model": model, "run": run, **named, **options})
     check_job(resolved.job)
     folder = RunFolder.create(Path(resolved.job.run))
     with folder.lock():
-        return run_job(resolved.job, folder, given, show, clock, Start())
+        return run_job(resolved.job, folder, objects, show, clock, Start())
 
 
 @without_bars()
@@ -84,10 +84,10 @@ def plan(
     """
     from groupwise.planning.plan import plan_of  # what traces a model is not needed to train it
 
-    given, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
+    objects, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
     resolved = load_job(job, overrides, {"model": model, "run": run, **named, **options})
     check_job(resolved.job, functions=False)
-    return plan_of(resolved.job, given)
+    return plan_of(resolved.job, objects)
 
 
 @without_bars()
@@ -105,7 +105,7 @@ def resume(
     Python are handed over again. Raises GroupwiseError.
     """
     clock = Clock()
-    given, _ = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
+    objects, _ = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
     folder = RunFolder.open(Path(run))
     old = load_job(folder.job).job
     new = load_job(folder.job, overrides, {"run": str(run if fork is None else fork)}).job
@@ -115,10 +115,10 @@ def resume(
             raise RunFolderError(f"{run} has no checkpoint to fork from; start again with `groupwise train`.")
         forked = RunFolder.create(Path(fork))
         with forked.lock():
-            return run_job(new, forked, given, show, clock, start)
+            return run_job(new, forked, objects, show, clock, start)
     refuse_changes(differences(old, new))  # what is typed is answered before checkpoints are read
     with folder.lock():
-        return run_job(new, folder, given, show, clock, start_of(folder, new, forked=False))
+        return run_job(new, folder, objects, show, clock, start_of(folder, new, forked=False))
 
 
 @without_bars()
@@ -131,15 +131,15 @@ def evaluate(
 
     Returns `reward`, `accuracy`, `pass@k`, their intervals and `mean_length`. Raises GroupwiseError.
     """
-    given, named = _hand_over((None, eval_data), (None, step_reward, reward), trust_remote_code)
-    job, model, saved = _opened(target, overrides, which, given, named)
-    narrow(model)
-    judged, given = as_judged(job, given)
+    objects, named = _hand_over((None, eval_data), (None, step_reward, reward), trust_remote_code)
+    job, model, saved = _opened(target, overrides, which, objects, named)
+    cast_policy(model)
+    judged, objects = as_judged(job, objects)
     with ExitStack() as closing:
-        scorer = scorer_of(judged, open_functions(judged, given, None, closing), model.codec, _to_stderr)
+        scorer = scorer_of(judged, open_functions(judged, objects, None, closing), model.codec, _to_stderr)
         guard = open_guard(job, model, _to_stderr)
         engine = GuardedEngine(open_engine(job, model, closing), guard, "In held-out outputs")
-        evaluation = open_evaluation(job, model, given, engine, scorer)
+        evaluation = open_evaluation(job, model, objects, engine, scorer)
         if not isinstance(evaluation, Evaluation):
             raise ConfigError("There is nothing to evaluate on: name held-out prompts with --data, or in eval.data.")
         evaluation.run(Record(saved.step if saved else 0))
@@ -158,9 +158,9 @@ def sample(
     A text is a user's message where the run was trained on messages, unless it is `raw`; `system` begins the
     conversation. `temperature` replaces that of evaluation; 0 is greedy. Raises GroupwiseError.
     """
-    given = Given(trust_remote_code=trust_remote_code)
-    job, model, _ = _opened(target, overrides, which, given, {})
-    narrow(model)
+    objects = PythonObjects(trust_remote_code=trust_remote_code)
+    job, model, _ = _opened(target, overrides, which, objects, {})
+    cast_policy(model)
     known = None if raw else trained_on(job, RunFolder(Path(target)) if Path(target).expanduser().is_dir() else None)
     prompt = asked(prompt, known, raw=raw, system=system, usual=job.data.system, say=_to_stderr)
     model.codec.check([model.codec.render(prompt)])
@@ -194,19 +194,19 @@ def label(
     """
     from groupwise.commands.label import Ask, own_rows, write_labels
 
-    given, named = _hand_over((data, None), (reward, None, None), trust_remote_code)
-    handed = None if isinstance(given.rows, Mapping) else given.rows
+    objects, named = _hand_over((data, None), (reward, None, None), trust_remote_code)
+    handed = None if isinstance(objects.rows, Mapping) else objects.rows
     named |= {"model": model}
     folder = RunFolder(Path(target)) if target is not None and Path(target).expanduser().is_dir() else None
     run = folder if folder is not None and (data is None or own_rows(folder, handed)) else None
-    job, opened, saved = _opened(target, overrides, which, given, named)
-    narrow(opened)
+    job, opened, saved = _opened(target, overrides, which, objects, named)
+    cast_policy(opened)
     completer = {
         "model": opened.source, "revision": job.model.revision, "step": saved.step if saved else 0,
         "commit": getattr(opened.loaded.policy.model.config, "_commit_hash", None),
     }  # fmt: skip
     return write_labels(
-        job, Ask(**ask), opened, given, Path(output), run=run, completer=completer,
+        job, Ask(**ask), opened, objects, Path(output), run=run, completer=completer,
         say=say or _to_stderr,
     )  # fmt: skip
 
@@ -222,7 +222,7 @@ def export(
     and compared before it takes its place. Raises GroupwiseError.
     """
     check_export(str(run), str(target), which, dtype)
-    job, model, saved = _opened(run, (), which, Given(trust_remote_code=trust_remote_code), {}, load=False)
+    job, model, saved = _opened(run, (), which, PythonObjects(trust_remote_code=trust_remote_code), {}, load=False)
     rounding = Rounding(DTYPES.get(dtype, model.loaded.source_dtype))
     if saved is not None:
         _load(model, saved, rounding)
@@ -249,40 +249,40 @@ def doctor(
     The job is given as to `train`. `Report.healthy` tells whether no check failed. Raises GroupwiseError where the job
     cannot be opened at all.
     """
-    given, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
+    objects, named = _hand_over((data, eval_data), (reward, step_reward, verifier), trust_remote_code)
     resolved = load_job(job, overrides, {"model": model, **named, **options})
     check_job(resolved.job)
-    return examine(resolved.job, given, _to_stderr)
+    return examine(resolved.job, objects, _to_stderr)
 
 
 def _hand_over(
     rows: tuple[Rows | None, Rows | None], functions: tuple[Functions, Functions, Functions], trust: bool
-) -> tuple[Given, dict[str, Any]]:
+) -> tuple[PythonObjects, dict[str, Any]]:
     """What is named goes into the job, what is an object goes beside it under a name of its own. `rows` are those of
     training and held-out ones, `functions` score outputs, steps, and judge."""
     named: dict[str, Any] = {}
-    objects: dict[str, Any] = {}
+    data: dict[str, Any] = {}
     for key, one in zip(("data", "eval_data"), rows, strict=True):
         if isinstance(one, str | Path) or one is None:
             named[key] = one
         else:
             refuse_loaded(key, one)
-            objects[key] = rows_or_splits(one, key)
-            named[key] = PYTHON + ("splits" if isinstance(objects[key], Mapping) else "rows")
+            data[key] = rows_or_splits(one, key)
+            named[key] = PYTHON_PREFIX + ("splits" if isinstance(data[key], Mapping) else "rows")
     handed: dict[str, list[Callable[..., Any]]] = {}
-    for key, given in zip(("reward", "step_reward", "verifier"), functions, strict=True):
-        several = [given] if isinstance(given, str) or callable(given) else list(given or ())
+    for key, those in zip(("reward", "step_reward", "verifier"), functions, strict=True):
+        several = [those] if isinstance(those, str) or callable(those) else list(those or ())
         handed[key] = [function for function in several if not isinstance(function, str)]
         if several:
-            named[key] = [f if isinstance(f, str) else PYTHON + getattr(f, "__name__", key) for f in several]
-    return Given(
-        handed["reward"], objects.get("data"), objects.get("eval_data"), trust, handed["step_reward"],
+            named[key] = [f if isinstance(f, str) else PYTHON_PREFIX + getattr(f, "__name__", key) for f in several]
+    return PythonObjects(
+        handed["reward"], data.get("data"), data.get("eval_data"), trust, handed["step_reward"],
         handed["verifier"],
     ), named  # fmt: skip
 
 
 def _opened(
-    target: str | Path | None, overrides: Sequence[str], which: str, given: Given, named: Mapping[str, Any],
+    target: str | Path | None, overrides: Sequence[str], which: str, objects: PythonObjects, named: Mapping[str, Any],
     *, load: bool = True,
 ) -> tuple[Job, Model, Checkpoint | None]:  # fmt: skip
     """A job (None: the embedded one) and its model, with a run's weights where the target is a run, and the checkpoint
@@ -301,7 +301,7 @@ def _opened(
             raise RunFolderError(f"{target} has no checkpoint yet. Its model before training is --which base.")
         if edited := edits(folder, saved):
             _to_stderr(edited)
-    model = open_model(job, given, _to_stderr, training=False)
+    model = open_model(job, objects, _to_stderr, training=False)
     if saved is not None and load:
         _load(model, saved)
     return job, model, saved

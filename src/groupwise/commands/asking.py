@@ -14,7 +14,7 @@ from groupwise.errors import ConfigError, DataError
 from groupwise.store.events import older, read
 from groupwise.store.folder import RunFolder
 from groupwise.types import Message
-from groupwise.wiring.python_objects import PYTHON
+from groupwise.wiring.python_objects import PYTHON_PREFIX
 from groupwise.wording import one_line
 
 Content = str | list[Message]
@@ -58,7 +58,7 @@ def trained_on(job: Job, folder: RunFolder | None) -> Content | None:
     section = job.data
     if section.chat or section.system:
         return [{"role": "user", "content": ""}]
-    if section.path == BUILTIN or section.path.startswith(PYTHON):
+    if section.path == BUILTIN or section.path.startswith(PYTHON_PREFIX):
         return None
     rows = read_rows(section.path, revision=section.revision, subset=section.subset, split=section.split)
     return as_content(rows[0].get(section.prompt_column), f"{section.path}, row 0, column {section.prompt_column!r}")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from groupwise.config import BUILTIN, MODEL_PREFIX, TRAINED, Job
+from groupwise.config import BUILTIN, MODEL_PREFIX, TRAINED_REWARD_MODEL, Job
 from groupwise.data.rows import read_rows
 from groupwise.disk import PARTIAL, is_stream
 from groupwise.errors import ConfigError, DataError, ModelError, RunFolderError
@@ -24,7 +24,7 @@ from groupwise.jobfile.reward_model import RewardModelJob
 from groupwise.rewards.functions.workers import Worker
 from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.files import looks_local
-from groupwise.wiring.python_objects import PYTHON
+from groupwise.wiring.python_objects import PYTHON_PREFIX
 
 WHICH = ("latest", "best", "base")
 """A run's weights: of the last checkpoint, of the best evaluation, or as they were before training."""
@@ -53,7 +53,7 @@ def check_reward_model_job(job: RewardModelJob) -> None:
     """The same for the training of a reward model."""
     check_model(job.model)
     for path in (job.data, job.eval_data):
-        if path is not None and not path.startswith(PYTHON):
+        if path is not None and not path.startswith(PYTHON_PREFIX):
             first_row(path)
 
 
@@ -150,7 +150,7 @@ def _check_judges(job: Job) -> None:
 def check_model(path: str) -> None:
     """Refuse a folder that is not there, or is none of a model. Raises ModelError."""
     folder = Path(path)
-    if path in (BUILTIN, TRAINED) or (not folder.exists() and not looks_local(path)):
+    if path in (BUILTIN, TRAINED_REWARD_MODEL) or (not folder.exists() and not looks_local(path)):
         return
     if not folder.is_dir():
         raise ModelError(f"The model {path} is no folder: give an existing folder, or a hub id as 'org/name'.")
@@ -163,7 +163,7 @@ def check_model(path: str) -> None:
 
 def check_prompts(path: str, column: str) -> None:
     """Refuse prompts that are not there, or whose first row is none. Raises DataError."""
-    if path == BUILTIN or path.startswith(PYTHON):
+    if path == BUILTIN or path.startswith(PYTHON_PREFIX):
         return
     row = first_row(path)
     if row is not None and column not in row:
@@ -242,7 +242,9 @@ def check_functions(specs: Sequence[str], kind: str, stepwise: bool = False) -> 
             path = spec.removeprefix(MODEL_PREFIX)
             trained = Path(path) / "model"  # of a run of `reward-model train`
             check_model(str(trained) if trained.is_dir() else path)
-        elif spec != TRAINED and not spec.startswith((PYTHON, "builtin:")) and not _seems_right(spec):
+        elif (
+            spec != TRAINED_REWARD_MODEL and not spec.startswith((PYTHON_PREFIX, "builtin:")) and not _seems_right(spec)
+        ):
             Worker(spec, kind=kind, stepwise=stepwise).close()
 
 

@@ -29,14 +29,14 @@ from groupwise.reward_models.monte_carlo import Completer, MonteCarlo, read_by
 from groupwise.rewards.scorer import Scorer
 from groupwise.rewards.steps import segmenter_of
 from groupwise.run.guarded import GuardedEngine
-from groupwise.run.rollouts import Draw
+from groupwise.run.rollouts import GroupSampler
 from groupwise.store.events import older, read
 from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Finish, Group, GroupKey, Prompt
 from groupwise.watch.record import Record
 from groupwise.wiring.parts import Model, encoded_prompts, open_engine
-from groupwise.wiring.python_objects import PYTHON, Given
+from groupwise.wiring.python_objects import PYTHON_PREFIX, PythonObjects
 from groupwise.wiring.scoring import as_judged, open_functions
 from groupwise.wiring.settings import sampling_of
 from groupwise.wording import shown
@@ -75,7 +75,7 @@ def weights_hash(model: nn.Module) -> str:
 
 def own_rows(folder: RunFolder, rows: Iterable[Mapping[str, Any]] | None) -> bool:
     """Whether rows from Python are those that a run was trained on, and bring no outputs that are to be labelled."""
-    if rows is None or not load_job(folder.job).job.data.path.startswith(PYTHON):
+    if rows is None or not load_job(folder.job).job.data.path.startswith(PYTHON_PREFIX):
         return False
     return not any(name in row for row in rows for name in WRITTEN)
 
@@ -170,7 +170,7 @@ class Ask:
 
 
 def write_labels(
-    job: Job, ask: Ask, model: Model, given: Given, output: Path, *, run: RunFolder | None,
+    job: Job, ask: Ask, model: Model, objects: PythonObjects, output: Path, *, run: RunFolder | None,
     completer: Mapping[str, Any], say: Callable[[str], None],
 ) -> LabelResult:  # fmt: skip
     """Label outputs into a file: those of `run` where it is given, else those of the job's data, else sampled ones.
@@ -178,11 +178,11 @@ def write_labels(
     `completer` says which weights the model has. Raises GroupwiseError.
     """
     process = _process(job, ask)
-    job, given = as_judged(job, given)
+    job, objects = as_judged(job, objects)
     if not job.reward.functions:
         raise ConfigError("What is right is said by a reward of whole outputs: name one with --reward.")
     with ExitStack() as closing:
-        functions = open_functions(job, given, None, closing)
+        functions = open_functions(job, objects, None, closing)
         scorer = Scorer(functions.rewards, job.reward.weights, 1, say)
         guard, codec = Guard(model.loaded.policy, say), model.codec
         engine = GuardedEngine(open_engine(job, model, closing), guard, "In outputs and continuations")
@@ -191,15 +191,15 @@ def write_labels(
             Completer(ask.n, sampling_of(job), job.seed, model.loaded.context),
             soft=ask.soft, threshold=job.eval.threshold,
         )  # fmt: skip
-        if run and given.rows is None and job.data.path.startswith(PYTHON):
+        if run and objects.rows is None and job.data.path.startswith(PYTHON_PREFIX):
             say("the run's rows were handed over from Python: without data=rows, a reward gets none of their columns")
             prompts = prompts_of_run(run, codec)
         else:
-            prompts = encoded_prompts(job, codec, model.loaded.context, given, None if run else ask.limit)
+            prompts = encoded_prompts(job, codec, model.loaded.context, objects, None if run else ask.limit)
         groups = groups_of_run(run, prompts, codec)[: ask.limit] if run else written_groups(prompts, codec)
         if groups is None:
-            draw = Draw(sampling_of(job), job.sampling.num_generations, job.seed, "label")
-            blocks = sampled_blocks(prompts.prompts, lambda part, block: draw.groups(engine, part, block))
+            draw = GroupSampler(sampling_of(job), job.sampling.num_generations, job.seed, "label")
+            blocks = sampled_blocks(prompts.prompts, lambda part, block: draw.sample(engine, part, block))
         else:
             blocks = in_blocks(groups)
         own = labeller.completer

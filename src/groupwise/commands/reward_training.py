@@ -43,7 +43,7 @@ from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.events import EventsFile
 from groupwise.store.folder import RunFolder, git_commit
 from groupwise.store.provenance import JOB, Provenance, check_resumed
-from groupwise.watch.record import Record, Watch, warn_of_missing_lines, warn_of_refused, with_lost_output
+from groupwise.watch.record import Record, Recorder, warn_of_missing_lines, warn_of_refused, with_lost_output
 from groupwise.watch.terminal import Mode, Terminal, make_terminal
 from groupwise.wiring.provenance import provenance_of_examples
 
@@ -99,7 +99,7 @@ class _Session:
     held_out: list[Encoded]
     progress: Progress
     clock: Clock
-    watch: Watch
+    watch: Recorder
     made_by: Provenance
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
@@ -251,7 +251,7 @@ def _run(
         closing.callback(terminal.close)
         for warning in (*warnings, *prepared.remarks()):
             terminal.warn(warning)
-        watch = Watch([], terminal, None)
+        watch = Recorder([], terminal, None)
         closing.callback(watch.close)
         held_out = prepared.held_out.examples
         made_by = provenance_of_examples(job, prepared.model, train, held_out)

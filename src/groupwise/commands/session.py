@@ -16,7 +16,7 @@ from groupwise.commands.resuming import Start
 from groupwise.config import BUILTIN, Job
 from groupwise.errors import GroupwiseError
 from groupwise.jobfile import to_toml
-from groupwise.planning.fit import settle
+from groupwise.planning.fit import choose_budget
 from groupwise.progress import StopSignals
 from groupwise.readable import duration, number
 from groupwise.run import loop
@@ -27,11 +27,11 @@ from groupwise.store import checkpoint, events
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.folder import RunFolder, git_commit
 from groupwise.store.provenance import Provenance, check_resumed
-from groupwise.watch.record import Watch, warn_of_missing_lines, with_lost_output
+from groupwise.watch.record import Recorder, warn_of_missing_lines, with_lost_output
 from groupwise.watch.terminal import Mode, Terminal, make_terminal
 from groupwise.wiring.parts import build, open_sinks
 from groupwise.wiring.provenance import provenance_of
-from groupwise.wiring.python_objects import Given
+from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wiring.settings import total_steps
 
 
@@ -60,7 +60,7 @@ class Result:
     lost_output: tuple[str, ...] = ()
 
 
-def run_job(job: Job, folder: RunFolder, given: Given, show: Mode, clock: Clock, start: Start) -> Result:
+def run_job(job: Job, folder: RunFolder, objects: PythonObjects, show: Mode, clock: Clock, start: Start) -> Result:
     """Run the steps that are left of a job in its locked folder. Raises GroupwiseError."""
     history: Sequence[Mapping[str, Any]] = ()
     if start.saved is not None and not start.forked:
@@ -71,21 +71,21 @@ def run_job(job: Job, folder: RunFolder, given: Given, show: Mode, clock: Clock,
             terminal.say(note)
         for warning in start.warnings:
             terminal.warn(warning)
-        result = _run(job, folder, given, terminal, clock, start)
+        result = _run(job, folder, objects, terminal, clock, start)
         terminal.close(_closing_line(result, total_steps(job)), _next_steps(job, result))
         return with_lost_output(result, folder, terminal)
     finally:
         terminal.close()
 
 
-def _run(job: Job, folder: RunFolder, given: Given, terminal: Terminal, clock: Clock, start: Start) -> Result:
-    job, commit = _dated(settle(job, given, terminal.say)), git_commit()
+def _run(job: Job, folder: RunFolder, objects: PythonObjects, terminal: Terminal, clock: Clock, start: Start) -> Result:
+    job, commit = _dated(choose_budget(job, objects, terminal.say)), git_commit()
     with ExitStack() as closing:
         if start.saved is None:
             folder.write_job(to_toml(job))
-        watch = Watch([], terminal, None)
-        parts, stateful, saver = build(job, folder, given, watch, clock, closing)
-        saver.job, saver.made_by = to_toml(job), _made_by(job, given, parts)
+        watch = Recorder([], terminal, None)
+        parts, stateful, saver = build(job, folder, objects, watch, clock, closing)
+        saver.job, saver.made_by = to_toml(job), _made_by(job, objects, parts)
         if start.saved is not None:
             _take_up(start.saved, start.forked, stateful, saver)
         if not start.forked:
@@ -123,11 +123,11 @@ def _dated(job: Job) -> Job:
     return job.model_copy(update={"data": job.data.model_copy(update={"date": day})})
 
 
-def _made_by(job: Job, given: Given, parts: Parts) -> Provenance:
+def _made_by(job: Job, objects: PythonObjects, parts: Parts) -> Provenance:
     model = parts.learner.policy.model
     held_out = parts.evaluation.prompts if isinstance(parts.evaluation, Evaluation) else ()
     commit = getattr(model.config, "_commit_hash", None)
-    return provenance_of(job, given, commit, model.device, parts.rollouts.prompts.prompts, held_out)
+    return provenance_of(job, objects, commit, model.device, parts.rollouts.prompts.prompts, held_out)
 
 
 def _take_up(saved: Checkpoint, forked: bool, stateful: Stateful, saver: Saver) -> None:

@@ -119,7 +119,7 @@ INLINE v8 logistic(v8 x) {
 
 /* out = gate / (1 + exp(-gate)) * up, for rows of `width` numbers, a multiple of eight; rows of gate and up are `stride`
  * apart. `out` may be `gate` where that has no gaps. */
-void groupwise_gate(const float *gate, const float *up, int64_t stride, int64_t rows, int64_t width, float *out) {
+void groupwise_swiglu(const float *gate, const float *up, int64_t stride, int64_t rows, int64_t width, float *out) {
     for (int64_t r = 0; r < rows; r++, gate += stride, up += stride, out += width)
         for (int64_t i = 0; i < width; i += WIDTH) {
             const v8 x = load(gate + i);
@@ -128,7 +128,7 @@ void groupwise_gate(const float *gate, const float *up, int64_t stride, int64_t 
 }
 
 /* Gradients of the above; `count` is a multiple of eight. */
-void groupwise_gate_back(
+void groupwise_swiglu_back(
     const float *gate, const float *up, const float *grad, int64_t count, float *of_gate, float *of_up
 ) {
     for (int64_t i = 0; i < count; i += WIDTH) {
@@ -140,7 +140,7 @@ void groupwise_gate_back(
 
 /* Turns the heads of each row, `width` numbers each, a multiple of sixteen; rows of `x` and of `out`, which may be the
  * same, are `stride` and `out_stride` apart, cos and the signed sin are `[rows, width]`. */
-void groupwise_turn(
+void groupwise_rotary(
     const float *x, int64_t stride, const float *cos, const float *sin, int64_t rows, int64_t heads, int64_t width,
     float *out, int64_t out_stride
 ) {
@@ -178,7 +178,7 @@ typedef struct {
 } Tile;
 
 /* scores = exp(scores + bias - top), where top is the largest of a query's, and total the sum of its weights. */
-void groupwise_soften(float *scores, const Tile *tile, float *top, float *total) {
+void groupwise_softmax_numerator(float *scores, const Tile *tile, float *top, float *total) {
     const int64_t keys = tile->keys, whole = keys / WIDTH * WIDTH, rest = keys - whole;
     for (int64_t r = 0; r < tile->rows; r++)
         for (int64_t h = 0; h < tile->heads; h++)
@@ -217,7 +217,7 @@ INLINE void soften_back_some(float *scores, float *change, const float *bias, v8
 }
 
 /* scores = exp(scores + bias - lse), and change = (change - delta) * scores; lse and delta are a query's. */
-void groupwise_soften_back(float *scores, float *change, const Tile *tile, const float *lse, const float *delta) {
+void groupwise_softmax_numerator_back(float *scores, float *change, const Tile *tile, const float *lse, const float *delta) {
     const int64_t keys = tile->keys, whole = keys / WIDTH * WIDTH;
     for (int64_t r = 0; r < tile->rows; r++)
         for (int64_t h = 0; h < tile->heads; h++)

@@ -45,7 +45,7 @@ _wrapped_by_functorch: Callable[[Tensor], bool] = getattr(
 )
 
 
-class Look(NamedTuple):
+class KeyRange(NamedTuple):
     """Which tokens of a store rows see: row `r` those from `first_R[r]` to `end_R[r]` of its entry `slot_R[r]`, all
     int64. Without `slot_R` that is entry `r`, without `first_R` it begins at 0."""
 
@@ -71,11 +71,11 @@ class _Tile(Structure):
 _SIGNATURES = {
     "norm": (c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_float, c_void_p, c_void_p),
     "norm_back": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
-    "gate": (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
-    "gate_back": (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
-    "turn": (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64),
-    "soften": (c_void_p, POINTER(_Tile), c_void_p, c_void_p),
-    "soften_back": (c_void_p, c_void_p, POINTER(_Tile), c_void_p, c_void_p),
+    "swiglu": (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
+    "swiglu_back": (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
+    "rotary": (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64),
+    "softmax_numerator": (c_void_p, POINTER(_Tile), c_void_p, c_void_p),
+    "softmax_numerator_back": (c_void_p, c_void_p, POINTER(_Tile), c_void_p, c_void_p),
     "attend": (
         c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_float,
         POINTER(_Part), c_int64, c_void_p, c_void_p,
@@ -118,7 +118,7 @@ class Kernels:
     """The compiled functions, over tensors in float32 on a CPU.
 
     What C cannot read is computed by torch: a subclass of tensors, another type, gaps where none may be. So no call can
-    read or write memory that is not the tensors' own; only what `Parts` say is taken as it is.
+    read or write memory that is not the tensors' own; only what `KeyRanges` say is taken as it is.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -157,33 +157,33 @@ class Kernels:
         )  # fmt: skip
         return of_x, of_weight
 
-    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """`silu(gate) * up`, of one shape `[R, I]`."""
         if not (
             _readable(gate, up) and gate.dim() == 2 and gate.shape == up.shape and _has_rows(gate) and _has_rows(up)
             and gate.stride(0) == up.stride(0)
         ):  # fmt: skip
-            return plain.gate(gate, up)
+            return plain.swiglu(gate, up)
         rows, width = gate.shape
         out = gate.new_empty(rows, width)
-        self._run["gate"](gate.data_ptr(), up.data_ptr(), gate.stride(0), rows, width, out.data_ptr())
+        self._run["swiglu"](gate.data_ptr(), up.data_ptr(), gate.stride(0), rows, width, out.data_ptr())
         return out
 
-    def gate_back(self, gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of `gate` and `up`."""
+    def swiglu_back(self, gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of `swiglu` and `up`."""
         count = gate.numel()
         if not (
             _readable(gate, up, grad) and gate.shape == up.shape == grad.shape and count % LANES == 0
             and all(_is_whole(x, count) for x in (gate, up, grad))
         ):  # fmt: skip
-            return plain.gate_back(gate, up, grad)
+            return plain.swiglu_back(gate, up, grad)
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-        self._run["gate_back"](
+        self._run["swiglu_back"](
             gate.data_ptr(), up.data_ptr(), grad.data_ptr(), gate.numel(), of_gate.data_ptr(), of_up.data_ptr()
         )  # fmt: skip
         return of_gate, of_up
 
-    def turn(self, x: Tensor, cos: Tensor, signed_sin: Tensor, out: Tensor) -> Tensor:
+    def rotary(self, x: Tensor, cos: Tensor, signed_sin: Tensor, out: Tensor) -> Tensor:
         """`[R, H, d]`, every head rotated: see `DirectBody`. cos and signed sin: `[R, 1, d]`; `out` may be `x`."""
         rows, heads, width = x.shape
         if not (
@@ -191,23 +191,25 @@ class Kernels:
             and _is_whole(cos, rows * width) and _is_whole(signed_sin, rows * width)
             and (rows == 1 or out.stride(0) >= heads * width)
         ):  # fmt: skip
-            return plain.turn(x, cos, signed_sin, out)
-        self._run["turn"](
+            return plain.rotary(x, cos, signed_sin, out)
+        self._run["rotary"](
             x.data_ptr(), x.stride(0), cos.data_ptr(), signed_sin.data_ptr(), rows, heads, width, out.data_ptr(),
             out.stride(0),
         )  # fmt: skip
         return out
 
-    def soften_(self, scores: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def softmax_numerator_(self, scores: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """`exp(scores + bias - top)` in place of `[R, H, M, K]` scores; returns `top`, the largest of a query's, and
         the sum of its weights, `[R, H, M]`. `bias` has 1 in place of H, and may have in place of R and M."""
         if not (_readable(scores) and _is_whole(scores, scores.numel()) and _fits_scores(scores, bias)):
-            return plain.soften_(scores, bias)
+            return plain.softmax_numerator_(scores, bias)
         top, total = (scores.new_empty(scores.shape[:3]) for _ in range(2))
-        self._run["soften"](scores.data_ptr(), _tile_of(scores, bias), top.data_ptr(), total.data_ptr())
+        self._run["softmax_numerator"](scores.data_ptr(), _tile_of(scores, bias), top.data_ptr(), total.data_ptr())
         return top, total
 
-    def soften_back_(self, scores: Tensor, bias: Tensor | None, change: Tensor, lse: Tensor, delta: Tensor) -> None:
+    def softmax_numerator_back_(
+        self, scores: Tensor, bias: Tensor | None, change: Tensor, lse: Tensor, delta: Tensor
+    ) -> None:
         """`exp(scores + bias - lse)` in place of the scores, and `(change - delta)` times that in place of `change`, of
         the same shape; `lse` and `delta` have a number per query."""
         count = scores.numel() // max(1, scores.shape[-1])
@@ -216,12 +218,14 @@ class Kernels:
             and _is_whole(change, scores.numel()) and _is_whole(lse, count) and _is_whole(delta, count)
             and _fits_scores(scores, bias)
         ):  # fmt: skip
-            return plain.soften_back_(scores, bias, change, lse, delta)
+            return plain.softmax_numerator_back_(scores, bias, change, lse, delta)
         tile = _tile_of(scores, bias)
-        self._run["soften_back"](scores.data_ptr(), change.data_ptr(), tile, lse.data_ptr(), delta.data_ptr())
+        self._run["softmax_numerator_back"](
+            scores.data_ptr(), change.data_ptr(), tile, lse.data_ptr(), delta.data_ptr()
+        )
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, parts: Parts, stores: Sequence[Pair]
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, parts: KeyRanges, stores: Sequence[Pair]
     ) -> Tensor:  # fmt: skip
         """A token per row, `[R, H, d]` queries and `[R, H_kv, d]` keys and values: these are put at the end of the last
         part, then the queries meet all parts under one softmax. `stores` are the keys and values of each part,
@@ -248,10 +252,10 @@ class Kernels:
 Pair = tuple[Tensor, Tensor]
 
 
-class Parts:
+class KeyRanges:
     """What the rows of a step see of each store, in every layer; `rows` of them, or -1 where C cannot read that."""
 
-    def __init__(self, looks: Sequence[Look]) -> None:
+    def __init__(self, looks: Sequence[KeyRange]) -> None:
         self.looks = looks  # whose memory is pointed into
         self.rows = len(looks[-1].end_R)
         told = [x for look in looks for x in look if x is not None]
@@ -328,11 +332,11 @@ def _agree(kernels: Kernels) -> bool:
     whole = gate.contiguous(), up.contiguous(), back
     heads, cos, sin = noise(3, 2, 32), noise(3, 1, 32), noise(3, 1, 32)
     query, key, value, stores = noise(3, 4, 16), noise(3, 2, 16), noise(3, 2, 16), noise(2, 3, 2, 7, 16)
-    seen = Parts([Look(None, None, torch.tensor([7, 2, 5]))])
+    seen = KeyRanges([KeyRange(None, None, torch.tensor([7, 2, 5]))])
     scores, change, lse, delta = noise(2, 3, 4, 11), noise(2, 3, 4, 11), noise(2, 3, 4), noise(2, 3, 4)
     weights, again, changed = scores.clone(), scores.clone(), change.clone()
-    top, total = kernels.soften_(weights, None)
-    kernels.soften_back_(again, None, changed, lse, delta)
+    top, total = kernels.softmax_numerator_(weights, None)
+    kernels.softmax_numerator_back_(again, None, changed, lse, delta)
     x_f, weight_f, gate_f, up_f = (part.clone().requires_grad_() for part in (x, weight, gate, up))
     with torch.enable_grad():
         norm, gated = nn.functional.rms_norm(x_f, (48,), weight_f, 1e-6), nn.functional.silu(gate_f) * up_f
@@ -340,9 +344,9 @@ def _agree(kernels: Kernels) -> bool:
     pairs = [
         (kernels.norm(x, weight, 1e-6, factor), norm),
         *zip(kernels.norm_back(x, weight, factor, back), torch.autograd.grad(norm, (x_f, weight_f), back), strict=True),
-        (kernels.gate(gate, up), gated),
-        *zip(kernels.gate_back(*whole), torch.autograd.grad(gated, (gate_f, up_f), back), strict=True),
-        (kernels.turn(heads, cos, sin, torch.empty_like(heads)), heads * cos + heads.roll(16, -1) * sin),
+        (kernels.swiglu(gate, up), gated),
+        *zip(kernels.swiglu_back(*whole), torch.autograd.grad(gated, (gate_f, up_f), back), strict=True),
+        (kernels.rotary(heads, cos, sin, torch.empty_like(heads)), heads * cos + heads.roll(16, -1) * sin),
         (weights / total[..., None], scores.softmax(-1)), (top, scores.amax(-1)),
         (again, expected), (changed, (change - delta[..., None]) * expected),
         (kernels.attend(query, key, value, 0.3, seen, [(stores[0], stores[1])]), _attended(query, stores, 0.3)),

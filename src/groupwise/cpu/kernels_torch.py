@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from groupwise.precision import wide
 
 if TYPE_CHECKING:
-    from groupwise.cpu.kernels import Look, Pair
+    from groupwise.cpu.kernels import KeyRange, Pair
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float, factor: Tensor | None = None) -> Tensor:
@@ -34,23 +34,23 @@ def norm_back(x: Tensor, weight: Tensor, factor: Tensor, grad: Tensor) -> tuple[
     return (scaled * root - broad * along * root**3).to(x.dtype), of_weight
 
 
-def gate(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up`."""
     return nn.functional.silu(gate) * up
 
 
-def gate_back(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `gate` and `up`."""
+def swiglu_back(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `swiglu` and `up`."""
     part = gate.sigmoid()
     return grad * up * part * (1 + gate * (1 - part)), grad * gate * part
 
 
-def turn(x: Tensor, cos: Tensor, signed_sin: Tensor, out: Tensor) -> Tensor:
+def rotary(x: Tensor, cos: Tensor, signed_sin: Tensor, out: Tensor) -> Tensor:
     """Every head rotated, into `out`, which may be `x`."""
     return out.copy_(x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin)
 
 
-def soften_(scores: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def softmax_numerator_(scores: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """`exp(scores + bias - top)` in place; returns `top` and the sums."""
     if bias is not None:
         scores.add_(bias)
@@ -59,7 +59,7 @@ def soften_(scores: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return top, scores.sum(-1)
 
 
-def soften_back_(scores: Tensor, bias: Tensor | None, change: Tensor, lse: Tensor, delta: Tensor) -> None:
+def softmax_numerator_back_(scores: Tensor, bias: Tensor | None, change: Tensor, lse: Tensor, delta: Tensor) -> None:
     """`exp(scores + bias - lse)` in place, and `(change - delta)` times that in place of `change`."""
     if bias is not None:
         scores.add_(bias)
@@ -69,7 +69,7 @@ def soften_back_(scores: Tensor, bias: Tensor | None, change: Tensor, lse: Tenso
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, looks: Sequence[Look], stores: Sequence[Pair]
+    query: Tensor, key: Tensor, value: Tensor, scale: float, looks: Sequence[KeyRange], stores: Sequence[Pair]
 ) -> Tensor:  # fmt: skip
     """New keys and values at the end of the last part, then attention over all parts under one softmax."""
     row_R = torch.arange(len(query), device=query.device)

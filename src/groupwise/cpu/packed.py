@@ -25,7 +25,7 @@ Part = tuple[Tensor, Tensor | None]
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def plain_product(x: Tensor, *parts: Part) -> Tensor:
+def plain_linear(x: Tensor, *parts: Part) -> Tensor:
     """`x @ weight.T + bias` for `[.., K]` rows, the parts' results side by side."""
     found = [nn.functional.linear(x, weight, bias) for weight, bias in parts]
     return found[0] if len(found) == 1 else torch.cat(found, -1)
@@ -42,8 +42,8 @@ class _Copy(NamedTuple):
     bias: Tensor | None
 
 
-class PackedProducts:
-    """`plain_product` without gradient. It makes copies of large matrices, laid out for the kernel, and of what is
+class PackedLinear:
+    """`plain_linear` without gradient. It makes copies of large matrices, laid out for the kernel, and of what is
     multiplied together: each when it is first used and again where a matrix has changed in place, and keeps them until
     `release`."""
 
@@ -53,7 +53,7 @@ class PackedProducts:
     def __call__(self, x: Tensor, *parts: Part) -> Tensor:
         """`x @ weight.T + bias` for `[R, K]` rows, the parts' results side by side."""
         if torch.is_grad_enabled() or not (_fits(x, parts) and _copied(x.dtype, parts)):
-            return plain_product(x, *parts)
+            return plain_linear(x, *parts)
         copy = self._copy_of(parts)
         return copy.multiply(x, copy.weight, copy.bias)
 
@@ -72,9 +72,9 @@ class PackedProducts:
     def __len__(self) -> int:
         return len(self._copies)
 
-    def __deepcopy__(self, memo: object) -> PackedProducts:
+    def __deepcopy__(self, memo: object) -> PackedLinear:
         """Without copies: those are of other matrices than a copied model's."""
-        return PackedProducts()
+        return PackedLinear()
 
 
 def bytes_of_copies(products: Iterable[Sequence[Part]], dtype: torch.dtype) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from groupwise.disk import is_stream
 from groupwise.errors import DataError
 from groupwise.tokenizer.files import looks_local
-from groupwise.tokenizer.hub import silence
+from groupwise.tokenizer.hub import hub_error
 from groupwise.wording import one_line, shown
 
 Row = Mapping[str, Any]
@@ -152,7 +152,7 @@ def _read_dataset(path: str, revision: str | None, subset: str | None, split: st
     import datasets
 
     saved = any((Path(path) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
-    silent = None if Path(path).is_dir() else silence(path, "dataset")
+    silent = None if Path(path).is_dir() else hub_error(path, "dataset")
     try:
         if not saved:
             with _from_the_cache_where(silent is not None):

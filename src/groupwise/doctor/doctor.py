@@ -11,10 +11,10 @@ from groupwise.config import Job
 from groupwise.doctor.findings import Finding, Report
 from groupwise.doctor.inputs import chat_template, end_token, memory, rewards, tokenizer
 from groupwise.doctor.numbers import NUMBERS, Check
-from groupwise.doctor.opened_job import Patient, open_patient
+from groupwise.doctor.opened_job import OpenedJob, open_job
 from groupwise.errors import GroupwiseError
 from groupwise.wiring.parts import lacking_memory, model_source
-from groupwise.wiring.python_objects import Given
+from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wording import one_line
 
 CHECKS: tuple[tuple[str, Check], ...] = (
@@ -24,31 +24,31 @@ CHECKS: tuple[tuple[str, Check], ...] = (
 """In the order of the table; the last one allocates the most."""
 
 
-def examine(job: Job, given: Given, say: Callable[[str], None]) -> Report:
+def examine(job: Job, objects: PythonObjects, say: Callable[[str], None]) -> Report:
     """Open a job and run every check on it. Raises GroupwiseError where it cannot be opened.
 
     A model whose weights cannot be trained in the memory that is free is not loaded: that is then the only finding.
     """
-    shortage = lacking_memory(job, model_source(job, say), given.trust_remote_code)
+    shortage = lacking_memory(job, model_source(job, say), objects.trust_remote_code)
     if shortage is not None:
         others = [Finding(name, "not used", words="the model was not loaded") for name, _ in CHECKS[:-1]]
         return Report((*others, Finding("memory", "failed", words=str(shortage))))
     with ExitStack() as closing:
-        return run_checks(open_patient(job, given, say, closing))
+        return run_checks(open_job(job, objects, say, closing))
 
 
-def run_checks(patient: Patient) -> Report:
+def run_checks(opened: OpenedJob) -> Report:
     """Every check's findings."""
     found: list[Finding] = []
     for name, check in CHECKS:
-        patient.say(f"checking: {name}")
-        found += _tried(name, check, patient)
+        opened.say(f"checking: {name}")
+        found += _tried(name, check, opened)
     return Report(tuple(found))
 
 
-def _tried(name: str, check: Check, patient: Patient) -> list[Finding]:
+def _tried(name: str, check: Check, opened: OpenedJob) -> list[Finding]:
     try:
-        return check(patient)
+        return check(opened)
     except GroupwiseError as error:
         return [Finding(name, "failed", words=one_line(error))]
     except Exception as error:  # noqa: BLE001 - a boundary: whatever a model or a reward raises, the others are tried

@@ -13,7 +13,7 @@ import torch
 from groupwise.data.remarks import remarks
 from groupwise.disk import in_words
 from groupwise.doctor.findings import Finding, Verdict, measured
-from groupwise.doctor.opened_job import LOOKED_AT, Patient, credit, unscored
+from groupwise.doctor.opened_job import LOOKED_AT, OpenedJob, credit, unscored
 from groupwise.learn.budget import peak_memory
 from groupwise.objective import token_advantages
 from groupwise.readable import duration, percent
@@ -29,30 +29,30 @@ MOST_ENDS = 8
 """How many end tokens are tried: models have one to three."""
 
 
-def tokenizer(patient: Patient) -> list[Finding]:
+def tokenizer(opened: OpenedJob) -> list[Finding]:
     """The tokenizer against its own file, and against the prompts. A ModelError of it is the finding."""
-    codec, prompts = patient.model.codec, _first(patient)
+    codec, prompts = opened.model.codec, _first(opened)
     warnings = codec.check([codec.render(prompt.content, prompt.template_options) for prompt in prompts])
     if warnings:
         return [Finding("tokenizer", "warning", words=" ".join(warnings))]
     return [Finding("tokenizer", "passed", 0.0, 0.0, words=f"{len(prompts)} prompts read back as they were written")]
 
 
-def end_token(patient: Patient) -> list[Finding]:
+def end_token(opened: OpenedJob) -> list[Finding]:
     """Whether outputs end with their end token, and whether that token is trained, also where it is the pad token."""
-    codec, learner, name = patient.model.codec, patient.learner, "end token"
+    codec, learner, name = opened.model.codec, opened.learner, "end token"
     ends = sorted(codec.end_token_ids)[:MOST_ENDS]
     if not ends:
         return [Finding(name, "warning", words="none is known: outputs only end at stop strings or at their longest")]
-    prompt = patient.chosen[0]
+    prompt = opened.chosen[0]
     outputs = tuple(Completion((prompt.token_ids[-1], end), "", (0.0, 0.0), "stop") for end in ends)
     made = unscored(Group(GroupKey(0, 0, prompt.prompt_id), prompt, outputs))
     batch = learner.pack([made], credit([made]))
     trained_T = (batch.trained_T & learner.logprobs(batch).isfinite()).tolist()
     lasts = [output.start + len(output.token_ids) - 1 for output in batch.outputs]
     lost = [end for end, last in zip(ends, lasts, strict=True) if not trained_T[last]]
-    stopped = [c for group in patient.groups for c in group.completions if c.finish == "stop"]
-    headless = [] if patient.job.sampling.stop else [c for c in stopped if c.token_ids[-1] not in codec.end_token_ids]
+    stopped = [c for group in opened.groups for c in group.completions if c.finish == "stop"]
+    headless = [] if opened.job.sampling.stop else [c for c in stopped if c.token_ids[-1] not in codec.end_token_ids]
     words = f"token {', '.join(map(str, ends))}; {len(stopped)} sampled outputs stopped"
     if codec.tokenizer.pad_token_id in codec.end_token_ids:
         words += "; pad is an end token too, and it is trained all the same"
@@ -60,14 +60,14 @@ def end_token(patient: Patient) -> list[Finding]:
     return [measured(name, float(len(lost) + len(headless)), 0.0, words=words, fault=fault)]
 
 
-def chat_template(patient: Patient) -> list[Finding]:
+def chat_template(opened: OpenedJob) -> list[Finding]:
     """What the template makes of prompts that are messages: the assistant's turn is open, and BOS comes once.
 
     What there is to say of prompts is said here, also of those that no template renders.
     """
-    codec = patient.model.codec
-    prompts = [prompt for prompt in _first(patient) if not isinstance(prompt.content, str)]
-    said = " ".join(remarks(patient.prompts.prompts, codec))
+    codec = opened.model.codec
+    prompts = [prompt for prompt in _first(opened) if not isinstance(prompt.content, str)]
+    said = " ".join(remarks(opened.prompts.prompts, codec))
     if not prompts:
         return [Finding("chat template", "warning" if said else "not used", words=said or "the prompts are strings")]
     faults = [_template_fault(codec, prompt) for prompt in prompts]
@@ -108,38 +108,38 @@ def _is_open(codec: Codec, messages: list[Message], text: str, options: Mapping[
     return answered.startswith(text) and answered[len(text) :].lstrip().startswith("yes")
 
 
-def rewards(patient: Patient) -> list[Finding]:
+def rewards(opened: OpenedJob) -> list[Finding]:
     """The job's rewards on the sampled outputs. A RewardError of theirs (NaN, a string) is the finding."""
-    patient.warnings.clear()
-    groups, record = patient.groups, Record(1)
+    opened.warnings.clear()
+    groups, record = opened.groups, Record(1)
     start = time.perf_counter()
-    scored = patient.scorer(groups, record, training=True)
+    scored = opened.scorer(groups, record, training=True)
     took = time.perf_counter() - start
     scores = [score for group in scored for score in group.scores]
     missing = sum(score.reward is None and all(s.reward is None for s in score.steps) for score in scores) / len(scores)
-    names = unique_names([reward.name for reward in patient.scorer.rewards])
+    names = unique_names([reward.name for reward in opened.scorer.rewards])
     silent = [name for name in names if all(score.parts[name] is None for score in scores)]
     steps = [step for score in scores for step in score.steps]
     silent += ["of the steps"] if steps and all(step.reward is None for step in steps) else []
-    flat = frac_zero(token_advantages(scored, patient.learner.objective))
+    flat = frac_zero(token_advantages(scored, opened.learner.objective))
     words = [f"not scored: {percent(missing)}; groups without variance: {percent(flat)}; {duration(took)}"]
     if silent:
         words += [f"{', '.join(silent)} scored nothing"]
     if flat == 1.0 and not silent:
         words += ["all outputs of a group earned the same, from which nothing is learned; other prompts may differ"]
-    if (flat == 1.0 or silent) and patient.longest_output < patient.job.sampling.max_completion_length:
-        words += [f"outputs were cut at {patient.longest_output} tokens here"]
-    words += [" ".join(warning.split())[:300] for warning in patient.warnings[:1]]
-    verdict: Verdict = "failed" if silent else "warning" if missing or flat == 1.0 or patient.warnings else "passed"
+    if (flat == 1.0 or silent) and opened.longest_output < opened.job.sampling.max_completion_length:
+        words += [f"outputs were cut at {opened.longest_output} tokens here"]
+    words += [" ".join(warning.split())[:300] for warning in opened.warnings[:1]]
+    verdict: Verdict = "failed" if silent else "warning" if missing or flat == 1.0 or opened.warnings else "passed"
     return [Finding("rewards", verdict, missing, 0.0, words=". ".join(words))]
 
 
-def memory(patient: Patient) -> list[Finding]:
+def memory(opened: OpenedJob) -> list[Finding]:
     """One update with a full micro-batch of the longest prompt and outputs of full length, against what was free."""
-    learner, job, room = patient.learner, patient.job, patient.room
-    groups = _largest(patient)
+    learner, job, room = opened.learner, opened.job, opened.room
+    groups = _largest(opened)
     tokens = sum(len(c.token_ids) for group in groups for c in group.group.completions)
-    patient.say(f"one update over {len(groups)} groups of the longest prompt, {tokens} output tokens")
+    opened.say(f"one update over {len(groups)} groups of the longest prompt, {tokens} output tokens")
     device = learner.policy.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -147,7 +147,7 @@ def memory(patient: Patient) -> list[Finding]:
     cure = "Lower train.tokens_per_micro_batch, turn model.gradient_checkpointing on, or use a larger device"
     learner.settings = replace(settings, num_iterations=job.train.num_iterations)
     try:
-        learner.update(learner.prepare(groups, credit(groups), patient.reference))
+        learner.update(learner.prepare(groups, credit(groups), opened.reference))
     except torch.OutOfMemoryError:  # a boundary: this is what was to be found out
         return [Finding("memory", "failed", None, room.free, "bytes", f"{words}, and it was not enough. {cure}.")]
     finally:
@@ -160,10 +160,10 @@ def memory(patient: Patient) -> list[Finding]:
     return [Finding("memory", "passed", needed, room.free, "bytes", words)]
 
 
-def _largest(patient: Patient) -> list[ScoredGroup]:
+def _largest(opened: OpenedJob) -> list[ScoredGroup]:
     """As many groups as fill a micro-batch, each with the longest prompt of all and outputs of full length."""
-    job, shared = patient.job, patient.learner.policy.layout == "shared"
-    longest = max(patient.prompts.prompts, key=lambda prompt: len(prompt.token_ids))
+    job, shared = opened.job, opened.learner.policy.layout == "shared"
+    longest = max(opened.prompts.prompts, key=lambda prompt: len(prompt.token_ids))
     length, n = job.sampling.max_completion_length, job.sampling.num_generations
     tokens = tuple(islice(cycle(longest.token_ids), length))
     size = n * length + len(longest.token_ids) * (1 if shared else n)
@@ -172,6 +172,6 @@ def _largest(patient: Patient) -> list[ScoredGroup]:
     return [unscored(Group(GroupKey(0, slot, longest.prompt_id), longest, outputs)) for slot in range(count)]
 
 
-def _first(patient: Patient) -> list[Prompt]:
-    held_out = patient.held_out.prompts[:LOOKED_AT] if patient.held_out else ()
-    return [*patient.prompts.prompts[:LOOKED_AT], *held_out]
+def _first(opened: OpenedJob) -> list[Prompt]:
+    held_out = opened.held_out.prompts[:LOOKED_AT] if opened.held_out else ()
+    return [*opened.prompts.prompts[:LOOKED_AT], *held_out]

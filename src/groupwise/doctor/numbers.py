@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from groupwise.doctor.findings import Finding, measured
-from groupwise.doctor.opened_job import Patient, credit, unscored
+from groupwise.doctor.opened_job import OpenedJob, credit, unscored
 from groupwise.errors import ModelError
 from groupwise.learn import agreement
 from groupwise.learn.learner import Learner
@@ -53,80 +53,80 @@ def bounds(dtype: torch.dtype) -> Bounds:
     return Bounds(allowed.token, allowed.mean, _GRADIENT[min(4, dtype.itemsize)])
 
 
-def shared_is_plain(patient: Patient) -> list[Finding]:
+def shared_is_plain(opened: OpenedJob) -> list[Finding]:
     """The prompt once per group, against stock attention over each output with its own prompt."""
-    name, policy = "shared = plain", patient.learner.policy
+    name, policy = "shared = plain", opened.learner.policy
     if policy.layout != "shared":
-        return [Finding(name, "not used", words=patient.model.loaded.line.partition(": ")[2])]
-    shared = _with_gradient(patient, policy, [pairs(patient.few)])
+        return [Finding(name, "not used", words=opened.model.loaded.line.partition(": ")[2])]
+    shared = _with_gradient(opened, policy, [pairs(opened.few)])
     with _stock_attention(policy):
         plain = Policy(policy.model, "plain", policy.head, policy.cached)
-        one_by_one = _with_gradient(patient, plain, [pairs([group]) for group in patient.few])
+        one_by_one = _with_gradient(opened, plain, [pairs([group]) for group in opened.few])
     fault = "The shared layout computes something else than this model does: set model.layout to 'plain'."
-    return _compared(patient, name, shared, one_by_one, fault)
+    return _compared(opened, name, shared, one_by_one, fault)
 
 
-def micro_batches(patient: Patient) -> list[Finding]:
+def micro_batches(opened: OpenedJob) -> list[Finding]:
     """The gradient of one update in one forward pass, and with every output in a pass of its own."""
-    whole, small = (update_gradient(patient.learner, patient.batch, budget) for budget in (10**9, 1))
+    whole, small = (update_gradient(opened.learner, opened.batch, budget) for budget in (10**9, 1))
     fault = "The gradient depends on how outputs are cut into micro-batches, which is memory and no mathematics."
-    return [measured("micro-batches", distance(small, whole), bounds(patient.dtype).gradient, fault=fault)]
+    return [measured("micro-batches", distance(small, whole), bounds(opened.dtype).gradient, fault=fault)]
 
 
-def order(patient: Patient) -> list[Finding]:
+def order(opened: OpenedJob) -> list[Finding]:
     """The gradient with groups and outputs in the opposite order, and so packed in other ways."""
-    learner, groups = patient.learner, patient.few
+    learner, groups = opened.learner, opened.few
     turned = [_turned(group) for group in reversed(groups)]
     turned_credit = [of_group[::-1] for of_group in reversed(credit(groups))]
-    batch = learner.prepare(turned, turned_credit, patient.reference)
+    batch = learner.prepare(turned, turned_credit, opened.reference)
     longest = max(len(o.prompt) + len(o.token_ids) for o in batch.outputs)
-    forward = update_gradient(learner, patient.batch, 3 * longest)
+    forward = update_gradient(learner, opened.batch, 3 * longest)
     backward = update_gradient(learner, batch, 2 * longest)
     fault = "The gradient depends on the order of outputs, or on what else lies in their forward pass."
-    return [measured("order", distance(backward, forward), bounds(patient.dtype).gradient, fault=fault)]
+    return [measured("order", distance(backward, forward), bounds(opened.dtype).gradient, fault=fault)]
 
 
-def chunked_head(patient: Patient) -> list[Finding]:
+def chunked_head(opened: OpenedJob) -> list[Finding]:
     """Log-probs from the head's matrix in chunks, against the logits of the model's own forward."""
-    name, policy = "chunked head", patient.learner.policy
+    name, policy = "chunked head", opened.learner.policy
     if policy.head is None:
         return [Finding(name, "not used", words="whole logits, because its head is more than a matrix")]
-    passes = [[(prompt, outputs[:2]) for prompt, outputs in pairs(patient.few[:1])]]  # whole logits are large
-    chunked = _with_gradient(patient, policy, passes)
-    whole = _with_gradient(patient, Policy(policy.model, policy.layout, None, policy.cached), passes)
+    passes = [[(prompt, outputs[:2]) for prompt, outputs in pairs(opened.few[:1])]]  # whole logits are large
+    chunked = _with_gradient(opened, policy, passes)
+    whole = _with_gradient(opened, Policy(policy.model, policy.layout, None, policy.cached), passes)
     fault = "The head is not what the probe took it for: please report this model."
-    return _compared(patient, name, chunked, whole, fault)
+    return _compared(opened, name, chunked, whole, fault)
 
 
-def ratio_one(patient: Patient) -> list[Finding]:
+def ratio_one(opened: OpenedJob) -> list[Finding]:
     """Old log-probs, by a forward pass of their own, against those of the update's pass."""
-    old_T = patient.batch.old_logprobs_T
+    old_T = opened.batch.old_logprobs_T
     assert old_T is not None
-    error = (_update_logprobs(patient) - old_T).exp().sub(1).abs().max().item()
+    error = (_update_logprobs(opened) - old_T).exp().sub(1).abs().max().item()
     fault = "Before the first update no ratio may differ from 1: two passes over one output disagree."
-    return [measured("ratio 1 at step 0", error, bounds(patient.dtype).token, fault=fault)]
+    return [measured("ratio 1 at step 0", error, bounds(opened.dtype).token, fault=fault)]
 
 
-def kl_zero(patient: Patient) -> list[Finding]:
+def kl_zero(opened: OpenedJob) -> list[Finding]:
     """Log-probs of the reference, which is the policy before the first step, against the policy's."""
-    if isinstance(patient.reference, NoReference):
+    if isinstance(opened.reference, NoReference):
         return [Finding("KL 0 at step 0", "not used", words="objective.beta is 0: there is no reference")]
-    budget = patient.learner.room.budget
-    found_T = patient.batch.ref_logprobs_T
+    budget = opened.learner.room.budget
+    found_T = opened.batch.ref_logprobs_T
     if found_T is None:  # the penalty is in the reward
-        found_T = patient.reference.logprobs(patient.batch, budget)
-    error = (found_T - _update_logprobs(patient)).abs().max().item()
+        found_T = opened.reference.logprobs(opened.batch, budget)
+    error = (found_T - _update_logprobs(opened)).abs().max().item()
     fault = "The reference is not the policy that training starts from, or does not compute the same each time."
-    return [measured("KL 0 at step 0", error, bounds(patient.dtype).token, fault=fault)]
+    return [measured("KL 0 at step 0", error, bounds(opened.dtype).token, fault=fault)]
 
 
-def sampler_is_trainer(patient: Patient) -> list[Finding]:
+def sampler_is_trainer(opened: OpenedJob) -> list[Finding]:
     """What the engine said of the tokens that it drew, against what the learner says of them."""
-    learner, groups = patient.learner, [unscored(group) for group in (*patient.groups, *patient.cut)]
+    learner, groups = opened.learner, [unscored(group) for group in (*opened.groups, *opened.cut)]
     batch = learner.pack(groups, credit(groups))
     difference_T = (learner.logprobs(batch) - batch.sampled_logprobs_T).abs()
     lengths = [len(output.token_ids) for output in batch.outputs]
-    allowed = bounds(patient.dtype)
+    allowed = bounds(opened.dtype)
     words = f"{len(lengths)} outputs of {min(lengths)} to {max(lengths)} tokens"
     fault = "The sampler draws from another distribution than the one that is trained."
     return [
@@ -168,9 +168,9 @@ def _norm(gradient: Gradient) -> float:
     return math.sqrt(sum(part.square().sum().item() for part in gradient))
 
 
-def _with_gradient(patient: Patient, policy: Policy, passes: Sequence[Pairs]) -> tuple[Tensor, Gradient]:
+def _with_gradient(opened: OpenedJob, policy: Policy, passes: Sequence[Pairs]) -> tuple[Tensor, Gradient]:
     """Log-probs `[T]` of some forward passes, and the gradient of an uneven sum of them."""
-    learner = patient.learner
+    learner = opened.learner
     learner.optimizer.zero_grad()
     sizes = [sum(len(output) for _, outputs in one for output in outputs) for one in passes]
     found = []
@@ -184,9 +184,9 @@ def _with_gradient(patient: Patient, policy: Policy, passes: Sequence[Pairs]) ->
 
 
 def _compared(
-    patient: Patient, name: str, found: tuple[Tensor, Gradient], expected: tuple[Tensor, Gradient], fault: str
+    opened: OpenedJob, name: str, found: tuple[Tensor, Gradient], expected: tuple[Tensor, Gradient], fault: str
 ) -> list[Finding]:
-    allowed = bounds(patient.dtype)
+    allowed = bounds(opened.dtype)
     error = (found[0] - expected[0]).abs().max().item()
     return [
         measured(f"{name}, log-probs", error, allowed.token, fault=fault),
@@ -194,16 +194,16 @@ def _compared(
     ]
 
 
-def _update_logprobs(patient: Patient) -> Tensor:
+def _update_logprobs(opened: OpenedJob) -> Tensor:
     """Log-probs `[T]` of the few outputs as an update computes them: with gradient and entropy, in one pass."""
-    policy = patient.learner.policy
-    found: LogProbs = policy(policy.stream(pairs(patient.few)), patient.learner.settings.temperature, entropy=True)
+    policy = opened.learner.policy
+    found: LogProbs = policy(policy.stream(pairs(opened.few)), opened.learner.settings.temperature, entropy=True)
     return found.logprobs_T.detach()
 
 
 def _gathered(learner: Learner) -> Gradient:
     found = []
-    for master in learner.optimizer.masters.values():
+    for master in learner.optimizer.master_weights.values():
         assert master.grad is not None
         spread = max(1, master.numel() // KEPT)
         found.append(master.grad.flatten()[::spread].to("cpu", torch.float64, copy=True))
@@ -225,7 +225,7 @@ def _stock_attention(policy: Policy) -> Iterator[None]:
         policy.model.set_attn_implementation(name)
 
 
-Check = Callable[[Patient], list[Finding]]
+Check = Callable[[OpenedJob], list[Finding]]
 NUMBERS: tuple[tuple[str, Check], ...] = (
     ("shared = plain", shared_is_plain), ("micro-batches", micro_batches), ("order", order),
     ("chunked head", chunked_head), ("ratio 1 at step 0", ratio_one), ("KL 0 at step 0", kl_zero),

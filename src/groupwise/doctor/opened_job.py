@@ -27,7 +27,7 @@ from groupwise.rewards.scorer import Scorer
 from groupwise.seeds import group_seed
 from groupwise.types import Group, GroupKey, Prompt, Request, Score, ScoredGroup
 from groupwise.wiring import parts
-from groupwise.wiring.python_objects import Given
+from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wiring.reward_models import open_trained
 from groupwise.wiring.scoring import open_functions, say_unread, scorer_of
 from groupwise.wiring.settings import learner_settings, objective_of, sampling_of
@@ -43,7 +43,7 @@ FEW = (3, 2, 3)
 
 
 @dataclass(frozen=True)
-class Room:
+class TokenBudget:
     """Bytes that were free, and that this process held, before the model was loaded."""
 
     free: int
@@ -51,7 +51,7 @@ class Room:
 
 
 @dataclass
-class Patient:
+class OpenedJob:
     """The objects of a job, as a run would have them before its first step. `warnings` gathers what rewards say."""
 
     job: Job
@@ -62,7 +62,7 @@ class Patient:
     engine: Engine
     learner: Learner
     reference: Reference | NoReference
-    room: Room
+    room: TokenBudget
     say: Callable[[str], None]
     warnings: list[str] = field(default_factory=list)
 
@@ -121,18 +121,18 @@ class Patient:
         return self.learner.prepare(self.few, credit(self.few), self.reference)
 
 
-def open_patient(job: Job, given: Given, say: Callable[[str], None], closing: ExitStack) -> Patient:
+def open_job(job: Job, objects: PythonObjects, say: Callable[[str], None], closing: ExitStack) -> OpenedJob:
     """Open a job as training does, what is quick to refuse first. Raises GroupwiseError where it cannot be opened."""
     warnings: list[str] = []
-    trained = cache(lambda: open_trained(job, parts.model_source(job, say), given))
-    functions = open_functions(job, given, None, closing, trained)
+    trained = cache(lambda: open_trained(job, parts.model_source(job, say), objects))
+    functions = open_functions(job, objects, None, closing, trained)
     device = choose_device(job.model.device)
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-    room = Room(parts.available_memory(device), int(held))
-    model = parts.open_model(job, given, say, training=True)
+    room = TokenBudget(parts.available_memory(device), int(held))
+    model = parts.open_model(job, objects, say, training=True)
     scorer = scorer_of(job, functions, model.codec, warnings.append)
-    prompts = parts.training_prompts(job, model, given)
-    held_out = parts.held_out_prompts(job, model, given)
+    prompts = parts.training_prompts(job, model, objects)
+    held_out = parts.held_out_prompts(job, model, objects)
     if not job.reward.verifier:  # which is not opened here
         say_unread(job, prompts.prompts, [functions], say)
     if held_out and (known := in_both(prompts.prompts, held_out.prompts)):
@@ -147,7 +147,7 @@ def open_patient(job: Job, given: Given, say: Callable[[str], None], closing: Ex
     reference = Reference(learner.policy) if learner.objective.needs_reference else NoReference()
     reference.refresh(learner, 0)
     engine = parts.open_engine(job, model, closing)
-    return Patient(job, model, prompts, held_out, scorer, engine, learner, reference, room, say, warnings)
+    return OpenedJob(job, model, prompts, held_out, scorer, engine, learner, reference, room, say, warnings)
 
 
 def unscored(group: Group) -> ScoredGroup:

@@ -9,7 +9,7 @@ from math import inf
 
 from groupwise.config import (
     BUILTIN,
-    TRAINED,
+    TRAINED_REWARD_MODEL,
     EvalSection,
     Job,
     ObjectiveSection,
@@ -128,7 +128,7 @@ def _reward(job: Job, origins: Mapping[str, str]) -> Iterator[str]:
                 f'Name a function, as in {option} or `{key} = ["{option.split()[1]}"]` under [reward].'
             )
         for function in functions:
-            if not all(function.partition(":")) and function != TRAINED:
+            if not all(function.partition(":")) and function != TRAINED_REWARD_MODEL:
                 yield (
                     f'`reward.{key}` has "{function}", which does not say where and what. '
                     "Write file.py:name or package.module:name."
@@ -152,7 +152,7 @@ def _nobody_said(key: str, origins: Mapping[str, str]) -> bool:
 def _reward_models(section: RewardSection) -> Iterator[str]:
     """What is said of reward models where none is named."""
     named = (*section.functions, *section.step_functions, *section.verifier)
-    models = [name for name in named if name.startswith("model:") or name == TRAINED]
+    models = [name for name in named if name.startswith("model:") or name == TRAINED_REWARD_MODEL]
     if section.device is not None and not models:
         yield (
             f'`reward.device` = "{section.device}" has no effect: it says where reward models compute, and none is '
@@ -163,7 +163,9 @@ def _reward_models(section: RewardSection) -> Iterator[str]:
             f"`reward.step_tags` has {len(section.step_tags)} entries. It takes three: the tag that ends a step, the "
             'word for right and the word for wrong, as in ["ки", "+", "-"].'
         )
-    if section.step_tags is not None and not any(name in models and name != TRAINED for name in section.step_functions):
+    if section.step_tags is not None and not any(
+        name in models and name != TRAINED_REWARD_MODEL for name in section.step_functions
+    ):
         yield (
             "`reward.step_tags` has no effect where no reward model scores steps: name one, as in "
             "--step-reward model:DIR, or remove it."

@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from groupwise.config import BUILTIN, TRAINED, EvalSection, Job, RewardModelSection, RewardSection, WatchSection
+from groupwise.config import (
+    BUILTIN,
+    TRAINED_REWARD_MODEL,
+    EvalSection,
+    Job,
+    RewardModelSection,
+    RewardSection,
+    WatchSection,
+)
 
 PYTHON_ROWS: Final = "python:rows"
 """How a job names rows that were given from Python."""
@@ -93,7 +101,7 @@ def _reward(job: Job) -> Iterator[str]:
             "is trained. Name held-out prompts with `eval.data`, or remove it."
         )
     named = [*section.functions, *section.step_functions, *section.verifier, *filter(None, [job.process.function])]
-    if all(name.startswith("model:") or name == TRAINED for name in named):
+    if all(name.startswith("model:") or name == TRAINED_REWARD_MODEL for name in named):
         for key in ("timeout", "output_timeout"):
             if getattr(section, key) != getattr(_REWARD, key):
                 yield f"`reward.{key}` has no effect: it bounds the calls of functions, and only models are named."
@@ -139,4 +147,4 @@ def _holds_out(job: Job) -> bool:
 
 
 def _trains_reward_model(job: Job) -> bool:
-    return TRAINED in (*job.reward.functions, *job.reward.step_functions)
+    return TRAINED_REWARD_MODEL in (*job.reward.functions, *job.reward.step_functions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from groupwise.config import BUILTIN, TRAINED, Job, RewardModelSection
+from groupwise.config import BUILTIN, TRAINED_REWARD_MODEL, Job, RewardModelSection
 from groupwise.jobfile.phrases import suggestion
 
 SOURCES = {"verifier": "outcome", "pairs": "outcome", "monte_carlo": "process"}
@@ -16,17 +16,18 @@ _OFF = RewardModelSection()
 def problems(job: Job) -> Iterator[str]:
     """Every reason why a job's reward model cannot be trained as written."""
     section, named = job.reward_model, (*job.reward.functions, *job.reward.step_functions)
-    if TRAINED not in named:
+    if TRAINED_REWARD_MODEL not in named:
         if section != _OFF:
             key = next(key for key in RewardModelSection.model_fields if getattr(section, key) != getattr(_OFF, key))
             yield (
                 f"`reward_model.{key}` has no effect: no reward model is trained in this run. Name it, as in "
-                f'--reward {TRAINED} (it scores outputs) or --step-reward {TRAINED} (steps), or remove it.'
+                f"--reward {TRAINED_REWARD_MODEL} (it scores outputs) or --step-reward {TRAINED_REWARD_MODEL} (steps), "
+                "or remove it."
             )  # fmt: skip
         return
-    if named.count(TRAINED) > 1:
+    if (count := named.count(TRAINED_REWARD_MODEL)) > 1:
         yield (
-            f'"{TRAINED}" is named {named.count(TRAINED)} times: the one model that a run trains scores outputs '
+            f'"{TRAINED_REWARD_MODEL}" is named {count} times: the one model that a run trains scores outputs '
             "(`reward.functions`) or steps (`reward.step_functions`). Name it once."
         )
     yield from _labels(job)
@@ -36,7 +37,7 @@ def problems(job: Job) -> Iterator[str]:
 
 def _labels(job: Job) -> Iterator[str]:
     section, labels, verifier = job.reward_model, job.reward_model.labels, job.reward.verifier
-    kind = "outcome" if TRAINED in job.reward.functions else "process"
+    kind = "outcome" if TRAINED_REWARD_MODEL in job.reward.functions else "process"
     wanted = " or ".join(f'"{source}"' for source in SOURCES if SOURCES[source] == kind)
     if labels is None:
         yield (
@@ -44,8 +45,8 @@ def _labels(job: Job) -> Iterator[str]:
             f"model on after an iteration. Take {wanted}, or a file of labelled examples."
         )
         return
-    if labels == TRAINED or TRAINED in verifier or f"model:{section.path}" in verifier:
-        key = f'`reward_model.labels` = "{labels}"' if labels == TRAINED else "`reward.verifier`"
+    if labels == TRAINED_REWARD_MODEL or TRAINED_REWARD_MODEL in verifier or f"model:{section.path}" in verifier:
+        key = f'`reward_model.labels` = "{labels}"' if labels == TRAINED_REWARD_MODEL else "`reward.verifier`"
         yield (
             f"{key} is the reward model that is being trained: it would learn what it says already. Labels come from "
             "something that knows: a function (`reward.verifier`), or a file."

@@ -14,7 +14,7 @@ from groupwise.errors import ModelError
 Result = TypeVar("Result")
 
 
-class Room:
+class TokenBudget:
     """Tokens that a pass may hold: `budget`, which is halved where memory runs out all the same (`halved` times).
 
     `advice` ends the error of where half is not enough either.

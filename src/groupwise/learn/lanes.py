@@ -65,7 +65,7 @@ def at_once(work: Sequence[Callable[[], Result]]) -> list[Result]:
     return [first, *(other.result() for other in others)]
 
 
-class Twins:
+class Replicas:
     """The policy once more for each lane after the first: over the same weights and buffers, with gradients of its own.
 
     `gather` adds these to the masters' in the order of the lanes, so that the same sums come again.

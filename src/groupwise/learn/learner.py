@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from groupwise.learn.agreement import Difference, Guard, NoGuard, is_stray
-from groupwise.learn.budget import Room, peak_memory
+from groupwise.learn.budget import TokenBudget, peak_memory
 from groupwise.learn.forward import lay_out, score_outputs
-from groupwise.learn.lanes import Twins, at_once, deal
+from groupwise.learn.lanes import Replicas, at_once, deal
 from groupwise.learn.optimizer import REFUSED, MasterOptimizer, OptimizerSettings
 from groupwise.learn.pack import Batch, Credit, micro_batches, pack, split_updates
 from groupwise.learn.reference import NoReference, Reference
@@ -60,9 +60,9 @@ class Learner:
         self.policy, self.objective, self.settings = policy, objective, settings
         self.guard = guard or NoGuard()
         self.optimizer = MasterOptimizer(policy.model, settings.optimizer, settings.compute_dtype)
-        self.twins = Twins(policy, self.optimizer)
+        self.replicas = Replicas(policy, self.optimizer)
         self._tally = _Tally()
-        self.room = Room(settings.tokens_per_micro_batch, policy.device, ADVICE)
+        self.room = TokenBudget(settings.tokens_per_micro_batch, policy.device, ADVICE)
 
     @property
     def version(self) -> int:
@@ -117,20 +117,20 @@ class Learner:
         weights_T = self._weights(batch, members)
         # Before the first update the policy is the old policy: taken from this very pass, the ratio is exactly 1.
         pass_ = _Pass(batch, weights_T, first_pass, on_policy=first_pass and not self._tally.norms)
-        lanes = deal(batch.outputs, live, self.twins.most)
+        lanes = deal(batch.outputs, live, self.replicas.most)
 
         def accumulate() -> list[_Tally]:
-            each = zip(self.twins.policies(len(lanes)), lanes, strict=True)
+            each = zip(self.replicas.policies(len(lanes)), lanes, strict=True)
             return at_once([partial(self._accumulate, *lane, self.room.budget // len(lanes), pass_) for lane in each])
 
         def drop() -> None:
             # The longest group came first, so little is lost.
             self.optimizer.zero_grad()
-            self.twins.drop()
+            self.replicas.drop()
 
         for tally in self.room.run(accumulate, drop):
             self._tally.join(tally)
-        self.twins.gather()
+        self.replicas.gather()
         if first_pass:
             self.guard.check(self._tally.difference(), "In the outputs of this step")
         self._tally.updated(*self.optimizer.step())
@@ -152,8 +152,10 @@ class Learner:
         for part in micro_batches(batch.outputs, members, budget, policy.layout == "shared"):
             stream, place = lay_out(policy, batch.outputs, part)
             beforehand = pass_.on_policy and not self._reads_logprobs(batch)
-            slope_T = self._slope(batch, place, pass_.weights_T) if beforehand else None
-            logprobs_T, entropy_T = policy(stream, batch.temperature, entropy=pass_.first, slope_T=slope_T)
+            grad_logprobs_T = self._grad_logprobs(batch, place, pass_.weights_T) if beforehand else None
+            logprobs_T, entropy_T = policy(
+                stream, batch.temperature, entropy=pass_.first, grad_logprobs_T=grad_logprobs_T
+            )
             known_T = None if pass_.on_policy else batch.old_logprobs_T
             old_T = logprobs_T.detach() if known_T is None else known_T[place]
             losses = self._losses(batch, place, logprobs_T, old_T)
@@ -178,7 +180,7 @@ class Learner:
         """Whether the loss's gradient depends on log-probs beyond their difference to the old ones."""
         return batch.ref_logprobs_T is not None or self.settings.correct_sampler
 
-    def _slope(self, batch: Batch, place: Tensor, weights_T: Tensor) -> Tensor:
+    def _grad_logprobs(self, batch: Batch, place: Tensor, weights_T: Tensor) -> Tensor:
         """The gradient of the loss with respect to the log-probs `[T]` where these are the old ones, whatever they
         are."""
         same_T = torch.zeros_like(weights_T[place], requires_grad=True)
@@ -188,15 +190,15 @@ class Learner:
     def _live(self, batch: Batch, members: Sequence[int]) -> list[int]:
         """Outputs that can have a gradient: skipping the others is exact, since weights are counted before."""
         skip = self.objective.may_skip_zero_advantages
-        return [m for m in members if batch.trained_S[m] and not (skip and batch.silent_S[m])]
+        return [m for m in members if batch.trained_S[m] and not (skip and batch.zero_advantage_S[m])]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights that the policy computes with, by name."""
         yield from self.policy.model.state_dict(keep_vars=True).items()
 
-    def masters(self) -> dict[str, Tensor]:
+    def master_weights(self) -> dict[str, Tensor]:
         """The float32 weights, each tied one once, and persistent buffers."""
-        tensors: dict[str, Tensor] = {name: m.detach() for name, m in self.optimizer.masters.items()}
+        tensors: dict[str, Tensor] = {name: m.detach() for name, m in self.optimizer.master_weights.items()}
         stored = self.policy.model.state_dict()
         buffers = {n: b for n, b in self.policy.model.named_buffers() if n in stored}
         return tensors | buffers | self.optimizer.buffers
@@ -204,7 +206,7 @@ class Learner:
     def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Tensors by file (`model`, `optimizer`) and the counters that go with them."""
         optimizer, counters = self.optimizer.state()
-        return {"model": self.masters(), "optimizer": optimizer}, counters | self.room.state()
+        return {"model": self.master_weights(), "optimizer": optimizer}, counters | self.room.state()
 
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> None:
         """Take up where `state_dict` left off."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.errors import ModelError
-from groupwise.models.narrow import narrow_model
+from groupwise.models.cast import cast_to_compute_dtype
 
 REFUSED = "updates/refused"
 """The metric that counts updates whose gradient was not finite."""
@@ -82,19 +82,19 @@ class MasterOptimizer:
     ) -> None:
         """Take over a module in float32 and, where `compute_dtype` is narrower, cast it to that.
 
-        See `narrow_model` for what stays as it is.
+        See `cast_to_compute_dtype` for what stays as it is.
         """
         self.settings = settings
         self.update = self.applied = self.refused_in_a_row = 0
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.frozen = {n: p.detach() for n, p in module.named_parameters() if not p.requires_grad}
         before = {name: p.detach() for name, p in self.parameters.items()}
-        self.buffers = narrow_model(module, compute_dtype)
-        self.masters: dict[str, Tensor] = {
+        self.buffers = cast_to_compute_dtype(module, compute_dtype)
+        self.master_weights: dict[str, Tensor] = {
             name: p if p.dtype == before[name].dtype else before[name] for name, p in self.parameters.items()
         }
-        decayed = [m for m in self.masters.values() if m.ndim > 1]
-        others = [m for m in self.masters.values() if m.ndim <= 1]
+        decayed = [m for m in self.master_weights.values() if m.ndim > 1]
+        others = [m for m in self.master_weights.values() if m.ndim <= 1]
         self.adam = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
@@ -103,11 +103,11 @@ class MasterOptimizer:
         self._make_state()
         self.zero_grad()
         for name, parameter in self.parameters.items():
-            _gather(parameter, self.masters[name].grad)
+            _gather(parameter, self.master_weights[name].grad)
 
     def gather_apart(self, module: nn.Module) -> dict[str, Tensor]:
         """Gradients, by name, that backward passes of another module over the same weights add up from now on."""
-        gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
+        gradients = {name: torch.zeros_like(master) for name, master in self.master_weights.items()}
         others = dict(module.named_parameters())
         for name, gradient in gradients.items():
             _gather(others[name], gradient)
@@ -115,13 +115,13 @@ class MasterOptimizer:
 
     def add_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Add some that were gathered apart."""
-        for name, master in self.masters.items():
+        for name, master in self.master_weights.items():
             assert master.grad is not None
             master.grad += gradients[name]
 
     def zero_grad(self) -> None:
         """Gradients to 0, not to None: an update whose every output was skipped still moves the running means."""
-        for master in self.masters.values():
+        for master in self.master_weights.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
             else:
@@ -132,11 +132,11 @@ class MasterOptimizer:
 
         A gradient whose norm is not finite is not applied; the schedule counts it as an update all the same.
         """
-        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
+        gradients = [m.grad for m in self.master_weights.values() if m.grad is not None]
         total = torch.nn.utils.get_total_norm(gradients)
         norm, rate = total.item(), learning_rate(self.settings, self.update)
         if math.isfinite(norm):
-            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.settings.max_grad_norm, total)
+            torch.nn.utils.clip_grads_with_norm_(list(self.master_weights.values()), self.settings.max_grad_norm, total)
             for group in self.adam.param_groups:
                 group["lr"] = rate
             self.adam.step()
@@ -151,8 +151,8 @@ class MasterOptimizer:
     @torch.no_grad()
     def _cast(self) -> None:
         for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+            if self.master_weights[name] is not parameter:
+                parameter.copy_(self.master_weights[name])
 
     def check(self, planned: int = REFUSED_UPDATES) -> None:
         """Raise ModelError where as many updates in a row were refused as end a run of `planned` updates."""
@@ -166,23 +166,25 @@ class MasterOptimizer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Adam's running means by parameter name (none before its first step), and the counters."""
-        states = {name: self.adam.state[master] for name, master in self.masters.items()}
+        states = {name: self.adam.state[master] for name, master in self.master_weights.items()}
         tensors = {f"{name}.{key}": state[key] for name, state in states.items() for key in _MEANS if self.applied}
         counters = {"update": self.update, "adam_steps": self.applied, "refused_in_a_row": self.refused_in_a_row}
         return tensors, counters
 
     @torch.no_grad()
-    def load(self, masters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], counters: Mapping[str, int]) -> None:
+    def load(
+        self, master_weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], counters: Mapping[str, int]
+    ) -> None:
         """Take up weights and state where `state` and the masters left them; without `tensors` means are 0.
 
         Raises KeyError where `tensors` lack one.
         """
-        for name, master in self.masters.items():
-            master.copy_(masters[name])
+        for name, master in self.master_weights.items():
+            master.copy_(master_weights[name])
         self._cast()
         self.update, self.applied = counters["update"], counters["adam_steps"]
         self.refused_in_a_row = counters["refused_in_a_row"]
-        for name, master in self.masters.items():
+        for name, master in self.master_weights.items():
             state = self.adam.state[master]
             state["step"].fill_(float(counters["adam_steps"]))
             for key in _MEANS:
@@ -197,7 +199,7 @@ class MasterOptimizer:
         By then sampling and passes have freed memory, and the running means would lie in pieces of that for good: what
         the next step asks for would not fit between them any more, and be new memory once again (LOG.md).
         """
-        for master in self.masters.values():
+        for master in self.master_weights.values():
             means = {key: torch.zeros_like(master) for key in _MEANS}
             self.adam.state[master] = {"step": torch.tensor(0.0, device=master.device), **means}
 

@@ -35,7 +35,8 @@ class Batch:
     """A step's outputs (`S`) and everything that is known of their tokens (`T`), in group order, on the device.
 
     `completion_T` is each token's output, `group_S` each output's group. `trained_T` is False on tokens that stay out
-    of the loss, `trained_S` on outputs without any token in it; `silent_S` marks outputs whose every advantage is 0.
+    of the loss, `trained_S` on outputs without any token in it; `zero_advantage_S` marks outputs whose every
+    advantage is 0.
     `old_logprobs_T` is None when the only update starts from the policy that sampled; `ref_logprobs_T` is None exactly
     when the loss has no KL term.
     """
@@ -48,7 +49,7 @@ class Batch:
     advantages_T: Tensor
     sampled_logprobs_T: Tensor
     trained_S: tuple[bool, ...]
-    silent_S: tuple[bool, ...]
+    zero_advantage_S: tuple[bool, ...]
     old_logprobs_T: Tensor | None = None
     ref_logprobs_T: Tensor | None = None
 
@@ -93,7 +94,7 @@ def pack(
         advantages_T=torch.tensor(advantages, dtype=dtype, device=device),
         sampled_logprobs_T=torch.tensor(sampled, dtype=dtype, device=device),
         trained_S=tuple(trained),
-        silent_S=tuple(silent),
+        zero_advantage_S=tuple(silent),
     )
 
 

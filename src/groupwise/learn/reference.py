@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from groupwise.averages import mean
-from groupwise.learn.budget import Room
+from groupwise.learn.budget import TokenBudget
 from groupwise.learn.forward import score_outputs
 from groupwise.learn.pack import Batch
 from groupwise.models.policy import Policy
@@ -22,7 +22,7 @@ from groupwise.types import Score, Scored
 
 class _Learner(Protocol):
     policy: Policy
-    room: Room
+    room: TokenBudget
 
     def pack(self, scored: Scored, credit: Sequence[Sequence[float]]) -> Batch: ...
     def logprobs(self, batch: Batch, members: Sequence[int] | None = None) -> Tensor: ...

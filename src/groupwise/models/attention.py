@@ -15,8 +15,8 @@ from groupwise.models.layout import Forest
 from groupwise.models.tiles import Options, TiledAttention
 from groupwise.models.tracing import counter
 
-NAME = "groupwise"
-KEYWORD = "groupwise_layout"
+ATTENTION_NAME = "groupwise"
+LAYOUT_KEYWORD = "groupwise_layout"
 
 
 class AttentionLayout(Protocol):
@@ -33,9 +33,11 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, None]:
     """Attention over the layout in `keywords`; the signature is transformers'. Returns `[B, L, H, d_v]` and None."""
-    layout: AttentionLayout | None = keywords.get(KEYWORD)
+    layout: AttentionLayout | None = keywords.get(LAYOUT_KEYWORD)
     if layout is None:
-        raise RuntimeError(f"attention `{NAME}` was called without a layout: the model's forward needs {KEYWORD}")
+        raise RuntimeError(
+            f"attention `{ATTENTION_NAME}` was called without a layout: the model's forward needs {LAYOUT_KEYWORD}"
+        )
     scale = keywords.get("scaling")
     options = Options(
         query.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -46,7 +48,7 @@ def attend(
     return found.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-AttentionInterface.register(NAME, attend)
+AttentionInterface.register(ATTENTION_NAME, attend)
 
 
 class ForestAttention:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from groupwise.cpu.kernels import LANES, Kernels, kernels_for
-from groupwise.cpu.packed import Part, plain_product
+from groupwise.cpu.packed import Part, plain_linear
 from groupwise.models.attention import AttentionLayout
 from groupwise.models.tiles import Options
 from groupwise.precision import wide
@@ -32,7 +32,7 @@ _PRODUCTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 Product = Callable[..., Tensor]
-"""See `plain_product`."""
+"""See `plain_linear`."""
 
 
 class _Pass(NamedTuple):
@@ -69,7 +69,7 @@ class DirectBody:
 
     def __call__(
         self, token_N: Tensor, position_N: Tensor, layout: AttentionLayout, asked_K: Tensor | None = None,
-        product: Product = plain_product,
+        product: Product = plain_linear,
     ) -> Tensor:  # fmt: skip
         """Last hidden states `[N, D]`, or `[K, D]` of the tokens `asked_K` alone. `layout` is asked once per layer."""
         x = self.body.embed_tokens(token_N)
@@ -98,7 +98,7 @@ class DirectBody:
         x = _plus(shared.product(found.flatten(1), _part(own.o_proj)), x)
         h = _norm(x, layer.post_attention_layernorm, shared.kernels)
         parts = [_part(mlp.gate_proj), _part(mlp.up_proj)]
-        if shared.product is plain_product or h.device.type != "cpu":
+        if shared.product is plain_linear or h.device.type != "cpu":
             gate, up = (shared.product(h, part) for part in parts)
         else:  # of few rows, where one call more is felt
             gate, up = shared.product(h, *parts).chunk(2, -1)
@@ -140,7 +140,7 @@ def _turn(x: Tensor, cos: Tensor, signed_sin: Tensor, kernels: Kernels | None) -
     if torch.is_grad_enabled():
         turned: Tensor = _Turned.apply(x, cos, signed_sin, kernels)  # type: ignore[no-untyped-call]
         return turned
-    return kernels.turn(x, cos, signed_sin, out=x)
+    return kernels.rotary(x, cos, signed_sin, out=x)
 
 
 class _Turned(torch.autograd.Function):
@@ -148,15 +148,15 @@ class _Turned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, signed_sin: Tensor, kernels: Kernels) -> Tensor:
-        ctx.turn = cos, signed_sin, kernels
-        return kernels.turn(x, cos, signed_sin, out=torch.empty_like(x))
+        ctx.rotary = cos, signed_sin, kernels
+        return kernels.rotary(x, cos, signed_sin, out=torch.empty_like(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, signed_sin, kernels = ctx.turn
+        cos, signed_sin, kernels = ctx.rotary
         grad = grad.contiguous()
         back = signed_sin.roll(signed_sin.shape[-1] // 2, -1)
-        return kernels.turn(grad, cos, back, out=torch.empty_like(grad)), None, None, None
+        return kernels.rotary(grad, cos, back, out=torch.empty_like(grad)), None, None, None
 
 
 def _part(module: nn.Linear) -> Part:
@@ -173,7 +173,7 @@ def _gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, ker
     if torch.is_grad_enabled():
         gated: Tensor = _Gated.apply(gate, up, kernels)  # type: ignore[no-untyped-call]
         return gated
-    return nn.functional.silu(gate).mul_(up) if kernels is None else kernels.gate(gate, up)
+    return nn.functional.silu(gate).mul_(up) if kernels is None else kernels.swiglu(gate, up)
 
 
 class _Gated(torch.autograd.Function):
@@ -183,13 +183,13 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, kernels: Kernels | None) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.kernels = kernels
-        return nn.functional.silu(gate).mul_(up) if kernels is None else kernels.gate(gate, up)
+        return nn.functional.silu(gate).mul_(up) if kernels is None else kernels.swiglu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         if ctx.kernels is not None:
-            return *ctx.kernels.gate_back(gate, up, grad.contiguous()), None
+            return *ctx.kernels.swiglu_back(gate, up, grad.contiguous()), None
         return torch.ops.aten.silu_backward(grad * up, gate), nn.functional.silu(gate).mul_(grad), None
 
 

@@ -38,8 +38,8 @@ class HeadShape:
 class _ChunkedLogProbs(torch.autograd.Function):
     """Keeps hidden states and one log-sum-exp per token; recomputes a chunk's logits in the backward pass.
 
-    Where the gradient that will arrive is known beforehand (`slope_T`) a chunk's logits are used for it at once and
-    computed no second time: three products with the head's matrix instead of four.
+    Where the gradient that will arrive is known beforehand (`grad_logprobs_T`) a chunk's logits are used for it at once
+    and computed no second time: three products with the head's matrix instead of four.
     """
 
     @staticmethod
@@ -47,12 +47,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_T: Tensor,
         options: tuple[HeadShape, float, bool, Tensor | None],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        shape, temperature, want_entropy, slope_T = options
+        shape, temperature, want_entropy, grad_logprobs_T = options
         logprobs_T = torch.empty(len(target_T), dtype=wide_dtype(hidden_TD.dtype), device=hidden_TD.device)
         lse_T, entropy_T = torch.empty_like(logprobs_T), torch.zeros_like(logprobs_T)
         inputs = (hidden_TD, weight_VD, bias_V)
         ctx.shape, ctx.temperature, ctx.totals = shape, temperature, None
-        if slope_T is not None and any(ctx.needs_input_grad):
+        if grad_logprobs_T is not None and any(ctx.needs_input_grad):
             ctx.totals = _Totals(inputs, ctx.needs_input_grad, target_T, shape, temperature)
         ctx.chunks = _chunks(len(target_T), weight_VD)
         for rows in ctx.chunks:
@@ -68,8 +68,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 # An impossible token adds 0 to the entropy; 0 * -inf would add nan.
                 finite = scaled.clamp_min(torch.finfo(scaled.dtype).min)
                 entropy_T[rows] = lse[:, 0] - torch.linalg.vecdot(probs, finite) / total[:, 0]
-            if ctx.totals is not None and slope_T is not None:
-                ctx.totals.add(rows, probs.div_(total), logits, slope_T[rows])
+            if ctx.totals is not None and grad_logprobs_T is not None:
+                ctx.totals.add(rows, probs.div_(total), logits, grad_logprobs_T[rows])
         if ctx.totals is None:
             ctx.save_for_backward(*inputs, target_T, lse_T)
         ctx.mark_non_differentiable(entropy_T)
@@ -130,18 +130,19 @@ class _Totals:
 
 def chunked_logprobs(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_T: Tensor, *,
-    shape: HeadShape = HeadShape(), temperature: float = 1.0, entropy: bool = False, slope_T: Tensor | None = None,
+    shape: HeadShape = HeadShape(), temperature: float = 1.0, entropy: bool = False,
+    grad_logprobs_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Log-probs of `target_T` under `softmax(logits / temperature)` and, on request, the entropy (no gradient).
 
-    Both are `[T]`, float32 or wider. Memory beside the inputs: one chunk of logits. `slope_T` `[T]` promises that the
-    gradient of the loss with respect to the log-probs will be just that, which saves a product with the matrix: what
-    arrives in the backward pass is not looked at then.
+    Both are `[T]`, float32 or wider. Memory beside the inputs: one chunk of logits. `grad_logprobs_T` `[T]` promises
+    that the gradient of the loss with respect to the log-probs will be just that, which saves a matmul with the matrix:
+    what arrives in the backward pass is not looked at then.
     """
     if len(target_T) == 0:
         empty = wide(hidden_TD.sum(-1))
         return empty, empty.detach() if entropy else None
-    options = (shape, temperature, entropy, slope_T)
+    options = (shape, temperature, entropy, grad_logprobs_T)
     logprobs_T, entropy_T = _ChunkedLogProbs.apply(hidden_TD, weight_VD, bias_V, target_T, options)  # type: ignore[no-untyped-call]
     return logprobs_T, entropy_T if entropy else None
 

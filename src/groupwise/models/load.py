@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as hf_logging
 
 from groupwise.errors import ModelError
-from groupwise.models.attention import NAME
+from groupwise.models.attention import ATTENTION_NAME
 from groupwise.models.lora import check_no_adapter
 from groupwise.models.multimodal import check_causal, freeze_towers, remark
 from groupwise.models.policy import LayoutName, Policy
@@ -185,7 +185,7 @@ def _load_weights(
     path: str, layout: LayoutName, revision: str | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model in float32, and the names of stored weights that it has no place for."""
-    attention: dict[str, Any] = {"attn_implementation": NAME} if layout == "shared" else {}
+    attention: dict[str, Any] = {"attn_implementation": ATTENTION_NAME} if layout == "shared" else {}
     model, missing, unused = read_weights(AutoModelForCausalLM, path, revision, trust_remote_code, **attention)
     if missing:
         raise ModelError(

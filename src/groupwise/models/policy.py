@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from groupwise.cpu.packed import PackedProducts, bytes_of_copies
-from groupwise.models.attention import KEYWORD, AttentionLayout, ForestAttention
+from groupwise.cpu.packed import PackedLinear, bytes_of_copies
+from groupwise.models.attention import LAYOUT_KEYWORD, AttentionLayout, ForestAttention
 from groupwise.models.direct import DirectBody
 from groupwise.models.head import HeadShape, chunked_logprobs, dense_logprobs
 from groupwise.models.layout import Stream, Tokens, plain_stream, shared_stream
@@ -48,7 +48,7 @@ class Policy(nn.Module):
         self.head = head
         self.cached, self.aligned = cached, aligned
         self.stays_training = stays_training
-        self.packed = PackedProducts()
+        self.packed = PackedLinear()
         self.direct = DirectBody(model) if direct and layout == "shared" and DirectBody.fits(model) else None
         silence_dropout(self.model)
         self.train()
@@ -78,11 +78,11 @@ class Policy(nn.Module):
         return lay_out(groups, self.device)
 
     def forward(
-        self, stream: Stream, temperature: float = 1.0, entropy: bool = False, slope_T: Tensor | None = None
+        self, stream: Stream, temperature: float = 1.0, entropy: bool = False, grad_logprobs_T: Tensor | None = None
     ) -> LogProbs:
         """Log-probs of `stream.target_T` under `softmax(logits / temperature)`, `[T]` in float32 or wider.
 
-        `slope_T`, where given, promises the gradient that will arrive at them: see `chunked_logprobs`.
+        `grad_logprobs_T`, where given, promises the gradient that will arrive at them: see `chunked_logprobs`.
         """
         if self.head is None:
             logprobs_T, entropy_T = dense_logprobs(self.token_logits(stream), stream.target_T, temperature)
@@ -91,7 +91,7 @@ class Policy(nn.Module):
         return LogProbs(
             *chunked_logprobs(
                 self._predicting(stream).to(weight.dtype), weight, bias, stream.target_T,
-                shape=self.head, temperature=temperature, entropy=entropy, slope_T=slope_T,
+                shape=self.head, temperature=temperature, entropy=entropy, grad_logprobs_T=grad_logprobs_T,
             )
         )  # fmt: skip
 
@@ -129,7 +129,11 @@ class Policy(nn.Module):
 
     def _through_modules(self, input_ids: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
         return self.model.base_model(  # type: ignore[no-any-return]
-            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **{KEYWORD: layout}
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=None,
+            use_cache=False,
+            **{LAYOUT_KEYWORD: layout},
         )[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -157,7 +161,7 @@ class Policy(nn.Module):
             return module(input_ids=stream.input_ids, attention_mask=stream.attention_mask, use_cache=False)
         return module(
             input_ids=stream.input_ids, position_ids=stream.position_ids, attention_mask=None, use_cache=False,
-            **{KEYWORD: ForestAttention(stream.forest)},
+            **{LAYOUT_KEYWORD: ForestAttention(stream.forest)},
         )  # fmt: skip
 
 

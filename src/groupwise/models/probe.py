@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from groupwise.models.attention import KEYWORD, NAME, ForestAttention
+from groupwise.models.attention import ATTENTION_NAME, LAYOUT_KEYWORD, ForestAttention
 from groupwise.models.clone import WINDOW, tiny_clone
 from groupwise.models.direct import DirectBody
 from groupwise.models.head import HeadShape, chunked_logprobs, dense_logprobs
@@ -213,10 +213,10 @@ def _try_shared(clone: PreTrainedModel, expected: Tensor) -> tuple[bool, str, fl
     assert stream.forest is not None
     attention = ForestAttention(stream.forest)
     try:
-        clone.set_attn_implementation(NAME)
+        clone.set_attn_implementation(ATTENTION_NAME)
         out = clone(
             input_ids=stream.input_ids, position_ids=stream.position_ids, attention_mask=None, use_cache=False,
-            **{KEYWORD: attention},
+            **{LAYOUT_KEYWORD: attention},
         )  # fmt: skip
     except Exception as error:  # noqa: BLE001 - a boundary: models refuse a foreign attention in as many ways as they are
         return False, f"it does not take another attention function ({_first_line(error)})", float("nan")
@@ -243,7 +243,7 @@ def _try_direct(clone: PreTrainedModel) -> bool:
 
     expected = clone.base_model(
         input_ids=stream.input_ids, position_ids=stream.position_ids, attention_mask=None, use_cache=False,
-        **{KEYWORD: ForestAttention(forest)},
+        **{LAYOUT_KEYWORD: ForestAttention(forest)},
     )[0][0][asked_K]  # fmt: skip
     found = direct()
     with torch.no_grad():

@@ -292,7 +292,7 @@ def _weights(tile: Tile, query: Tensor, key: Tensor, options: Options, room: Ten
     kernels = _kernels(options, query, room)
     if kernels is not None:
         weights = tile.products(query, key, room)
-        top, total = kernels.soften_(*tile.for_kernels(weights, options))
+        top, total = kernels.softmax_numerator_(*tile.for_kernels(weights, options))
         return weights, top.view(*query.shape[:2], 1), total.view(*query.shape[:2], 1)
     scores = tile.scores(query, key, options, room)
     # Where a window hides everything the maximum is -inf; any finite number gives weights of 0 then.
@@ -312,7 +312,7 @@ def _weights_back(
     if kernels is not None:
         weights = tile.products(query, key, room)
         scores, bias = tile.for_kernels(weights, options)
-        kernels.soften_back_(scores, bias, change, lse, delta)
+        kernels.softmax_numerator_back_(scores, bias, change, lse, delta)
         return weights
     weights = tile.scores(query, key, options, room)
     change.sub_(delta.view(*query.shape[:2], 1))

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from groupwise.cpu.malloc import keep_freed_memory
-from groupwise.cpu.packed import PackedProducts, plain_product
-from groupwise.models.attention import NAME
+from groupwise.cpu.packed import PackedLinear, plain_linear
+from groupwise.models.attention import ATTENTION_NAME
 from groupwise.models.clone import tiny_clone
 from groupwise.models.direct import Product
 from groupwise.models.policy import Policy
 from groupwise.planning.meter import Cost, Meter
 from groupwise.planning.sampling import decoding
-from groupwise.planning.trace import Hollow, Shape
+from groupwise.planning.trace import Shape, TracedModel
 
 _PATIENCE = 0.1
 """Seconds for each thing that is measured."""
@@ -56,42 +56,42 @@ class Rates:
         return computed + cost.operations * (self.operation_training if training else self.operation_forward)
 
 
-def measure(hollow: Hollow, few: int, many: int, cached: bool) -> Rates:
+def measure(traced: TracedModel, few: int, many: int, cached: bool) -> Rates:
     """Rates at the widths of a model: with `few` rows (decoding) and with `many` (training).
 
     On a CPU a process of our own keeps what it frees from then on, as that of a run does: else the pages of each result
     would be new, or not, as it happens.
     """
-    text, device = hollow.config.get_text_config(), torch.device(hollow.device)
+    text, device = traced.config.get_text_config(), torch.device(traced.device)
     keep_freed_memory(device)
     generator = torch.Generator(device).manual_seed(0)  # the global one may be somebody else's
     width = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", None) or 4 * width)
-    weight = torch.randn(inner, width, generator=generator, device=device).to(hollow.dtype)
+    weight = torch.randn(inner, width, generator=generator, device=device).to(traced.dtype)
     many = min(many, _MOST_ROWS)
 
     def product(rows: int, multiply: Product) -> float:
-        x = torch.randn(rows, width, generator=generator, device=device).to(hollow.dtype)
+        x = torch.randn(rows, width, generator=generator, device=device).to(traced.dtype)
         with torch.no_grad():
             return 2.0 * rows * width * inner / _seconds(lambda: multiply(x, (weight, None)), device)
 
     def activation(rows: int) -> float:
-        x = torch.randn(rows, inner, generator=generator, device=device).to(hollow.dtype)
+        x = torch.randn(rows, inner, generator=generator, device=device).to(traced.dtype)
         return 5 * x.nbytes / _seconds(lambda: x * x.sigmoid(), device)
 
     long = torch.zeros(_COPIED, device=device)
     target = torch.empty_like(long)
     memory = 2 * long.nbytes / _seconds(lambda: target.copy_(long), device)
-    products = product(many, plain_product), product(few, PackedProducts() if hollow.past_modules else plain_product)
-    return Rates(*products, activation(many), activation(few), memory, *_overheads(hollow, device, cached))
+    products = product(many, plain_linear), product(few, PackedLinear() if traced.past_modules else plain_linear)
+    return Rates(*products, activation(many), activation(few), memory, *_overheads(traced, device, cached))
 
 
-def _overheads(hollow: Hollow, device: torch.device, cached: bool) -> tuple[float, float, float]:
+def _overheads(traced: TracedModel, device: torch.device, cached: bool) -> tuple[float, float, float]:
     """Seconds per operation of a tiny clone, by the code that a run uses: decoding, forward, forward and backward."""
-    clone = tiny_clone(hollow.config, hollow.trust_remote_code)
-    if hollow.layout == "shared":
-        clone.set_attn_implementation(NAME)
-    policy = Policy(clone, hollow.layout, hollow.head, direct=hollow.direct).to(device)
+    clone = tiny_clone(traced.config, traced.trust_remote_code)
+    if traced.layout == "shared":
+        clone.set_attn_implementation(ATTENTION_NAME)
+    policy = Policy(clone, traced.layout, traced.head, direct=traced.direct).to(device)
     stream = policy.stream([((0,) * _TINY.prompt, [(0,) * _TINY.length] * _TINY.outputs)])
     with torch.no_grad():
         decode = decoding(policy, _TINY, _TINY.outputs, _TINY.length, cached)

@@ -24,12 +24,12 @@ from groupwise.planning.fit import NOTHING_FITS
 from groupwise.planning.hardware import measure
 from groupwise.planning.meter import Cost
 from groupwise.planning.sampling import SamplingCosts, sampling_costs
-from groupwise.planning.trace import Hollow, Shape
+from groupwise.planning.trace import Shape, TracedModel
 from groupwise.readable import duration
 from groupwise.reward_models.model import Source
 from groupwise.tokenizer.codec import Codec
 from groupwise.wiring.parts import available_memory, encoded_prompts
-from groupwise.wiring.python_objects import Given
+from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wiring.reward_models import reward_model_bytes
 from groupwise.wiring.settings import memory_settings, objective_of
 from groupwise.wording import one_line
@@ -98,7 +98,7 @@ class _Planned:
     """A job, and what is known of its model before there are weights."""
 
     job: Job
-    hollow: Hollow
+    traced: TracedModel
     device: torch.device
     objective: Objective
     parameters: int
@@ -120,7 +120,7 @@ class _Planned:
     def sampling(self, prompt: int) -> SamplingCosts:
         """What sampling a step of prompts of this length takes."""
         most = self.job.sampling.max_live_outputs
-        return sampling_costs(self.hollow, self.shape(prompt), most, self.cached, self.parameters)
+        return sampling_costs(self.traced, self.shape(prompt), most, self.cached, self.parameters)
 
     @property
     def most_lanes(self) -> int:
@@ -139,25 +139,25 @@ class _Planned:
     def training(self, budget: int, checkpointing: bool) -> Cost:
         """Forward and backward of the largest micro-batch within a budget; the same one is looked at once."""
         shape = self.update(self.prompts.longest)
-        part = shape.parts(budget, self.hollow.layout == "shared", self.most_lanes)[0]
+        part = shape.parts(budget, self.traced.layout == "shared", self.most_lanes)[0]
         if (part, checkpointing) not in self._costs:
-            self._costs[part, checkpointing] = self.hollow.training(shape, part, checkpointing)
+            self._costs[part, checkpointing] = self.traced.training(shape, part, checkpointing)
         return self._costs[part, checkpointing]
 
 
-def plan_of(job: Job, given: Given | None = None, *, memory_only: bool = False) -> Plan:
+def plan_of(job: Job, objects: PythonObjects | None = None, *, memory_only: bool = False) -> Plan:
     """What a job will take on this machine, told in seconds and without its weights. Raises GroupwiseError.
 
     With `memory_only` it tells no time and no other way to keep activations, which takes two thirds as long.
     """
-    planned = _planned(job, given or Given())
-    hollow, prompts = planned.hollow, planned.prompts
-    held = weight_bytes(planned.parameters, hollow.dtype, planned.objective.needs_reference)
+    planned = _planned(job, objects or PythonObjects())
+    traced, prompts = planned.traced, planned.prompts
+    held = weight_bytes(planned.parameters, traced.dtype, planned.objective.needs_reference)
     sampling = planned.sampling(prompts.longest)
     held["gradients of other lanes"] = 4 * planned.parameters * (planned.lanes - 1)
     held |= sampling.stores
     own = planned.parameters if job.model.path == BUILTIN else Source(job.model.path, job.model.revision, planned.trust)
-    held |= reward_model_bytes(job, own, planned.trust, hollow.dtype)
+    held |= reward_model_bytes(job, own, planned.trust, traced.dtype)
     stays, free = sum(held.values()), available_memory(planned.device)
     budget, checkpointing = memory_settings(job)
     training = planned.training(budget, checkpointing)
@@ -165,8 +165,8 @@ def plan_of(job: Job, given: Given | None = None, *, memory_only: bool = False) 
     passes = {**sampling.passes, "forward and backward of the largest micro-batch": peak}
     would_do = _what_fits(planned, int(ROOM * free) - stays, max(sampling.passes.values()))
     return Plan(
-        model=f"{job.model.path}: {hollow.config.model_type}, {planned.parameters / 1e6:,.1f}M parameters",
-        device=str(planned.device), dtype=str(hollow.dtype).removeprefix("torch."), layout=hollow.layout,
+        model=f"{job.model.path}: {traced.config.model_type}, {planned.parameters / 1e6:,.1f}M parameters",
+        device=str(planned.device), dtype=str(traced.dtype).removeprefix("torch."), layout=traced.layout,
         prompts=prompts.source, longest_prompt=prompts.longest,
         memory={name: size for name, size in held.items() if size}, passes=passes,
         activations={} if memory_only else _activations(planned, training),
@@ -178,42 +178,42 @@ def plan_of(job: Job, given: Given | None = None, *, memory_only: bool = False) 
     )  # fmt: skip
 
 
-def _planned(job: Job, given: Given) -> _Planned:
+def _planned(job: Job, objects: PythonObjects) -> _Planned:
     device = choose_device(job.model.device)
-    config = _config(job, given)
-    findings = probe(config, given.trust_remote_code)
+    config = _config(job, objects)
+    findings = probe(config, objects.trust_remote_code)
     if findings.unfit:
         raise ModelError(f"The model {job.model.path} ({config.model_type}) cannot be trained: {findings.unfit}.")
     layout = choose_layout(job.model.layout, findings, job.model.path)
-    hollow = Hollow(
-        config, layout, findings.head, choose_dtype(job.model.dtype, device), device, given.trust_remote_code,
+    traced = TracedModel(
+        config, layout, findings.head, choose_dtype(job.model.dtype, device), device, objects.trust_remote_code,
         direct=findings.direct,
     )  # fmt: skip
-    count = parameter_count(config, given.trust_remote_code)
+    count = parameter_count(config, objects.trust_remote_code)
     return _Planned(
         job,
-        hollow,
+        traced,
         device,
         objective_of(job),
         count,
         findings.cached,
-        _prompts(job, given, config),
-        given.trust_remote_code,
+        _prompts(job, objects, config),
+        objects.trust_remote_code,
     )
 
 
-def _config(job: Job, given: Given) -> PreTrainedConfig:
+def _config(job: Job, objects: PythonObjects) -> PreTrainedConfig:
     if job.model.path == BUILTIN:
         made: PreTrainedConfig = small_model(len(character_tokenizer(ALPHABET))).config
         return made
-    return load_config(job.model.path, revision=job.model.revision, trust_remote_code=given.trust_remote_code)
+    return load_config(job.model.path, revision=job.model.revision, trust_remote_code=objects.trust_remote_code)
 
 
-def _prompts(job: Job, given: Given, config: PreTrainedConfig) -> _Prompts:
+def _prompts(job: Job, objects: PythonObjects, config: PreTrainedConfig) -> _Prompts:
     context = context_length(config)
     try:
-        codec = _codec(job, given)
-        found = encoded_prompts(job, codec, context, given, READ_PROMPTS).prompts
+        codec = _codec(job, objects)
+        found = encoded_prompts(job, codec, context, objects, READ_PROMPTS).prompts
     except (ModelError, DataError) as error:
         # Without a tokenizer or data there is still a plan, for prompts of an assumed length.
         limit, room = job.data.max_prompt_length, (context or ASSUMED_PROMPT * 2) - job.sampling.max_completion_length
@@ -225,11 +225,11 @@ def _prompts(job: Job, given: Given, config: PreTrainedConfig) -> _Prompts:
     return _Prompts(max(lengths), mean, f"at most {max(lengths):,} tokens, {mean:,.0f} on average, of {len(found):,}")
 
 
-def _codec(job: Job, given: Given) -> Codec:
+def _codec(job: Job, objects: PythonObjects) -> Codec:
     if job.model.path == BUILTIN:
         return Codec(character_tokenizer(ALPHABET))
     return Codec.load(
-        job.model.path, revision=job.model.revision, trust_remote_code=given.trust_remote_code,
+        job.model.path, revision=job.model.revision, trust_remote_code=objects.trust_remote_code,
         chat_template_kwargs=job.data.chat_template_kwargs, date=job.data.date,
     )  # fmt: skip
 
@@ -243,13 +243,13 @@ def _what_fits(planned: _Planned, room: int, sampling: int) -> tuple[int, bool] 
     if sampling > room:
         return None
     job, shape = planned.job, planned.update(planned.prompts.longest)
-    shared, (asked, own) = planned.hollow.layout == "shared", memory_settings(job)
+    shared, (asked, own) = planned.traced.layout == "shared", memory_settings(job)
     group, one = (planned.lanes * shape.tokens((outputs,), shared) for outputs in (shape.outputs, 1))
     budgets = [asked]
     most = min(budgets[0], -(-shape.groups // planned.lanes) * group)
     budgets += [most >> halvings for halvings in range(1, 32) if most >> halvings >= one]
     whole = [(budget, own) for budget in budgets if budget >= group]
-    again = [(budget, True) for budget in budgets] if planned.hollow.can_checkpoint else []
+    again = [(budget, True) for budget in budgets] if planned.traced.can_checkpoint else []
     rest = [(budget, own) for budget in budgets]
     for budget, checkpointing in dict.fromkeys([*rest[:1], *whole, *again, *rest]):
         if planned.peak(budget, checkpointing) <= room:
@@ -275,33 +275,33 @@ def _activations(planned: _Planned, training: Cost) -> dict[str, int]:
         "a chunk of the head, a layer's backward": planned.lanes * round(training.peak - training.kept),
     }
     budget, own = memory_settings(planned.job)
-    if planned.hollow.can_checkpoint:
+    if planned.traced.can_checkpoint:
         found[f"in all {'without' if own else 'with'} gradient checkpointing"] = planned.peak(budget, not own)
     return found
 
 
 def _seconds(planned: _Planned, sampling: SamplingCosts, training: Cost) -> dict[str, float]:
     """Seconds of a step by phase, with prompts of mean length; the costs given are those of the longest."""
-    job, hollow, objective = planned.job, planned.hollow, planned.objective
-    prompt, shared = max(1, round(planned.prompts.mean)), hollow.layout == "shared"
+    job, traced, objective = planned.job, planned.traced, planned.objective
+    prompt, shared = max(1, round(planned.prompts.mean)), traced.layout == "shared"
     shape, update = planned.shape(prompt), planned.update(prompt)
     budget, checkpointing = memory_settings(job)
     parts = update.parts(budget, shared, planned.most_lanes)
     if shape.prompt < planned.prompts.longest:
         sampling = planned.sampling(prompt)
-        training = hollow.training(shape, parts[0], checkpointing)
+        training = traced.training(shape, parts[0], checkpointing)
     first = shape.tokens(parts[0], shared)
     share = sum(shape.tokens(part, shared) for part in parts) / first * shape.groups / update.groups
-    weights = planned.parameters * hollow.dtype.itemsize
-    rates = measure(hollow, few=sampling.rows, many=first, cached=planned.cached)
+    weights = planned.parameters * traced.dtype.itemsize
+    rates = measure(traced, few=sampling.rows, many=first, cached=planned.cached)
     outputs = shape.groups * shape.outputs
     decoding = rates.decoding(sampling.halfway, weights)
     updates = job.train.num_iterations * job.train.updates_per_batch
     forwards = (updates > 1) + objective.kl_in_loss + 2 * objective.kl_in_reward
-    scoring = share * rates.seconds(hollow.scoring(shape, parts[0])) if forwards else 0.0
+    scoring = share * rates.seconds(traced.scoring(shape, parts[0])) if forwards else 0.0
     learning = share * rates.seconds(training, training=True)
-    narrow = hollow.dtype.itemsize < torch.float32.itemsize
-    touched = planned.parameters * (OPTIMIZER_BYTES + (CAST_BYTES if narrow else 0))
+    cast_policy = traced.dtype.itemsize < torch.float32.itemsize
+    touched = planned.parameters * (OPTIMIZER_BYTES + (CAST_BYTES if cast_policy else 0))
     found = {
         "prefill": rates.seconds(sampling.prefill) * outputs / sampling.rows,
         "decode": decoding * shape.length * -(-outputs // sampling.rows),

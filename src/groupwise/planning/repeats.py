@@ -159,8 +159,8 @@ def _hollow(tile: Tile) -> Tile:
     """The tile without data too: an operation on both sorts of tensors takes several times as long."""
     mode = detect_fake_mode()
     assert mode is not None
-    hollow: dict[str, Any] = {name: mode.from_tensor(tensor) for name, tensor in _tensors(tile).items()}
-    return replace(tile, **hollow)
+    traced: dict[str, Any] = {name: mode.from_tensor(tensor) for name, tensor in _tensors(tile).items()}
+    return replace(tile, **traced)
 
 
 def _tensors(tile: Tile) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from groupwise.engines.processes import by_process
 from groupwise.models.policy import Policy
 from groupwise.models.stock_decode import CachedRows, whole_rows
 from groupwise.planning.meter import Cost
-from groupwise.planning.trace import Hollow, Shape
+from groupwise.planning.trace import Shape, TracedModel
 from groupwise.types import Sampling
 
 Step = Callable[[], object]
@@ -50,11 +50,11 @@ class SamplingCosts:
         }
 
 
-def sampling_costs(hollow: Hollow, shape: Shape, max_live: int, cached: bool, parameters: int) -> SamplingCosts:
+def sampling_costs(traced: TracedModel, shape: Shape, max_live: int, cached: bool, parameters: int) -> SamplingCosts:
     """What sampling a step takes, at most `max_live` outputs together. Raises ModelError where that cannot be told."""
     rows = min(shape.groups * shape.outputs, max_live)
     prompts = -(-rows // shape.outputs)
-    shared = hollow.layout == "shared"
+    shared = traced.layout == "shared"
 
     def prefill(policy: Policy) -> Step:
         if not shared:
@@ -66,10 +66,10 @@ def sampling_costs(hollow: Hollow, shape: Shape, max_live: int, cached: bool, pa
         return lambda policy: decoding(policy, shape, rows, reach, cached)
 
     outputs = shape.groups * shape.outputs
-    processes = len(by_process([1.0] * shape.groups, outputs, parameters, hollow.device))
+    processes = len(by_process([1.0] * shape.groups, outputs, parameters, traced.device))
     return SamplingCosts(
-        rows, processes * hollow.copies, hollow.inference(prefill), hollow.inference(decode(max(1, shape.length // 2))),
-        hollow.inference(decode(shape.length)),
+        rows, processes * traced.copies, traced.inference(prefill), traced.inference(decode(max(1, shape.length // 2))),
+        traced.inference(decode(shape.length)),
     )  # fmt: skip
 
 

@@ -23,11 +23,11 @@ from groupwise.errors import ModelError
 from groupwise.learn.lanes import deal
 from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
 from groupwise.learn.pack import Output, micro_batches
-from groupwise.models.attention import NAME
+from groupwise.models.attention import ATTENTION_NAME
+from groupwise.models.cast import cast_to_compute_dtype
 from groupwise.models.head import HeadShape
 from groupwise.models.layout import Stream
 from groupwise.models.load import checkpoint_gradients
-from groupwise.models.narrow import narrow_model
 from groupwise.models.policy import LayoutName, Policy
 from groupwise.models.tracing import counter
 from groupwise.planning.meter import Cost, Meter
@@ -81,7 +81,7 @@ class UntraceableError(ModelError):
 
 
 @dataclass(frozen=True)
-class Hollow:
+class TracedModel:
     """A policy of which only the configuration is known: it tells what a pass will take, at any size, in a second.
 
     Its methods raise UntraceableError where the class cannot be run without data.
@@ -122,7 +122,7 @@ class Hollow:
         """What the function that `prepare(policy)` returns takes, without gradient."""
 
         def run(policy: Policy, meter: Meter, dtype: torch.dtype) -> None:
-            narrow_model(policy.model, dtype)
+            cast_to_compute_dtype(policy.model, dtype)
             with torch.no_grad():
                 metered = prepare(policy)
                 with meter:
@@ -218,7 +218,7 @@ class Hollow:
         return config
 
     def _policy(self, config: PreTrainedConfig, checkpointing: bool) -> Policy:
-        attention: dict[str, Any] = {"attn_implementation": NAME} if self.layout == "shared" else {}
+        attention: dict[str, Any] = {"attn_implementation": ATTENTION_NAME} if self.layout == "shared" else {}
         # Some classes look at the numbers that they draw; there are none here.
         with torch.device(self.device), no_init_weights():
             model = AutoModelForCausalLM.from_config(

@@ -24,7 +24,7 @@ def save_reward_model(learner: RewardLearner, target: Path, card: str = "") -> N
     whole = copy.deepcopy(model.model).float()  # the one that trains stays as it is
     own: dict[str, torch.Tensor] = dict(whole.named_parameters()) | dict(whole.named_buffers())
     with torch.no_grad():
-        for name, tensor in (learner.optimizer.frozen | learner.masters()).items():
+        for name, tensor in (learner.optimizer.frozen | learner.master_weights()).items():
             own[name].copy_(tensor)
     write_folder(
         whole, model.codec, target, source=model.source, dtype=dtype, card=card, also=model.write_card, replace=True
@@ -36,7 +36,7 @@ def _keeps_most(learner: RewardLearner) -> bool:
     model = learner.model
     if model.stored_dtype == torch.float32:
         return True
-    rounding, masters = Rounding(model.stored_dtype), learner.masters()
+    rounding, master_weights = Rounding(model.stored_dtype), learner.master_weights()
     try:
         with quiet_transformers():
             loaded: Any = type(model.model).from_pretrained(
@@ -46,6 +46,6 @@ def _keeps_most(learner: RewardLearner) -> bool:
         return False  # the source has gone since: float32 loses nothing
     source, report = loaded
     for name, before in source.named_parameters():
-        if name in masters and name not in report["missing_keys"]:
-            rounding.add(before.detach(), masters[name])
+        if name in master_weights and name not in report["missing_keys"]:
+            rounding.add(before.detach(), master_weights[name])
     return rounding.keeps_most

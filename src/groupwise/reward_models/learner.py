@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from groupwise.errors import DataError, ModelError, RunFolderError
-from groupwise.learn.budget import Room
+from groupwise.learn.budget import TokenBudget
 from groupwise.learn.optimizer import REFUSED, REFUSED_UPDATES, MasterOptimizer, OptimizerSettings
 from groupwise.objective.preference import label_losses, preference_losses
 from groupwise.reward_models.metrics import Metrics, label_metrics, preference_metrics, step_metrics
@@ -122,7 +122,7 @@ class RewardLearner:
         self.model, self.settings = model, settings
         model.model.requires_grad_(True)
         self.optimizer = MasterOptimizer(model.model, settings.optimizer, settings.compute_dtype)
-        self.room = Room(settings.tokens_per_micro_batch, model.device, ADVICE)
+        self.room = TokenBudget(settings.tokens_per_micro_batch, model.device, ADVICE)
         self.done = 0
         self._round: str | None = None
 
@@ -250,19 +250,19 @@ class RewardLearner:
         """Tensors by file (`reward_model`, `reward_optimizer`) and the counters that go with them."""
         optimizer, counters = self.optimizer.state()
         counted = {"version": self.version, "done": self.done, "round": self._round, "kind": self.model.kind}
-        tensors = {"reward_model": self.masters(), "reward_optimizer": optimizer}
+        tensors = {"reward_model": self.master_weights(), "reward_optimizer": optimizer}
         return tensors, counters | counted | self.room.state()
 
-    def masters(self) -> dict[str, Tensor]:
+    def master_weights(self) -> dict[str, Tensor]:
         """The float32 weights, each tied one once, and persistent buffers."""
-        tensors: dict[str, Tensor] = {name: m.detach() for name, m in self.optimizer.masters.items()}
+        tensors: dict[str, Tensor] = {name: m.detach() for name, m in self.optimizer.master_weights.items()}
         stored = self.model.model.state_dict()
         buffers = {name: b for name, b in self.model.model.named_buffers() if name in stored}
         return tensors | buffers | self.optimizer.buffers
 
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> None:
         """Take up where `state_dict` left off. Raises RunFolderError where that was of another reward model."""
-        own, found = self.masters(), tensors["reward_model"]
+        own, found = self.master_weights(), tensors["reward_model"]
         for name in sorted(own.keys() | found.keys()):
             ours, theirs = (list(side[name].shape) if name in side else "absent" for side in (own, found))
             if ours != theirs or counters["kind"] != self.model.kind:

@@ -24,6 +24,7 @@ from transformers import (
 
 from groupwise.disk import write_atomic
 from groupwise.errors import DataError, ModelError
+from groupwise.models.cast import cast_to_compute_dtype
 from groupwise.models.load import (
     choose_device,
     context_length,
@@ -32,7 +33,6 @@ from groupwise.models.load import (
     read_weights,
     source_dtype,
 )
-from groupwise.models.narrow import narrow_model
 from groupwise.models.policy import silence_dropout
 from groupwise.models.size import parameter_count
 from groupwise.precision import wide
@@ -199,7 +199,7 @@ def load_reward_model(
     limit, version = context_length(model.config), int(card.get("version", 0))
     remark = "" if tagged or card else _remark(source.path, model, codec, kind)
     made = RewardModel(model, codec, kind, encoder, source=source.path, version=version, limit=limit, remark=remark)
-    narrow_model(model, dtype)
+    cast_to_compute_dtype(model, dtype)
     return made
 
 

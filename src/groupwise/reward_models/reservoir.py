@@ -12,7 +12,7 @@ from groupwise.seeds import stable_hash
 from groupwise.types import Completion, Group, GroupKey, Prompt, Score, Scored, ScoredGroup
 
 
-class Collected:
+class RoundSamples:
     """At most `capacity` groups of those that were added, each equally likely, decided by `seed`.
 
     Scores are the verifier's. Of equal outputs of a group one is kept; log-probs are not, as nothing asks for them.

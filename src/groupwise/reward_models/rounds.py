@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from groupwise.config import TRAINED, RewardModelSection
+from groupwise.config import TRAINED_REWARD_MODEL, RewardModelSection
 from groupwise.errors import DataError, RewardError, RunFolderError
 from groupwise.learn.optimizer import REFUSED
 from groupwise.progress import Progress
@@ -21,12 +21,12 @@ from groupwise.reward_models.labels import LabelSource, Row
 from groupwise.reward_models.learner import EncodedSet, RewardLearner, encode_examples, encode_readable
 from groupwise.reward_models.metrics import PREFIX, against_verifier
 from groupwise.reward_models.replay import ReplayStore
-from groupwise.reward_models.reservoir import Collected, distinct
+from groupwise.reward_models.reservoir import RoundSamples, distinct
 from groupwise.reward_models.text import Example, prompt_of
 from groupwise.rewards.scorer import Scorer
 from groupwise.seeds import stable_hash
 from groupwise.types import Group, Scored
-from groupwise.watch.record import Record, Watch, warn_of_refused
+from groupwise.watch.record import Record, Recorder, warn_of_refused
 
 
 class Saving(Protocol):
@@ -102,7 +102,7 @@ class Task:
     settings: RewardModelSection
     seed: int
     progress: Progress
-    watch: Watch
+    watch: Recorder
     model_folder: Path
 
 
@@ -121,7 +121,7 @@ class RewardModelRounds:
     reward model, all of which are in the checkpoint: killed inside, it is repeated, or gone on with, to the bit.
     """
 
-    def __init__(self, task: Task, collected: Collected) -> None:
+    def __init__(self, task: Task, collected: RoundSamples) -> None:
         self.task, self.collected = task, collected
         self.done = 0 if task.settings.first_prompts else 1
         self.replay = ReplayStore(task.settings.replay_size, task.seed)
@@ -139,7 +139,7 @@ class RewardModelRounds:
         with record.time("verify"):
             verified = self._verified([one.group for one in scored])
         right = [None if r is None else float(r >= self.task.threshold) for one in verified for r in one.rewards]
-        predicted = record.extras.get(f"{TRAINED}/right", [None] * len(right))
+        predicted = record.extras.get(f"{TRAINED_REWARD_MODEL}/right", [None] * len(right))
         sizes = [len(one.scores) for one in verified]
         found = against_verifier(predicted, right, sizes, probable=not self.replay.compares)
         record.metrics |= {f"{PREFIX}{name}": value for name, value in found.items()}

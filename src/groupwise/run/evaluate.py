@@ -12,9 +12,9 @@ from groupwise.averages import mean, std
 from groupwise.engines.base import Engine
 from groupwise.errors import RewardError
 from groupwise.rewards.scorer import Scorer
-from groupwise.run.rollouts import RIGHT_STEP, Draw
+from groupwise.run.rollouts import RIGHT_STEP, GroupSampler
 from groupwise.types import Prompt, Scored
-from groupwise.watch.record import Record, Watch
+from groupwise.watch.record import Record, Recorder
 
 ABOVE = "above_threshold"
 """The share of outputs whose reward reaches the threshold, where that is not what makes one right."""
@@ -39,7 +39,7 @@ class Evaluator(Protocol):
     last: dict[str, float] | None
     at_step: int | None
 
-    def baseline(self, watch: Watch, step: int) -> None:
+    def baseline(self, watch: Recorder, step: int) -> None:
         """Evaluate before the first step, as an event of its own."""
 
     def maybe(self, record: Record) -> None:
@@ -55,7 +55,7 @@ class Evaluation:
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], engine: Engine, scorer: Scorer, draw: Draw, schedule: Schedule,
+        self, prompts: Sequence[Prompt], engine: Engine, scorer: Scorer, draw: GroupSampler, schedule: Schedule,
         threshold: float, *, verified: bool = False,
     ) -> None:  # fmt: skip
         self.prompts, self.engine, self.scorer, self.draw = prompts, engine, scorer, draw
@@ -64,7 +64,7 @@ class Evaluation:
         self.last: dict[str, float] | None = None
         self.at_step: int | None = None
 
-    def baseline(self, watch: Watch, step: int) -> None:
+    def baseline(self, watch: Recorder, step: int) -> None:
         """See `Evaluator`. Raises RewardError where a reward failed on every output."""
         watch.terminal.say(f"answering {len(self.prompts)} held-out prompts before the first step")
         with watch.step(step) as record:
@@ -90,7 +90,7 @@ class Evaluation:
         # What rewards report here must not overwrite what they reported of the step.
         own = Record(record.step)
         with record.time("eval"):
-            scored = self.scorer(self.draw.groups(self.engine, self.prompts, 0), own)
+            scored = self.scorer(self.draw.sample(self.engine, self.prompts, 0), own)
         # What was called graded once stays so: an accuracy that comes and goes with the values is none.
         graded = any(ABOVE in found for found in (self.first, self.last) if found)
         found = judge(scored, self.threshold, verified=self.verified, graded=graded)
@@ -113,7 +113,7 @@ class NoEvaluation:
     last: dict[str, float] | None = None
     at_step: int | None = None
 
-    def baseline(self, watch: Watch, step: int) -> None:
+    def baseline(self, watch: Recorder, step: int) -> None:
         """Nothing to evaluate."""
 
     def maybe(self, record: Record) -> None:

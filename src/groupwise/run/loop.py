@@ -12,7 +12,7 @@ from groupwise.progress import Progress
 from groupwise.reward_models.rounds import Rounds
 from groupwise.run.evaluate import Evaluator
 from groupwise.run.rollouts import Rollouts
-from groupwise.watch.record import Watch, warn_of_refused
+from groupwise.watch.record import Recorder, warn_of_refused
 
 
 class Checkpoints(Protocol):
@@ -41,7 +41,7 @@ class Parts:
     rounds: Rounds
     evaluation: Evaluator
     checkpoints: Checkpoints
-    watch: Watch
+    watch: Recorder
     num_iterations: int
 
 

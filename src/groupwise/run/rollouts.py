@@ -21,7 +21,7 @@ RIGHT_STEP = 0.5
 
 
 @dataclass(frozen=True)
-class Draw:
+class GroupSampler:
     """How groups are drawn: `outputs` per prompt, with seeds that are a function of what they are for."""
 
     sampling: Sampling
@@ -29,7 +29,7 @@ class Draw:
     run_seed: int
     purpose: str
 
-    def groups(self, engine: Engine, prompts: Sequence[Prompt], step: int) -> list[Group]:
+    def sample(self, engine: Engine, prompts: Sequence[Prompt], step: int) -> list[Group]:
         """Sample a group per prompt. Slots tell equal prompts of one step apart."""
         keys = [GroupKey(step, slot, prompt.prompt_id) for slot, prompt in enumerate(prompts)]
         requests = [
@@ -47,7 +47,7 @@ class Rollouts:
     """Gives the loop scored groups, in the order of their prompts."""
 
     def __init__(
-        self, prompts: PromptStream, engine: Engine, scorer: Scorer, draw: Draw, prompts_per_step: int,
+        self, prompts: PromptStream, engine: Engine, scorer: Scorer, draw: GroupSampler, prompts_per_step: int,
         dropped_long: int = 0,
     ) -> None:  # fmt: skip
         self.prompts, self.engine, self.scorer, self.draw = prompts, engine, scorer, draw
@@ -57,7 +57,7 @@ class Rollouts:
         """Sample and score a step's groups."""
         epoch = self.prompts.epoch
         with record.time("sample"):
-            groups = self.draw.groups(self.engine, self.prompts.take(self.prompts_per_step), step)
+            groups = self.draw.sample(self.engine, self.prompts.take(self.prompts_per_step), step)
         with record.time("reward"):
             scored = self.scorer(groups, record, training=True, epoch=epoch)
         record.metrics |= summary(scored) | step_summary(scored)

@@ -22,7 +22,7 @@ from groupwise.store import checkpoint
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.folder import RunFolder
 from groupwise.store.provenance import JOB, Provenance
-from groupwise.watch.record import Watch
+from groupwise.watch.record import Recorder
 
 
 class Clock:
@@ -99,7 +99,7 @@ class Stateful:
     def restore_policy(self, saved: Checkpoint) -> None:
         """Weights, optimizer and reference. A reference where there was none becomes the policy as it is now."""
         state, model = saved.state, saved.tensors("model")
-        check_shapes(self.learner.masters(), model, saved)
+        check_shapes(self.learner.master_weights(), model, saved)
         self.learner.load_state_dict({"model": model, "optimizer": saved.tensors("optimizer")}, state["learner"])
         if "reference" in saved.aliases:
             self.reference.load_state_dict(saved.tensors("reference"), state["reference_iteration"])
@@ -120,7 +120,7 @@ def check_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor], saved: 
 class Saver:
     """Saves by the job's schedule, and always when the run ends or is asked to stop."""
 
-    def __init__(self, folder: RunFolder, schedule: CheckpointSection, stateful: Stateful, watch: Watch) -> None:
+    def __init__(self, folder: RunFolder, schedule: CheckpointSection, stateful: Stateful, watch: Recorder) -> None:
         self.folder, self.schedule, self.stateful, self.watch = folder, schedule, stateful, watch
         self.saved_step = 0
         self.saved_rounds = stateful.rounds.state()
@@ -204,4 +204,4 @@ class Saver:
         value = evaluation.last.get("reward")  # there is none where no output was scored
         if value is not None and (self.stateful.best is None or value > self.stateful.best):
             self.stateful.best = value
-            checkpoint.save_best(self.folder.checkpoints, step, value, self.stateful.learner.masters())
+            checkpoint.save_best(self.folder.checkpoints, step, value, self.stateful.learner.master_weights())

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from groupwise.disk import PARTIAL, cannot_write, os_error, put_in_place, sync
 from groupwise.errors import ModelError, RunFolderError
-from groupwise.models.attention import NAME
+from groupwise.models.attention import ATTENTION_NAME
 from groupwise.models.clone import tiny_clone
 from groupwise.models.load import quiet_transformers
 from groupwise.tokenizer.codec import Codec
@@ -183,7 +183,7 @@ def read_back(model: PreTrainedModel, folder: Path) -> None:
     if sum(parameter.numel() for parameter in model.parameters()) <= SMALL:
         # A name of ours would need what training hands to the forward.
         own = model.config._attn_implementation
-        attention = "eager" if own == NAME else own
+        attention = "eager" if own == ATTENTION_NAME else own
         expected = _logprobs(_with_attention(copy.deepcopy(model), attention))
         found = _logprobs(_loaded(type(model), folder, attention))
     elif (clone := _clone(model.config)) is None:

@@ -29,11 +29,11 @@ def check_within_reach(path: str | Path, revision: str | None, what: str) -> Non
         return  # a name that is none: whoever loads it says that best
     if isinstance(cached, str):
         return
-    if silent := silence(str(path), "model"):
+    if silent := hub_error(str(path), "model"):
         raise ModelError(f"{what} cannot be loaded: the hub does not answer ({silent}). {NOT_HERE}")
 
 
-def silence(name: str, kind: Literal["model", "dataset"]) -> str | None:
+def hub_error(name: str, kind: Literal["model", "dataset"]) -> str | None:
     """Why the hub says nothing about a repository, in one request; None where it answers, be it with an error."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError

@@ -38,7 +38,7 @@ class Record:
         self.metrics[name] = self.metrics.get(name, 0.0) + time.perf_counter() - start
 
 
-class Watch:
+class Recorder:
     """Writes what a step leaves behind: events, rollouts, terminal."""
 
     def __init__(self, sinks: Sequence[Sink], terminal: Terminal, rollouts: RolloutsFile | None) -> None:
@@ -95,7 +95,7 @@ def frac_zero(credit: Credit) -> float:
     return 1.0 - sum(taught) / max(1, len(taught))
 
 
-def warn_of_refused(metrics: Mapping[str, float], watch: Watch, of: str = "") -> None:
+def warn_of_refused(metrics: Mapping[str, float], watch: Recorder, of: str = "") -> None:
     """Say at once that updates were refused, where any were; `of` says whose."""
     said = refusal(metrics)
     if said:
@@ -128,7 +128,7 @@ def with_lost_output(result: R, folder: RunFolder, terminal: Terminal) -> R:
     return result
 
 
-def warn_of_missing_lines(folder: RunFolder, saved: Checkpoint, watch: Watch) -> None:
+def warn_of_missing_lines(folder: RunFolder, saved: Checkpoint, watch: Recorder) -> None:
     """Lines that stood in a file when the checkpoint was written, and do not any more."""
     now = watch.lines()
     for name, before in saved.state["lines"].items():

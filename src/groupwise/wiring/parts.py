@@ -10,7 +10,7 @@ from functools import cache, partial
 import psutil
 import torch
 
-from groupwise.config import BUILTIN, TRAINED, Job
+from groupwise.config import BUILTIN, TRAINED_REWARD_MODEL, Job
 from groupwise.cpu.malloc import keep_freed_memory
 from groupwise.data.files import PromptSet, check_keys, load_prompts
 from groupwise.data.objects import Splits, of_split
@@ -26,15 +26,15 @@ from groupwise.errors import ConfigError, DataError, GroupwiseError, ModelError
 from groupwise.learn.agreement import Guard
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
+from groupwise.models.cast import cast_to_compute_dtype
 from groupwise.models.load import LoadedPolicy, choose_device, choose_dtype, load_config, load_policy
-from groupwise.models.narrow import narrow_model
 from groupwise.models.size import parameter_count, weight_bytes
 from groupwise.progress import Progress
 from groupwise.reward_models.labels import FileLabels, LabelSource, MonteCarloLabels, VerifierLabels, VerifierPairs
 from groupwise.reward_models.learner import RewardLearner
 from groupwise.reward_models.model import RewardModel
 from groupwise.reward_models.monte_carlo import Completer, MonteCarlo
-from groupwise.reward_models.reservoir import Collected
+from groupwise.reward_models.reservoir import RoundSamples
 from groupwise.reward_models.rounds import NoRounds, RewardModelRounds, Rounds, Task
 from groupwise.rewards.functions.calls import FunctionCalls
 from groupwise.rewards.patience import Patience
@@ -43,15 +43,15 @@ from groupwise.rewards.steps import segmenter_of
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.guarded import GuardedEngine
 from groupwise.run.loop import Parts
-from groupwise.run.rollouts import Draw, Rollouts
+from groupwise.run.rollouts import GroupSampler, Rollouts
 from groupwise.run.saving import Clock, Saver, Stateful
 from groupwise.seeds import stable_hash
 from groupwise.store.events import EventsFile, RolloutsFile
 from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Group, Prompt
-from groupwise.watch.record import Record, Watch
-from groupwise.wiring.python_objects import PYTHON, Given, Rows
+from groupwise.watch.record import Record, Recorder
+from groupwise.wiring.python_objects import PYTHON_PREFIX, PythonObjects, Rows
 from groupwise.wiring.reward_models import open_trained
 from groupwise.wiring.scoring import as_judged, check_thread, open_functions, say_unread, scorer_of
 from groupwise.wiring.settings import (
@@ -80,19 +80,19 @@ class Model:
     source: str
 
 
-def open_model(job: Job, given: Given, say: Callable[[str], None], *, training: bool) -> Model:
+def open_model(job: Job, objects: PythonObjects, say: Callable[[str], None], *, training: bool) -> Model:
     """Load the job's model and tokenizer; the built-in one is made, or taken from the cache."""
     section, source = job.model, model_source(job, say)
     if training:
-        check_memory(job, source, given.trust_remote_code)
+        check_memory(job, source, objects.trust_remote_code)
     keep_freed_memory(choose_device(section.device))
     say(f"loading {source}")
     loaded = load_policy(
         source, revision=section.revision, device=section.device, dtype=section.dtype, layout=section.layout,
-        gradient_checkpointing=memory_settings(job)[1] and training, trust_remote_code=given.trust_remote_code,
+        gradient_checkpointing=memory_settings(job)[1] and training, trust_remote_code=objects.trust_remote_code,
     )  # fmt: skip
     codec = Codec.load(
-        source, revision=section.revision, trust_remote_code=given.trust_remote_code,
+        source, revision=section.revision, trust_remote_code=objects.trust_remote_code,
         chat_template_kwargs=job.data.chat_template_kwargs, date=job.data.date,
         skip_special_tokens=job.sampling.skip_special_tokens,
     )  # fmt: skip
@@ -148,15 +148,17 @@ def available_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def training_prompts(job: Job, model: Model, given: Given) -> PromptSet:
+def training_prompts(job: Job, model: Model, objects: PythonObjects) -> PromptSet:
     """The job's prompts, encoded, the too long ones left out."""
-    return encoded_prompts(job, model.codec, model.loaded.context, given)
+    return encoded_prompts(job, model.codec, model.loaded.context, objects)
 
 
-def encoded_prompts(job: Job, codec: Codec, context: int | None, given: Given, limit: int | None = None) -> PromptSet:
+def encoded_prompts(
+    job: Job, codec: Codec, context: int | None, objects: PythonObjects, limit: int | None = None
+) -> PromptSet:
     """The same for a model that is not loaded, whose rows have at most `context` tokens; the first `limit` of them."""
     built_in = partial(task.questions, "train", job.seed, TRAINING_QUESTIONS)
-    rows = _rows(job.data.path, given.rows, "data", job.data.split, built_in)
+    rows = _rows(job.data.path, objects.rows, "data", job.data.split, built_in)
     longest = _room(job, context, job.sampling.max_completion_length, "sampling.max_completion_length")
     prompts = load_prompts(job.data, codec, longest, rows=rows, limit=limit)
     if limit is None:
@@ -164,13 +166,13 @@ def encoded_prompts(job: Job, codec: Codec, context: int | None, given: Given, l
     return prompts
 
 
-def held_out_prompts(job: Job, model: Model, given: Given) -> PromptSet | None:
+def held_out_prompts(job: Job, model: Model, objects: PythonObjects) -> PromptSet | None:
     """The job's held-out prompts; None where it names none."""
     section = job.eval
     if section.data is None and job.data.path != BUILTIN:
         return None
     path = section.data or BUILTIN
-    rows = _rows(path, given.eval_rows, "eval_data", section.split, task.held_out)
+    rows = _rows(path, objects.eval_rows, "eval_data", section.split, task.held_out)
     # Another split of the same data set is of the same revision; another data set has none of its own.
     other = {} if path == job.data.path else {"revision": None, "subset": None}
     data = job.data.model_copy(update={"path": path, "split": section.split, **other})
@@ -183,7 +185,7 @@ def _rows(path: str, handed: Rows | Splits | None, name: str, split: str, built_
     """Rows that are in memory already; None where `path` names them."""
     if path == BUILTIN:
         return built_in()
-    if not path.startswith(PYTHON):
+    if not path.startswith(PYTHON_PREFIX):
         return None
     if handed is None:
         raise DataError(f"This job's {name} ({path}) was handed over from Python; hand it over again: {name}=rows.")
@@ -203,14 +205,16 @@ def _room(job: Job, context: int | None, completion: int, key: str) -> int | Non
     return limit or context - completion
 
 
-def open_evaluation(job: Job, model: Model, given: Given, engine: Engine, scorer: Scorer) -> Evaluation | NoEvaluation:
+def open_evaluation(
+    job: Job, model: Model, objects: PythonObjects, engine: Engine, scorer: Scorer
+) -> Evaluation | NoEvaluation:
     """Held-out evaluation, or its stand-in where the job names no data for it."""
-    held_out = held_out_prompts(job, model, given)
+    held_out = held_out_prompts(job, model, objects)
     if held_out is None:
         return NoEvaluation()
     if held_out.dropped_long:
         scorer.warn(f"{held_out.dropped_long} held-out prompts are too long and were left out")
-    draw = Draw(eval_sampling_of(job), job.eval.num_generations, job.seed, "eval")
+    draw = GroupSampler(eval_sampling_of(job), job.eval.num_generations, job.seed, "eval")
     schedule = Schedule(job.eval.every, total_steps(job))
     return Evaluation(
         held_out.prompts, engine, scorer, draw, schedule, job.eval.threshold, verified=bool(job.reward.verifier)
@@ -230,7 +234,7 @@ def open_guard(job: Job, model: Model, warn: Callable[[str], None]) -> Guard:
     return Guard(model.loaded.policy, warn, corrected=job.objective.importance_sampling != "none")
 
 
-def open_sinks(watch: Watch, job: Job, folder: RunFolder, last_step: int | None, closing: ExitStack) -> None:
+def open_sinks(watch: Recorder, job: Job, folder: RunFolder, last_step: int | None, closing: ExitStack) -> None:
     """Give `watch` its files: events and rollouts, after those of `last_step` where a run is resumed."""
     closing.callback(watch.close)
     watch.sinks.append(EventsFile(folder.events))
@@ -242,27 +246,27 @@ def open_sinks(watch: Watch, job: Job, folder: RunFolder, last_step: int | None,
 
 
 def build(
-    job: Job, folder: RunFolder, given: Given, watch: Watch, clock: Clock, closing: ExitStack
+    job: Job, folder: RunFolder, objects: PythonObjects, watch: Recorder, clock: Clock, closing: ExitStack
 ) -> tuple[Parts, Stateful, Saver]:
     """Everything the loop needs, and what saves and restores it; what holds something is closed by `closing`.
 
     What is quick to refuse is opened first.
     """
     objective, warn = objective_of(job), watch.terminal.warn
-    trained = cache(lambda: open_trained(job, model_source(job, watch.terminal.say), given))
-    functions = open_functions(job, given, folder, closing, trained)
-    judged, judged_given = as_judged(job, given)
+    trained = cache(lambda: open_trained(job, model_source(job, watch.terminal.say), objects))
+    functions = open_functions(job, objects, folder, closing, trained)
+    judged, judged_given = as_judged(job, objects)
     judges = functions if judged is job else open_functions(judged, judged_given, folder, closing)
-    model = open_model(job, given, watch.terminal.say, training=True)
+    model = open_model(job, objects, watch.terminal.say, training=True)
     patience = Patience(job.reward.patience, total_steps(job))
     scorer = scorer_of(job, functions, model.codec, warn, patience)
     judge = scorer_of(judged, judges, model.codec, warn, patience)
-    check_thread(given, warn)
-    prompts = training_prompts(job, model, given)
+    check_thread(objects, warn)
+    prompts = training_prompts(job, model, objects)
     _check_prompts(prompts, model.codec, warn)
     say_unread(job, prompts.prompts, (functions, judges), watch.terminal.say)
     engine, guard = open_engine(job, model, closing), open_guard(job, model, warn)
-    evaluation = open_evaluation(job, model, given, GuardedEngine(engine, guard, "In held-out outputs"), judge)
+    evaluation = open_evaluation(job, model, objects, GuardedEngine(engine, guard, "In held-out outputs"), judge)
     if isinstance(evaluation, Evaluation) and (known := in_both(prompts.prompts, evaluation.prompts)):
         warn(known)
     learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype), guard)
@@ -273,7 +277,7 @@ def build(
         else NoPenalty()
     )
     stream = PromptStream(prompts.prompts, seed=job.seed, shuffle=job.data.shuffle)
-    draw = Draw(sampling_of(job), job.sampling.num_generations, job.seed, "train")
+    draw = GroupSampler(sampling_of(job), job.sampling.num_generations, job.seed, "train")
     progress = Progress(job.train.iterations, job.train.steps)
     for one in (scorer, judge):
         one.follow(stream, job.train.prompts_per_step)
@@ -285,7 +289,7 @@ def build(
             verifier = Scorer(judges.rewards, None, total_steps(job), warn, patience=patience)
             verifier.follow(stream, job.train.prompts_per_step)
         rounds = _open_rounds(
-            _Opened(_placed(job), given, folder, watch, model, prompts.prompts, first, progress), trained(), verifier,
+            _Opened(_placed(job), objects, folder, watch, model, prompts.prompts, first, progress), trained(), verifier,
             functions.segmenter,
         )  # fmt: skip
     stateful = Stateful(progress, stream, learner, reference, evaluation, clock, rounds, patience)
@@ -321,9 +325,9 @@ class _Opened:
     """What of a job is open when its reward model's rounds are."""
 
     job: Job
-    given: Given
+    objects: PythonObjects
     folder: RunFolder
-    watch: Watch
+    watch: Recorder
     model: Model
     prompts: Sequence[Prompt]
     engine: Engine
@@ -335,11 +339,11 @@ def _open_rounds(
 ) -> RewardModelRounds:
     """The rounds of the reward model that a run trains."""
     job, section, prompts = opened.job, opened.job.reward_model, opened.prompts
-    draw = Draw(sampling_of(job), job.sampling.num_generations, job.seed, TRAINED)
+    draw = GroupSampler(sampling_of(job), job.sampling.num_generations, job.seed, TRAINED_REWARD_MODEL)
 
     def first() -> Sequence[Group]:
-        stream = PromptStream(prompts, seed=stable_hash(job.seed, TRAINED), shuffle=True)
-        return draw.groups(opened.engine, stream.take(min(section.first_prompts, len(prompts))), 0)
+        stream = PromptStream(prompts, seed=stable_hash(job.seed, TRAINED_REWARD_MODEL), shuffle=True)
+        return draw.sample(opened.engine, stream.take(min(section.first_prompts, len(prompts))), 0)
 
     sources: dict[str | None, LabelSource] = {
         "verifier": VerifierLabels(job.eval.threshold),
@@ -357,10 +361,10 @@ def _open_rounds(
         seed=job.seed,
         progress=opened.progress,
         watch=opened.watch,
-        model_folder=opened.folder.path / TRAINED,
+        model_folder=opened.folder.path / TRAINED_REWARD_MODEL,
     )
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    return RewardModelRounds(task, Collected(section.prompts_per_round, job.seed, by_id))
+    return RewardModelRounds(task, RoundSamples(section.prompts_per_round, job.seed, by_id))
 
 
 def _open_labeller(
@@ -373,8 +377,8 @@ def _open_labeller(
     if section.completer is not None:
         own = job.model.model_copy(update={"path": section.completer, "revision": None})
         job = job.model_copy(update={"model": own})
-    completer = open_model(job, opened.given, lambda line: None, training=False)
-    narrow(completer)
+    completer = open_model(job, opened.objects, lambda line: None, training=False)
+    cast_policy(completer)
     guard = Guard(completer.loaded.policy, opened.watch.terminal.warn)
     engine = GuardedEngine(open_engine(job, completer, closing), guard, "In continuations")
     labeller = MonteCarlo(
@@ -386,9 +390,9 @@ def _open_labeller(
     return labeller, completer.codec if section.completer is not None else None
 
 
-def narrow(model: Model) -> None:
+def cast_policy(model: Model) -> None:
     """Compute as training does, which samples in the narrow type."""
-    narrow_model(model.loaded.policy.model, model.loaded.compute_dtype)
+    cast_to_compute_dtype(model.loaded.policy.model, model.loaded.compute_dtype)
 
 
 def _check_prompts(prompts: PromptSet, codec: Codec, warn: Callable[[str], None]) -> None:

@@ -8,25 +8,25 @@ from typing import Any
 
 import torch
 
-from groupwise.config import BUILTIN, MODEL_PREFIX, TRAINED, Job
+from groupwise.config import BUILTIN, MODEL_PREFIX, TRAINED_REWARD_MODEL, Job
 from groupwise.data.stream import columns_digest, contents_digest
 from groupwise.jobfile.reward_model import RewardModelJob
 from groupwise.reward_models.model import RewardModel
 from groupwise.rewards.functions.sources import sources_of
 from groupwise.store.provenance import Provenance, computed_by, digest, model_digests
 from groupwise.types import Prompt
-from groupwise.wiring.python_objects import PYTHON, Given
+from groupwise.wiring.python_objects import PYTHON_PREFIX, PythonObjects
 
 
 def provenance_of(
-    job: Job, given: Given, commit: str | None, device: torch.device, prompts: Sequence[Prompt],
+    job: Job, objects: PythonObjects, commit: str | None, device: torch.device, prompts: Sequence[Prompt],
     held_out: Sequence[Prompt],
 ) -> Provenance:  # fmt: skip
     """What goes into a run. `commit` is that of a model from the hub. Raises GroupwiseError as opening the job does."""
     fixed, base = model_digests(job.model.path, commit)
-    judging = columns_digest(prompts, job.data.path.replace(PYTHON, "the given "))
+    judging = columns_digest(prompts, job.data.path.replace(PYTHON_PREFIX, "the given "))
     if held_out:
-        path = (job.eval.data or job.data.path).replace(PYTHON, "the given ")
+        path = (job.eval.data or job.data.path).replace(PYTHON_PREFIX, "the given ")
         fixed[f"the held-out prompts ({path})"] = contents_digest(held_out)
         judging |= columns_digest(held_out, f"{path} (held out)")
     named = (*job.reward.functions, *job.reward.step_functions, *job.reward.verifier, job.process.function or BUILTIN)
@@ -34,9 +34,9 @@ def provenance_of(
         if spec.startswith(MODEL_PREFIX):
             settings, found = model_digests(spec.removeprefix(MODEL_PREFIX), None)
             judging |= settings | found
-        elif not spec.startswith((PYTHON, "builtin:")) and spec != TRAINED:
+        elif not spec.startswith((PYTHON_PREFIX, "builtin:")) and spec != TRAINED_REWARD_MODEL:
             judging |= {name: digest(file.read_bytes()) for name, file in sources_of(spec).items()}
-    for function in (*given.rewards, *given.step_rewards, *given.verifier):
+    for function in (*objects.rewards, *objects.step_rewards, *objects.verifier):
         judging |= callable_digest(function)
     return Provenance(fixed, judging, base, computed_by(device))
 

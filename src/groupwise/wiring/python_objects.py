@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-PYTHON = "python:"
+PYTHON_PREFIX = "python:"
 """Marks, in a job, what was handed over as a Python object and cannot be named in a file."""
 Rows = Iterable[Mapping[str, Any]]
 Splits = Mapping[str, Any]
@@ -14,7 +14,7 @@ Splits = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Given:
+class PythonObjects:
     """What a job file cannot hold: objects from Python, and the consent to run a model's own code."""
 
     rewards: Sequence[Callable[..., Any]] = ()

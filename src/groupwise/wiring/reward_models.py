@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from groupwise.config import MODEL_PREFIX, TRAINED, Job
+from groupwise.config import MODEL_PREFIX, TRAINED_REWARD_MODEL, Job
 from groupwise.models.load import choose_device, choose_dtype
 from groupwise.models.size import weight_bytes
 from groupwise.reward_models.model import (
@@ -24,7 +24,7 @@ from groupwise.reward_models.text import Tags
 from groupwise.rewards.base import Reward
 from groupwise.rewards.functions.load import load_reward
 from groupwise.rewards.stepwise import StepReward, load_step_reward
-from groupwise.wiring.python_objects import Given
+from groupwise.wiring.python_objects import PythonObjects
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def reward_model_bytes(job: Job, policy: Source | int, trust_remote_code: bool, 
         if name.startswith(MODEL_PREFIX):
             source = Source(name.removeprefix(MODEL_PREFIX), trust_remote_code=trust_remote_code)
             found["reward models"] += dtype.itemsize * parameters_of(source, kind)  # type: ignore[arg-type]
-        if name == TRAINED:
+        if name == TRAINED_REWARD_MODEL:
             own = Source(job.reward_model.path or "", job.reward_model.revision, trust_remote_code)
             backbone = own if job.reward_model.path else policy
             count = backbone if isinstance(backbone, int) else parameters_of(backbone, kind)  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def reward_model_bytes(job: Job, policy: Source | int, trust_remote_code: bool, 
     return found
 
 
-def open_trained(job: Job, policy: str, given: Given) -> RewardModel:
+def open_trained(job: Job, policy: str, objects: PythonObjects) -> RewardModel:
     """The reward model that a run trains, as it is before the first round; `policy` is where the policy comes from.
 
     Raises ModelError where its backbone has no such class, or where it has to be trained already and is not.
@@ -100,7 +100,7 @@ def open_trained(job: Job, policy: str, given: Given) -> RewardModel:
     section = job.reward_model
     revision = job.model.revision if section.path is None else section.revision
     return new_reward_model(
-        Source(section.path or policy, revision, given.trust_remote_code, job.data.date),
-        "outcome" if TRAINED in job.reward.functions else "process",
+        Source(section.path or policy, revision, objects.trust_remote_code, job.data.date),
+        "outcome" if TRAINED_REWARD_MODEL in job.reward.functions else "process",
         seed=job.seed, device=job.reward.device or job.model.device, has_head=section.first_prompts == 0,
     )  # fmt: skip

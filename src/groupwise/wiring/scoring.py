@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from groupwise.config import TRAINED, Job
+from groupwise.config import TRAINED_REWARD_MODEL, Job
 from groupwise.data.remarks import unread
 from groupwise.errors import RewardError
 from groupwise.reward_models.model import RewardModel
@@ -23,7 +23,7 @@ from groupwise.rewards.stepwise import StepReward, StepScorer
 from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt
-from groupwise.wiring.python_objects import PYTHON, Given
+from groupwise.wiring.python_objects import PYTHON_PREFIX, PythonObjects
 from groupwise.wiring.reward_models import ModelOptions, open_reward, open_step_reward
 from groupwise.wiring.settings import total_steps
 
@@ -54,7 +54,11 @@ class Functions:
 
 
 def open_functions(
-    job: Job, given: Given, folder: RunFolder | None, closing: ExitStack, trained: Callable[[], RewardModel] = _untold
+    job: Job,
+    objects: PythonObjects,
+    folder: RunFolder | None,
+    closing: ExitStack,
+    trained: Callable[[], RewardModel] = _untold,
 ) -> Functions:
     """Load the job's functions; files start their workers now, so that a broken one is found at once.
 
@@ -64,20 +68,22 @@ def open_functions(
     limits: dict[str, Any] = {"timeout": section.timeout, "output_timeout": section.output_timeout}
     limits["log"] = folder.rewards_log if folder else None
     limits["models"] = ModelOptions(
-        section.device or job.model.device, job.model.dtype, section.step_tags, given.trust_remote_code, job.data.date
+        section.device or job.model.device, job.model.dtype, section.step_tags, objects.trust_remote_code, job.data.date
     )
-    option = ("verifier", "verifier") if given.judges else ("reward function", "reward")
-    named = _named_or_handed(section.functions, given.rewards, *option)
-    rewards = [None if f == TRAINED else _opened(open_reward(f, **limits), closing) for f in named]
-    named = _named_or_handed(section.step_functions, given.step_rewards, "step reward function", "step_reward")
-    step_rewards = [None if f == TRAINED else _opened(open_step_reward(f, **limits), closing) for f in named]
+    option = ("verifier", "verifier") if objects.judges else ("reward function", "reward")
+    named = _named_or_handed(section.functions, objects.rewards, *option)
+    rewards = [None if f == TRAINED_REWARD_MODEL else _opened(open_reward(f, **limits), closing) for f in named]
+    named = _named_or_handed(section.step_functions, objects.step_rewards, "step reward function", "step_reward")
+    step_rewards = [
+        None if f == TRAINED_REWARD_MODEL else _opened(open_step_reward(f, **limits), closing) for f in named
+    ]
     segmenter = None
     if job.process.function is not None:
         del limits["models"]
         segmenter = _opened(load_stepwise(job.process.function, place="segmenter", kind="segmenter", **limits), closing)
     return Functions(
-        [one or ModelReward(trained(), TRAINED) for one in rewards],
-        [one or ModelStepReward(trained(), TRAINED) for one in step_rewards],
+        [one or ModelReward(trained(), TRAINED_REWARD_MODEL) for one in rewards],
+        [one or ModelStepReward(trained(), TRAINED_REWARD_MODEL) for one in step_rewards],
         segmenter,
     )
 
@@ -87,22 +93,22 @@ def _opened(found: Closing, closing: ExitStack) -> Closing:
     return found
 
 
-def as_judged(job: Job, given: Given) -> tuple[Job, Given]:
+def as_judged(job: Job, objects: PythonObjects) -> tuple[Job, PythonObjects]:
     """A job as its held-out outputs are judged: by its verifier, where it names one, and never by a model in training.
 
     Steps are then scored by what else scores them.
     """
     section = job.reward
     if not section.verifier:
-        return job, given
+        return job, objects
     weights = section.step_weights or [1.0] * len(section.step_functions)
-    kept = [(f, weight) for f, weight in zip(section.step_functions, weights, strict=True) if f != TRAINED]
+    kept = [(f, weight) for f, weight in zip(section.step_functions, weights, strict=True) if f != TRAINED_REWARD_MODEL]
     changes = {
         "functions": section.verifier, "weights": None,
         "step_functions": [function for function, _ in kept], "step_weights": [weight for _, weight in kept] or None,
     }  # fmt: skip
     return job.model_copy(update={"reward": section.model_copy(update=changes)}), replace(
-        given, rewards=given.verifier, judges=True
+        objects, rewards=objects.verifier, judges=True
     )
 
 
@@ -111,7 +117,7 @@ def _named_or_handed(
 ) -> Iterator[str | Callable[..., Any]]:
     objects = iter(handed)
     for spec in specs:
-        function = next(objects, None) if spec.startswith(PYTHON) else spec
+        function = next(objects, None) if spec.startswith(PYTHON_PREFIX) else spec
         if function is None:
             raise RewardError(
                 f"The {kind} {spec} was handed over from Python, not by name. Hand it over again, as in "
@@ -134,9 +140,9 @@ def scorer_of(
     return Scorer(functions.rewards, job.reward.weights, total_steps(job), warn, steps, patience=patience, look=look)
 
 
-def check_thread(given: Given, warn: Callable[[str], None]) -> None:
+def check_thread(objects: PythonObjects, warn: Callable[[str], None]) -> None:
     """Say where functions from Python do not run in the main thread, without which they can set no signal."""
-    named = any(map(callable, (*given.rewards, *given.step_rewards, *given.verifier)))
+    named = any(map(callable, (*objects.rewards, *objects.step_rewards, *objects.verifier)))
     if named and threading.current_thread() is not threading.main_thread():
         warn(
             f"this runs in the thread {threading.current_thread().name!r}, and so do the reward functions that were "

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from groupwise.config import TRAINED, Job
+from groupwise.config import TRAINED_REWARD_MODEL, Job
 from groupwise.learn.learner import LearnerSettings
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.objective import PRESETS, Objective, objective_named
@@ -85,7 +85,7 @@ def learner_settings(job: Job, compute_dtype: torch.dtype) -> LearnerSettings:
 
 def trains_reward_model(job: Job) -> bool:
     """Whether the run trains a reward model of its own."""
-    return TRAINED in (*job.reward.functions, *job.reward.step_functions)
+    return TRAINED_REWARD_MODEL in (*job.reward.functions, *job.reward.step_functions)
 
 
 def reward_learner_settings(job: Job, compute_dtype: torch.dtype) -> RewardLearnerSettings:

@@ -12,7 +12,7 @@ from groupwise.engines.base import generate
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.engines.native.graphs import Graphs, Run, rounded
 from groupwise.engines.native.shared_decoder import SharedDecoder
-from groupwise.engines.native.stores import Fold
+from groupwise.engines.native.stores import PromptFold
 from groupwise.models.policy import Policy
 from groupwise.types import Completion, Request
 from tests.engines.policies import CODEC, PROMPTS, difference, make_policy, requests, sample, tokens, without_end
@@ -94,7 +94,7 @@ def test_buckets_add_at_most_a_third(count: int, up: int) -> None:
 
 
 def test_a_fold_tells_its_places_in_a_wider_one() -> None:
-    fold = Fold.of([0, 1, 1, 0, 1], 2, torch.device("cpu"))
+    fold = PromptFold.of([0, 1, 1, 0, 1], 2, torch.device("cpu"))
     assert fold.row_QM.tolist() == [[0, 3, 0], [1, 2, 4]]
     assert fold.place_R.tolist() == [0, 3, 4, 1, 5]
     assert fold.place_of(4).tolist() == [0, 4, 5, 1, 6]

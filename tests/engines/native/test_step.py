@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupwise.engines.native.stores import Fold, Outputs, Shared, Step, Store
+from groupwise.engines.native.stores import Outputs, PromptFold, Shared, Step, Store
 from groupwise.models.tiles import Options
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
@@ -119,7 +119,7 @@ def check(
 @pytest.mark.parametrize("case", CASES)
 def test_folding_rows_and_spreading_them_gives_them_back(case: str) -> None:
     slots, prompt_lengths, _ = CASES[case]
-    fold = Fold.of(slots, len(prompt_lengths), torch.device("cpu"))
+    fold = PromptFold.of(slots, len(prompt_lengths), torch.device("cpu"))
     rows = torch.randn(len(slots), KV_HEADS, 2, 3)
     assert torch.equal(fold.spread(fold.gather(rows)), rows)
     assert fold.even == (slots == [0, 0, 0, 1, 1, 1])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from groupwise.engines.native.stores import Fold, Level, Outputs, Step, Store
+from groupwise.engines.native.stores import Outputs, PromptFold, SharedLevel, Step, Store
 from groupwise.models.policy import Policy
 from groupwise.wording import one_line
 
@@ -46,7 +46,7 @@ class _Captured(NamedTuple):
 
     replay: Callable[[], object]
     logits_RV: Tensor
-    levels: Sequence[Level]
+    levels: Sequence[SharedLevel]
     places: Live
 
 
@@ -64,13 +64,13 @@ class Graphs:
         self._made_on: tuple[int, ...] | None = None
 
     @staticmethod
-    def bucket(levels: Sequence[Level], reach: int, longest: int) -> Bucket:
+    def bucket(levels: Sequence[SharedLevel], reach: int, longest: int) -> Bucket:
         """The smallest one that holds a step whose longest output has `reach` tokens, and none more than `longest`."""
         folds = tuple((rounded(entries), rounded(width)) for entries, width in (lv.fold.row_QM.shape for lv in levels))
         back = min(longest, max(_SHORTEST, 1 << (reach - 1).bit_length()))
         return Bucket(rounded(len(levels[0].seen_R)), back, folds)
 
-    def step(self, levels: Sequence[Level], outputs: Store, bucket: Bucket, live: Live) -> Tensor | None:
+    def step(self, levels: Sequence[SharedLevel], outputs: Store, bucket: Bucket, live: Live) -> Tensor | None:
         """Logits of the live rows `[R, V]`, overwritten by the next step; None where nothing can be captured."""
         made_on = (outputs.version, *(level.store.version for level in levels))
         if made_on != self._made_on:
@@ -85,12 +85,14 @@ class Graphs:
         replay()
         return logits_RV[: len(live.token_R)]
 
-    def _capture(self, levels: Sequence[Level], outputs: Store, bucket: Bucket, live: Live) -> _Captured | None:
+    def _capture(self, levels: Sequence[SharedLevel], outputs: Store, bucket: Bucket, live: Live) -> _Captured | None:
         def places(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.long, device=self.policy.device)
 
         fixed = [
-            Level(one.store, Fold(places(*fold), places(bucket.rows)), places(bucket.rows), one.store.length, True)
+            SharedLevel(
+                one.store, PromptFold(places(*fold), places(bucket.rows)), places(bucket.rows), one.store.length, True
+            )
             for one, fold in zip(levels, bucket.folds, strict=True)
         ]
         token_R, length_R, position_R = own = Live(*(places(bucket.rows) for _ in range(3)))
@@ -120,7 +122,7 @@ def rounded(count: int) -> int:
     return 3 * power // 4 if count <= 3 * power // 4 and power >= 4 else power
 
 
-def _place(fixed: Sequence[Level], levels: Sequence[Level], places: Live, live: Live) -> None:
+def _place(fixed: Sequence[SharedLevel], levels: Sequence[SharedLevel], places: Live, live: Live) -> None:
     """Put what is live where a captured step reads it."""
     for target, source in zip(fixed, levels, strict=True):
         _fill(target.fold.row_QM, source.fold.row_QM)

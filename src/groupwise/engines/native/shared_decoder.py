@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from groupwise.engines.native.graphs import Graphs, Live
-from groupwise.engines.native.stores import Level, Outputs, Shared, Step, Store
+from groupwise.engines.native.stores import Outputs, Shared, SharedLevel, Step, Store
 from groupwise.models.attention import ForestAttention
 from groupwise.models.layout import Forest, build_forest
 from groupwise.models.policy import Policy
@@ -104,7 +104,7 @@ class SharedDecoder:
         self._users: Counter[Hashable] = Counter()
         self._times = count()
         self._longest = 0
-        self._levels: tuple[Level, ...] | None = None
+        self._levels: tuple[SharedLevel, ...] | None = None
         self.graphs = Graphs(policy) if policy.device.type == "cuda" else None
 
     def begin(self, prompts: Sequence[tuple[str, Sequence[int]]], branches: Branches = MappingProxyType({})) -> None:
@@ -181,7 +181,7 @@ class SharedDecoder:
             logits_RV = self.policy.step(token_R, position_R, layout)
         return logits_RV
 
-    def _looked_at(self, device: torch.device) -> tuple[Level, ...]:
+    def _looked_at(self, device: torch.device) -> tuple[SharedLevel, ...]:
         """What the live rows share: prompts and, where any of them goes on from an output, outputs."""
         if self._levels is None:
             starts = [self.starts[uid] for uid in self.row_uid]
@@ -192,7 +192,7 @@ class SharedDecoder:
             self._before_R = torch.tensor([s.prompt_length + s.cut for s in starts], device=device)
         return self._levels
 
-    def _replayed(self, levels: tuple[Level, ...], reach: int, live: Live) -> Tensor | None:
+    def _replayed(self, levels: tuple[SharedLevel, ...], reach: int, live: Live) -> Tensor | None:
         """The step by a captured graph, where there is one for it."""
         if self.graphs is None or self.graphs.refused:
             return None

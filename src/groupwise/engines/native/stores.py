@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from groupwise.cpu.kernels import Kernels, Look, Parts, kernels_for
+from groupwise.cpu.kernels import Kernels, KeyRange, KeyRanges, kernels_for
 from groupwise.models.tiles import Options
 from groupwise.precision import wide, wide_dtype
 
@@ -95,7 +95,7 @@ class Shared:
         self.names.pop()
         self.lengths.pop()
 
-    def level(self, names: Sequence[Hashable], seen: Sequence[int], device: torch.device) -> Level:
+    def level(self, names: Sequence[Hashable], seen: Sequence[int], device: torch.device) -> SharedLevel:
         """How a step looks at it: per row, the name of its entry and how many of its tokens the row sees; None and 0
         for a row that uses none. Entries that no row uses now move behind those that are used, and cost nothing."""
         used = {name for name in names if name is not None}
@@ -104,9 +104,9 @@ class Shared:
             behind = [slot for slot in range(len(used), len(self.names)) if self.names[slot] in used]
             self._swap(holes, behind)
         slot_of = {name: slot for slot, name in enumerate(self.names[: len(used)])}
-        fold = Fold.of([0 if name is None else slot_of[name] for name in names], len(used), device)
+        fold = PromptFold.of([0 if name is None else slot_of[name] for name in names], len(used), device)
         reach = max(seen)
-        return Level(self.store, fold, torch.tensor(seen, device=device), reach, min(seen) < reach)
+        return SharedLevel(self.store, fold, torch.tensor(seen, device=device), reach, min(seen) < reach)
 
     def _swap(self, some: Sequence[int], others: Sequence[int]) -> None:
         self.store.move([*some, *others], [*others, *some])
@@ -116,7 +116,7 @@ class Shared:
 
 
 @dataclass(frozen=True)
-class Fold:
+class PromptFold:
     """Rows gathered by the entry that they share, `[Q, M]`, and back: a group's queries meet its prompt's keys in one
     product.
 
@@ -131,7 +131,7 @@ class Fold:
     known_slot_R: Tensor | None = None
 
     @classmethod
-    def of(cls, slots: Sequence[int], live: int, device: torch.device) -> Fold:
+    def of(cls, slots: Sequence[int], live: int, device: torch.device) -> PromptFold:
         """Rows whose entries are in `slots`, of `live` ones."""
         members: list[list[int]] = [[] for _ in range(live)]
         place = []
@@ -174,12 +174,12 @@ class Fold:
             place.copy_(self.spread(folded))
 
 
-class Level(NamedTuple):
+class SharedLevel(NamedTuple):
     """What rows share of one kind: the store, how rows fold over its entries, how many tokens of its entry each row
     sees `[R]`, how far the store is looked at, and whether some rows see less."""
 
     store: Store
-    fold: Fold
+    fold: PromptFold
     seen_R: Tensor
     reach: int
     ragged: bool
@@ -204,11 +204,11 @@ class Outputs(NamedTuple):
 class Step:
     """One decoding step's attention: what each row shares, level by level, and its own tokens, under one softmax."""
 
-    def __init__(self, levels: Sequence[Level], outputs: Outputs) -> None:
+    def __init__(self, levels: Sequence[SharedLevel], outputs: Outputs) -> None:
         self.levels, self.outputs = levels, outputs
         self._hidden: dict[int | None, Tensor | None] = {}
         self._places: dict[tuple[int, int], Tensor] = {}
-        self._seen: dict[int | None, Parts] = {}
+        self._seen: dict[int | None, KeyRanges] = {}
         self._decided: tuple[Kernels | None] | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
@@ -243,7 +243,7 @@ class Step:
             self._decided = (kernels_for(query.numel() * reach, query, value) if alike else None,)
         return self._decided[0]
 
-    def _parts(self, window: int | None) -> Parts:
+    def _parts(self, window: int | None) -> KeyRanges:
         """What the rows see of each store, their own tokens last and the new one among them."""
         if window not in self._seen:
             end_R = self.outputs.length_R + 1
@@ -253,7 +253,7 @@ class Step:
             if window is not None:
                 # The first that is near enough, counted from where each part starts.
                 firsts = [(torch.stack(ends[i:]).sum(0) - window).clamp_min(0) for i in range(len(ends))]
-            self._seen[window] = Parts([Look(*look) for look in zip(slots, firsts, ends, strict=True)])
+            self._seen[window] = KeyRanges([KeyRange(*look) for look in zip(slots, firsts, ends, strict=True)])
         return self._seen[window]
 
     def _weights(self, scores: Tensor, options: Options) -> Tensor:
@@ -292,7 +292,7 @@ class Step:
     def _what_is_hidden(self, window: int | None) -> Tensor | None:
         """Columns that a row may not see, bool `[R, 1, 1, columns]`; None where it may see all."""
         if window not in self._hidden:
-            parts: list[Level | Outputs] = [*self.levels, self.outputs]
+            parts: list[SharedLevel | Outputs] = [*self.levels, self.outputs]
             plain = not any(part.ragged for part in parts)
             near = window is None or window >= sum(part.reach for part in parts)
             self._hidden[window] = None if plain and near else self._build_hidden(window)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-def narrow_model(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def cast_to_compute_dtype(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Cast a module's parameters and buffers to `dtype`, except what its class keeps in float32.
 
     Of parameters that is what transformers' `_keep_in_fp32_modules_strict` names (routers, mostly), of buffers also

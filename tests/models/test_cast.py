@@ -9,9 +9,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from groupwise.learn.optimizer import MasterOptimizer, OptimizerSettings
+from groupwise.models.cast import cast_to_compute_dtype
 from groupwise.models.clone import tiny_clone
 from groupwise.models.head import HeadShape
-from groupwise.models.narrow import narrow_model
 from groupwise.models.policy import silence_dropout
 from tests.tiny_models import GROUPS, policy_of, stock_logprobs
 
@@ -30,7 +30,7 @@ KINDS = {
 def narrowed(kind: str) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     model = tiny_clone(CONFIG_MAPPING[kind]())
     silence_dropout(model)
-    return model, narrow_model(model, BFLOAT16)
+    return model, cast_to_compute_dtype(model, BFLOAT16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,11 +54,11 @@ def test_forward_and_backward_run_and_are_near_the_stock_class(kind: str) -> Non
     found = policy(policy.stream(GROUPS)).logprobs_T
     assert (found - expected).abs().mean() < 0.15
     found.sum().backward()
-    before = {name: master.clone() for name, master in optimizer.masters.items()}
+    before = {name: master.clone() for name, master in optimizer.master_weights.items()}
     norm, _ = optimizer.step()
     assert 0 < norm < float("inf")
-    assert any(not before[name].equal(master) for name, master in optimizer.masters.items())
-    assert all(master.dtype == torch.float32 for master in optimizer.masters.values())
+    assert any(not before[name].equal(master) for name, master in optimizer.master_weights.items())
+    assert all(master.dtype == torch.float32 for master in optimizer.master_weights.values())
 
 
 def test_persistent_buffers_are_kept_as_they_were() -> None:
@@ -72,5 +72,5 @@ def test_persistent_buffers_are_kept_as_they_were() -> None:
 
 def test_float32_stays_as_it_is() -> None:
     model = tiny_clone(CONFIG_MAPPING["minimax"]())
-    assert narrow_model(model, torch.float32) == {}
+    assert cast_to_compute_dtype(model, torch.float32) == {}
     assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
