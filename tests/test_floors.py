@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 
+import groupwise
 from tests.source import imports, modules
 
 FLOORS = [
@@ -16,7 +17,7 @@ FLOORS = [
     {"run"},
     {"wiring"},
     {"planning"},
-    {"doctor"},
+    {"diagnosis"},
     {"commands"},
     {"cli", "recipes"},
     {"__main__"},
@@ -34,6 +35,12 @@ OF_A_CPU = ("ctypes", "multiprocessing")
 
 def test_imports_go_down_only():
     assert list(wrong_imports(modules())) == []
+
+
+def test_no_room_takes_the_name_of_what_the_package_offers():
+    """A room that is imported becomes an attribute of the package, and would stand in the function's place."""
+    rooms = {part_of(module) for module in modules()} - {""}
+    assert rooms & set(groupwise.__all__) == {"objective"}, "which is offered as it is"
 
 
 def test_heavy_libraries_wait_in_one_function():

@@ -243,7 +243,7 @@ def doctor(
     options = _options(model, data, reward, step_reward, eval_data)
     inputs.check_job(load_job(job, set_ or (), options).job)
     from groupwise.commands import api
-    from groupwise.doctor.findings import print_report
+    from groupwise.diagnosis.findings import print_report
 
     report = api.doctor(job, **options, overrides=set_ or (), trust_remote_code=trust_remote_code)
     if json_:

@@ -17,8 +17,8 @@ from groupwise.commands.resuming import Start, edits, refuse_changes, start_of
 from groupwise.commands.session import Result, run_job
 from groupwise.config import Job
 from groupwise.data.objects import rows_or_splits
-from groupwise.doctor.doctor import examine
-from groupwise.doctor.findings import Report
+from groupwise.diagnosis.doctor import examine
+from groupwise.diagnosis.findings import Report
 from groupwise.engines.base import generate
 from groupwise.errors import ConfigError, DataError, RunFolderError
 from groupwise.jobfile import at_home, differences, load_job, refuse_loaded

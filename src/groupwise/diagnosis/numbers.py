@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from groupwise.doctor.findings import Finding, measured
-from groupwise.doctor.opened_job import OpenedJob, credit, unscored
+from groupwise.diagnosis.findings import Finding, measured
+from groupwise.diagnosis.opened_job import OpenedJob, credit, unscored
 from groupwise.errors import ModelError
 from groupwise.learn import agreement
 from groupwise.learn.learner import Learner

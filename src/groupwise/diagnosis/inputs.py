@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from groupwise.data.remarks import remarks
+from groupwise.diagnosis.findings import Finding, Verdict, measured
+from groupwise.diagnosis.opened_job import LOOKED_AT, OpenedJob, credit, unscored
 from groupwise.disk import in_words
-from groupwise.doctor.findings import Finding, Verdict, measured
-from groupwise.doctor.opened_job import LOOKED_AT, OpenedJob, credit, unscored
 from groupwise.learn.budget import peak_memory
 from groupwise.objective import token_advantages
 from groupwise.readable import duration, percent

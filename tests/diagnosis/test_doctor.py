@@ -21,10 +21,10 @@ import groupwise
 from groupwise.config import ProcessSection, RewardSection
 from groupwise.data.files import PromptSet
 from groupwise.demo.model import character_tokenizer
-from groupwise.doctor import doctor, inputs
-from groupwise.doctor.findings import Finding, Report, measured, print_report
-from groupwise.doctor.numbers import Bounds, bounds
-from groupwise.doctor.opened_job import OpenedJob, TokenBudget, open_job
+from groupwise.diagnosis import doctor, inputs
+from groupwise.diagnosis.findings import Finding, Report, measured, print_report
+from groupwise.diagnosis.numbers import Bounds, bounds
+from groupwise.diagnosis.opened_job import OpenedJob, TokenBudget, open_job
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.jobfile import load_job
 from groupwise.learn import learner as learning

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from groupwise.config import Job
-from groupwise.doctor.findings import Finding, Report
-from groupwise.doctor.inputs import chat_template, end_token, memory, rewards, tokenizer
-from groupwise.doctor.numbers import NUMBERS, Check
-from groupwise.doctor.opened_job import OpenedJob, open_job
+from groupwise.diagnosis.findings import Finding, Report
+from groupwise.diagnosis.inputs import chat_template, end_token, memory, rewards, tokenizer
+from groupwise.diagnosis.numbers import NUMBERS, Check
+from groupwise.diagnosis.opened_job import OpenedJob, open_job
 from groupwise.errors import GroupwiseError
 from groupwise.wiring.parts import lacking_memory, model_source
 from groupwise.wiring.python_objects import PythonObjects
