@@ -12,17 +12,19 @@ from groupwise.watch import metrics
 from groupwise.watch.panel import Sample, draw_svg
 
 ROOT = Path(__file__).parents[1]
-TREE = "src/groupwise/\n"
-ROOMS = ("objective", "models", "data", "engines", "rewards", "learn", "watch", "jobfile", "run")
-RECIPES = "  recipes/               the jobs that come with the package\n"
+PACKAGE = ROOT / "src/groupwise"
+TREE = "src/groupwise/\n", "tests/  "
+FILES = "<!-- Written by docs/generate.py from the docstrings. -->", "<!-- end of files -->"
+ROOMS = (
+    "jobfile", "objective", "tokenizer", "cpu", "models", "data", "engines", "rewards", "learn", "store", "watch",
+    "reward_models", "run", "demo", "wiring", "planning", "diagnosis", "commands", "recipes",
+)  # fmt: skip
 KEYS = "<!-- Written by docs/generate.py from src/groupwise/jobfile/reward_model.py. -->", "<!-- end of keys -->"
 
 
 def reward_models() -> str:
     """The page on reward models with its table of keys made anew; the rest of it is written by hand."""
-    page = Path(__file__).with_name("reward-models.md").read_text(encoding="utf-8")
-    start, end = page.index(KEYS[0]) + len(KEYS[0]), page.index(KEYS[1])
-    return f"{page[:start]}\n\n{reward_model.reference()}\n{page[end:]}"
+    return _between("reward-models.md", KEYS, f"\n\n{reward_model.reference()}\n")
 
 
 def terminal() -> str:
@@ -33,29 +35,38 @@ def terminal() -> str:
 
 
 def readme() -> str:
-    """README with the tree of modules made anew, each with the first sentence of its docstring."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    start, end = page.index(TREE) + len(TREE), page.index("tests/  ")
-    package = ROOT / "src" / "groupwise"
-    lines = [_line(module, "  ") for module in sorted(package.glob("*.py")) if not module.name.startswith("__")]
-    for folder in ROOMS:
-        lines.append(f"  {folder}/")
-        lines += [
-            _line(file, "    ")
-            for file in sorted((package / folder).iterdir())
-            if file.suffix in (".py", ".c") and file.stem != "__init__"
-        ]
-    return page[:start] + "\n".join(filter(None, lines)) + "\n" + RECIPES + page[end:]
+    """README with the tree of folders made anew, each with the first sentence of its docstring."""
+    lines = ["  *.py                   what every room stands on: types, config, errors, seeds; and the command line"]
+    lines += [_line(PACKAGE / room / "__init__.py", "  ", f"{room}/") for room in ROOMS]
+    return _between("../README.md", TREE, "\n".join(lines) + "\n")
 
 
-def _line(file: Path, indent: str) -> str:
+def architecture() -> str:
+    """The page on architecture with its list of files made anew; the rest of it is written by hand."""
+    lines = [_line(file, "  ") for file in sorted(PACKAGE.glob("*.py")) if not file.name.startswith("__")]
+    for room in ROOMS:
+        inside = sorted(file for file in (PACKAGE / room).rglob("*") if file.suffix in (".py", ".c"))
+        named = [(file, str(file.relative_to(PACKAGE / room))) for file in inside if file.stem != "__init__"]
+        lines += [f"  {room}/", *(_line(file, "    ", name) for file, name in named)]
+    files = "\n".join(filter(None, lines))
+    return _between("architecture.md", FILES, f"\n\n```\nsrc/groupwise/\n{files}\n```\n\n")
+
+
+def _between(page: str, marks: tuple[str, str], new: str) -> str:
+    """A page with what stands between two marks replaced."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    start = text.index(marks[0]) + len(marks[0])
+    return text[:start] + new + text[text.index(marks[1], start) :]
+
+
+def _line(file: Path, indent: str, name: str = "") -> str:
     """A file's name and what it is for: its docstring's first sentence, or the first line of a comment."""
     text = file.read_text(encoding="utf-8")
     said = ast.get_docstring(ast.parse(text)) if file.suffix == ".py" else text.lstrip("/* ").partition("\n")[0]
     if not said:
         return ""
     first = re.split(r"\.(?:\s|$)", " ".join(said.split()), maxsplit=1)[0].partition(" */")[0]
-    return f"{indent + file.name:<24} {first}"
+    return f"{indent + (name or file.name):<24} {first}"
 
 
 MODELS = """# Model classes
@@ -151,6 +162,7 @@ name that configurations have for it.
 """
 PAGES = {
     "../README.md": readme,
+    "architecture.md": architecture,
     "terminal.svg": terminal,
     "models.md": models,
     "configuration.md": jobfile.reference,

@@ -1,0 +1,1 @@
+"""What samples: requests in, completions out."""

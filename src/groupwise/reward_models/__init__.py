@@ -1,0 +1,1 @@
+"""Models that judge: examples, training, scoring, rounds inside a run, labels of steps."""

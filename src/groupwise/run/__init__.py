@@ -1,0 +1,1 @@
+"""The loop: sample, score, learn, evaluate, save."""
