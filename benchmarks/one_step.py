@@ -13,12 +13,14 @@ import torch
 
 from groupwise.demo.model import small_model
 from groupwise.engines.base import generate
+from groupwise.engines.native.engine import NativeEngine
 from groupwise.jobfile import load_job
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.probe import probe
 from groupwise.types import Group, GroupKey, Request, Score, ScoredGroup
-from groupwise.wiring import parts
+from groupwise.wiring.models import open_model
+from groupwise.wiring.prompts import training_prompts
 from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wiring.settings import learner_settings, objective_of, sampling_of
 
@@ -44,11 +46,11 @@ def main(path: str, steps: int) -> None:
     objects = PythonObjects()
     warm_up()
     before = status("VmRSS")
-    model = parts.open_model(job, objects, lambda line: None, training=True)
-    prompts = parts.training_prompts(job, model, objects).prompts[: job.train.prompts_per_step]
+    model = open_model(job, objects, lambda line: None, training=True)
+    prompts = training_prompts(job, model, objects).prompts[: job.train.prompts_per_step]
     model.codec.end_token_ids = frozenset()
     objective = objective_of(job)
-    engine = parts.NativeEngine(model.loaded.policy, model.codec, max_live=job.sampling.max_live_outputs)
+    engine = NativeEngine(model.loaded.policy, model.codec, max_live=job.sampling.max_live_outputs)
     learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype))
     reference = Reference(learner.policy) if objective.needs_reference else NoReference()
     seconds: dict[str, list[float]] = {"sampling": [], "training": []}

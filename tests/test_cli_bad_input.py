@@ -17,8 +17,9 @@ import torch
 
 import groupwise
 from groupwise.errors import GroupwiseError
+from groupwise.models.load import load_policy
 from groupwise.store import checkpoint
-from groupwise.wiring import parts
+from groupwise.wiring import memory
 from tests.commandline import Ended, call
 from tests.run.tiny import CONTEXT, events, save_model, save_rewards, save_rows
 
@@ -121,11 +122,11 @@ def test_what_the_command_line_itself_refuses(at: Path) -> None:
 
 
 def test_no_room_for_a_reference(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = sum(p.numel() for p in parts.load_policy("model", device="cpu").policy.parameters())
-    monkeypatch.setattr(parts, "available_memory", lambda device: 18 * count)
+    count = sum(p.numel() for p in load_policy("model", device="cpu").policy.parameters())
+    monkeypatch.setattr(memory, "available_memory", lambda device: 18 * count)
     refused(train(), "`objective.beta` = 0.04", "no room", "Set objective.beta to 0")
     assert train(objective__beta=0.0).status == 0
-    monkeypatch.setattr(parts, "available_memory", lambda device: 8 * count)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 8 * count)
     refused(train("--run", "other"), "does not fit")
 
 

@@ -33,8 +33,10 @@ from groupwise.models.attention import ForestAttention, Options
 from groupwise.models.head import HeadShape
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Prompt
-from groupwise.wiring import parts
+from groupwise.wiring import memory
 from groupwise.wiring.python_objects import PythonObjects
+from groupwise.wiring.scoring import open_functions, scorer_of
+from groupwise.wiring.settings import objective_of
 from tests.commandline import call
 from tests.run.tiny import ALPHABET, save_model, save_rewards, save_rows
 from tests.tiny_tokenizers import CHAT_TEMPLATE, byte_level
@@ -394,8 +396,8 @@ def some(prompts: Any, completions: Any, **_: Any) -> list[float | None]:
 )
 def test_rewards(reward: Callable[..., Any], verdict: str, said: str, opened: OpenedJob) -> None:
     with ExitStack() as closing:
-        functions = parts.open_functions(opened.job, PythonObjects([reward]), None, closing)
-        scorer = parts.scorer_of(opened.job, functions, opened.model.codec, opened.warnings.append)
+        functions = open_functions(opened.job, PythonObjects([reward]), None, closing)
+        scorer = scorer_of(opened.job, functions, opened.model.codec, opened.warnings.append)
         [finding] = doctor._tried("rewards", inputs.rewards, replace(opened, scorer=scorer))
     assert finding.verdict == verdict
     assert said in finding.words
@@ -427,10 +429,10 @@ def test_step_rewards(reward: Callable[..., Any], pattern: str, verdict: str, sa
     process = ProcessSection(segmenter="pattern", pattern=pattern)
     job = opened.job.model_copy(update={"reward": scoring, "process": process})
     with ExitStack() as closing:
-        functions = parts.open_functions(job, PythonObjects(step_rewards=[reward]), None, closing)
-        scorer = parts.scorer_of(job, functions, opened.model.codec, opened.warnings.append)
+        functions = open_functions(job, PythonObjects(step_rewards=[reward]), None, closing)
+        scorer = scorer_of(job, functions, opened.model.codec, opened.warnings.append)
         learner = copy.copy(opened.learner)
-        learner.objective = parts.objective_of(job)
+        learner.objective = objective_of(job)
         [finding] = doctor._tried("rewards", inputs.rewards, replace(opened, scorer=scorer, learner=learner))
     assert finding.verdict == verdict
     assert said in finding.words
@@ -465,7 +467,7 @@ def test_the_update_of_the_memory_check_is_a_full_one(opened: OpenedJob) -> None
 
 
 def test_weights_that_do_not_fit_are_the_only_finding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
     report = groupwise.doctor(model=folder, data=ROWS, reward=share, **OPTIONS)
     assert failed(report) == {"memory"}
     assert report.count("not used") == len(report.findings) - 1

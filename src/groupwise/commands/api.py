@@ -36,7 +36,9 @@ from groupwise.streams import ERR, output
 from groupwise.types import Completion, Message, Request
 from groupwise.watch.record import Record
 from groupwise.watch.terminal import Mode
-from groupwise.wiring.parts import Model, cast_policy, open_engine, open_evaluation, open_guard, open_model
+from groupwise.wiring.engines import open_engine, open_guard
+from groupwise.wiring.models import Model, cast_policy, open_model
+from groupwise.wiring.parts import open_evaluation
 from groupwise.wiring.python_objects import PYTHON_PREFIX, PythonObjects
 from groupwise.wiring.scoring import as_judged, open_functions, scorer_of
 from groupwise.wiring.settings import eval_sampling_of

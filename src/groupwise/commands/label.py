@@ -35,7 +35,9 @@ from groupwise.store.folder import RunFolder
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Finish, Group, GroupKey, Prompt
 from groupwise.watch.record import Record
-from groupwise.wiring.parts import Model, encoded_prompts, open_engine
+from groupwise.wiring.engines import open_engine
+from groupwise.wiring.models import Model
+from groupwise.wiring.prompts import encoded_prompts
 from groupwise.wiring.python_objects import PYTHON_PREFIX, PythonObjects
 from groupwise.wiring.scoring import as_judged, open_functions
 from groupwise.wiring.settings import sampling_of

@@ -13,7 +13,8 @@ from groupwise.diagnosis.inputs import chat_template, end_token, memory, rewards
 from groupwise.diagnosis.numbers import NUMBERS, Check
 from groupwise.diagnosis.opened_job import OpenedJob, open_job
 from groupwise.errors import GroupwiseError
-from groupwise.wiring.parts import lacking_memory, model_source
+from groupwise.wiring.memory import lacking_memory
+from groupwise.wiring.models import model_source
 from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wording import one_line
 

@@ -26,7 +26,10 @@ from groupwise.models.load import choose_device
 from groupwise.rewards.scorer import Scorer
 from groupwise.seeds import group_seed
 from groupwise.types import Group, GroupKey, Prompt, Request, Score, ScoredGroup
-from groupwise.wiring import parts
+from groupwise.wiring import memory
+from groupwise.wiring.engines import open_engine
+from groupwise.wiring.models import Model, model_source, open_model
+from groupwise.wiring.prompts import held_out_prompts, training_prompts
 from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wiring.reward_models import open_trained
 from groupwise.wiring.scoring import open_functions, say_unread, scorer_of
@@ -55,7 +58,7 @@ class OpenedJob:
     """The objects of a job, as a run would have them before its first step. `warnings` gathers what rewards say."""
 
     job: Job
-    model: parts.Model
+    model: Model
     prompts: PromptSet
     held_out: PromptSet | None
     scorer: Scorer
@@ -124,15 +127,15 @@ class OpenedJob:
 def open_job(job: Job, objects: PythonObjects, say: Callable[[str], None], closing: ExitStack) -> OpenedJob:
     """Open a job as training does, what is quick to refuse first. Raises GroupwiseError where it cannot be opened."""
     warnings: list[str] = []
-    trained = cache(lambda: open_trained(job, parts.model_source(job, say), objects))
+    trained = cache(lambda: open_trained(job, model_source(job, say), objects))
     functions = open_functions(job, objects, None, closing, trained)
     device = choose_device(job.model.device)
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-    room = TokenBudget(parts.available_memory(device), int(held))
-    model = parts.open_model(job, objects, say, training=True)
+    room = TokenBudget(memory.available_memory(device), int(held))
+    model = open_model(job, objects, say, training=True)
     scorer = scorer_of(job, functions, model.codec, warnings.append)
-    prompts = parts.training_prompts(job, model, objects)
-    held_out = parts.held_out_prompts(job, model, objects)
+    prompts = training_prompts(job, model, objects)
+    held_out = held_out_prompts(job, model, objects)
     if not job.reward.verifier:  # which is not opened here
         say_unread(job, prompts.prompts, [functions], say)
     if held_out and (known := in_both(prompts.prompts, held_out.prompts)):
@@ -146,7 +149,7 @@ def open_job(job: Job, objects: PythonObjects, say: Callable[[str], None], closi
     learner = Learner(model.loaded.policy, objective_of(job), settings)
     reference = Reference(learner.policy) if learner.objective.needs_reference else NoReference()
     reference.refresh(learner, 0)
-    engine = parts.open_engine(job, model, closing)
+    engine = open_engine(job, model, closing)
     return OpenedJob(job, model, prompts, held_out, scorer, engine, learner, reference, room, say, warnings)
 
 

@@ -12,7 +12,7 @@ from groupwise.disk import in_words
 from groupwise.errors import ModelError
 from groupwise.models.load import choose_device, load_config
 from groupwise.models.size import parameter_count
-from groupwise.wiring.parts import available_memory
+from groupwise.wiring.memory import available_memory
 from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wiring.settings import memory_settings
 

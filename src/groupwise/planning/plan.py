@@ -28,7 +28,8 @@ from groupwise.planning.trace import Shape, TracedModel
 from groupwise.readable import duration
 from groupwise.reward_models.model import Source
 from groupwise.tokenizer.codec import Codec
-from groupwise.wiring.parts import available_memory, encoded_prompts
+from groupwise.wiring.memory import available_memory
+from groupwise.wiring.prompts import encoded_prompts
 from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wiring.reward_models import reward_model_bytes
 from groupwise.wiring.settings import memory_settings, objective_of

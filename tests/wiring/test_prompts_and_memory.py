@@ -13,8 +13,8 @@ from groupwise.models.load import load_policy
 from groupwise.objective import PRESETS
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Sampling
-from groupwise.wiring import parts
-from groupwise.wiring.parts import Model
+from groupwise.wiring import memory, prompts
+from groupwise.wiring.models import Model
 from groupwise.wiring.python_objects import PythonObjects
 from groupwise.wiring.settings import eval_sampling_of, objective_of, sampling_of
 from tests.run.tiny import CONTEXT, save_model
@@ -82,7 +82,7 @@ def with_rows(**sections: Any) -> Job:
 
 def test_prompts_leave_room_for_the_output(model: Model) -> None:
     objects = PythonObjects(rows=[{"prompt": "a" * length} for length in (CONTEXT - 16, CONTEXT - 15)])
-    found = parts.training_prompts(with_rows(sampling={"max_completion_length": 16}), model, objects)
+    found = prompts.training_prompts(with_rows(sampling={"max_completion_length": 16}), model, objects)
     assert [len(prompt.token_ids) for prompt in found.prompts] == [CONTEXT - 16]
     assert found.dropped_long == 1
 
@@ -92,7 +92,7 @@ def test_held_out_prompts_leave_room_for_outputs_of_their_own_length(model: Mode
     job = with_rows(
         sampling={"max_completion_length": 16}, eval={"data": "python:rows", "max_completion_length": 4, "limit": 9}
     )
-    found = parts.held_out_prompts(job, model, objects)
+    found = prompts.held_out_prompts(job, model, objects)
     assert found is not None
     assert len(found.prompts) == 2
 
@@ -109,22 +109,22 @@ def test_held_out_prompts_leave_room_for_outputs_of_their_own_length(model: Mode
 )
 def test_lengths_that_cannot_fit_are_refused(model: Model, sections: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        parts.training_prompts(with_rows(**sections), model, PythonObjects(rows=[{"prompt": "a"}]))
+        prompts.training_prompts(with_rows(**sections), model, PythonObjects(rows=[{"prompt": "a"}]))
 
 
 def test_the_key_that_is_too_long_is_the_one_that_is_named(model: Model) -> None:
     job = with_rows(sampling={"max_completion_length": 8}, eval={"data": "python:rows", "max_completion_length": 64})
     with pytest.raises(ConfigError, match=r"`eval.max_completion_length` = 64"):
-        parts.held_out_prompts(job, model, PythonObjects(eval_rows=[{"prompt": "a"}]))
+        prompts.held_out_prompts(job, model, PythonObjects(eval_rows=[{"prompt": "a"}]))
 
 
 def test_another_split_of_the_same_data_is_of_the_same_revision(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
     seen = []
-    monkeypatch.setattr(parts, "load_prompts", lambda section, *_, **__: seen.append(section))
+    monkeypatch.setattr(prompts, "load_prompts", lambda section, *_, **__: seen.append(section))
     for path in ("org/data", "org/other"):
         data = {"path": "org/data", "revision": "v2", "subset": "main"}
         job = a_job(data=data, eval={"data": path, "split": "test"}, sampling={"max_completion_length": 8})
-        parts.held_out_prompts(job, model, PythonObjects())
+        prompts.held_out_prompts(job, model, PythonObjects())
     assert [(one.path, one.split, one.revision, one.subset) for one in seen] == [
         ("org/data", "test", "v2", "main"),
         ("org/other", "test", None, None),
@@ -133,14 +133,14 @@ def test_another_split_of_the_same_data_is_of_the_same_revision(monkeypatch: pyt
 
 def test_what_came_from_python_has_to_come_again(model: Model) -> None:
     with pytest.raises(DataError, match=r"hand it over again: data=rows"):
-        parts.training_prompts(with_rows(sampling={"max_completion_length": 8}), model, PythonObjects())
+        prompts.training_prompts(with_rows(sampling={"max_completion_length": 8}), model, PythonObjects())
 
 
 def check_memory(monkeypatch: pytest.MonkeyPatch, free_per_parameter: float, **knobs: Any) -> None:
-    monkeypatch.setattr(parts, "parameter_count", lambda config: 1_000_000)
-    monkeypatch.setattr(parts, "load_config", lambda *_, **__: None)
-    monkeypatch.setattr(parts, "available_memory", lambda device: int(free_per_parameter * 1_000_000))
-    parts.check_memory(a_job(model={"device": "cpu", **knobs.pop("model", {})}, objective=knobs), "org/base", False)
+    monkeypatch.setattr(memory, "parameter_count", lambda config: 1_000_000)
+    monkeypatch.setattr(memory, "load_config", lambda *_, **__: None)
+    monkeypatch.setattr(memory, "available_memory", lambda device: int(free_per_parameter * 1_000_000))
+    memory.check_memory(a_job(model={"device": "cpu", **knobs.pop("model", {})}, objective=knobs), "org/base", False)
 
 
 def test_a_model_that_cannot_be_trained_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,4 +159,4 @@ def test_beta_without_room_for_a_reference_is_refused(monkeypatch: pytest.Monkey
 
 
 def test_free_memory_is_what_the_machine_says() -> None:
-    assert 1e6 < parts.available_memory(torch.device("cpu")) < 1e15
+    assert 1e6 < memory.available_memory(torch.device("cpu")) < 1e15
