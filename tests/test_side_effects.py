@@ -65,8 +65,8 @@ groupwise.evaluate("run", reward=reward)
 groupwise.export("run", "out")
 groupwise.plan(model=model, data=data, reward=reward, max_completion_length=6)
 found["others"] = changed(before)
-from groupwise.models import heap
-found["heap"] = heap.keep_freed_memory("cpu")
+from groupwise.cpu import malloc
+found["heap"] = malloc.keep_freed_memory("cpu")
 print(json.dumps(found))
 """
 

@@ -352,8 +352,8 @@ def test_on_policy_the_known_slope_gives_the_gradient_of_the_loss(
 
 
 @pytest.mark.parametrize("change", [{"beta": 0.1, "kl": "k3"}, {"importance_sampling": "token_truncate"}])
-def test_what_depends_on_log_probs_is_told_no_slope(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
+def test_what_depends_on_log_probs_is_told_no_gradient(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
     objective = replace(objective_named("grpo"), **{"beta": 0.0, **change})
     learner = learner_of(objective, exact("shared"), correct_sampler="importance_sampling" in change)
-    monkeypatch.setattr(learner, "_slope", lambda *inputs: pytest.fail("a slope was told"))
+    monkeypatch.setattr(learner, "_grad_logprobs", lambda *inputs: pytest.fail("a gradient was told"))
     gradients(learner, off_policy(learner.pack(*data()), learner.objective), passes_done=0)

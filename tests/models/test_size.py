@@ -39,3 +39,10 @@ def test_seventy_billion_are_counted_in_no_time_and_no_memory() -> None:
 def test_a_configuration_without_a_causal_model_is_a_clear_error() -> None:
     with pytest.raises(ModelError, match="transformers has no causal language model of this type"):
         parameter_count(CONFIG_MAPPING["t5"]())
+
+
+def test_a_class_that_cannot_be_made_from_its_configuration_is_a_clear_error() -> None:
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+    config.rope_parameters = None  # which its class reads without looking: another error than ValueError
+    with pytest.raises(ModelError, match="No causal language model can be made from a configuration of type llama: "):
+        parameter_count(config)

@@ -55,6 +55,8 @@ def test_a_run_is_exported_evaluated_sampled_resumed_and_forked(base: Path, dtyp
     assert not exported["model.layers.1.mlp.up_proj.weight"].equal(before["model.layers.1.mlp.up_proj.weight"])
     assert groupwise.sample(run, "ab")[0].token_ids
     assert "reward" in groupwise.evaluate(run, eval_data=[{"prompt": "ab"}], reward=ARGUMENTS["reward"])
+    labels = groupwise.label(run, output=tmp_path / "labels.jsonl", n=2, **ARGUMENTS)
+    assert labels.outputs == 16
     assert groupwise.resume(run, overrides=["train.steps=3"], show="quiet", **ARGUMENTS).steps == 3
     assert groupwise.resume(run, fork=fork, overrides=["train.steps=4"], show="quiet", **ARGUMENTS).steps == 4
 

@@ -20,11 +20,12 @@ def parameter_count(config: PreTrainedConfig, trust_remote_code: bool = False, a
     try:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        # Named boundary: transformers knows no such class for this configuration, or its values do not fit together.
+    except Exception as error:
+        # Named boundary: transformers knows no such class for this configuration, or its values do not fit together,
+        # which each class says in its own way.
         what = "causal language model" if auto is AutoModelForCausalLM else "reward model"
         raise ModelError(
-            f"No {what} can be made from a configuration of type {config.model_type}: {one_line(error)}"
+            f"No {what} can be made from a configuration of type {config.model_type}: {one_line(error, 300)}"
         ) from error
     return sum(parameter.numel() for parameter in model.parameters())
 
