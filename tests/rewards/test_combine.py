@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from groupwise.errors import RewardError
-from groupwise.rewards.base import Reward, RewardContext, Scope, Values
+from groupwise.rewards.base import Reward, RewardContext, Values
 from groupwise.rewards.combine import score_groups, unique_names
 from groupwise.rewards.functions.load import load_reward
 from groupwise.types import Group
@@ -25,7 +25,6 @@ class Scripted:
 
     def __init__(self, name: str, values: Any) -> None:
         self.name = name
-        self.scope: Scope = "output"
         self.values = values
 
     def __call__(self, groups: Sequence[Group], context: RewardContext) -> Values:

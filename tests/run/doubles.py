@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from groupwise.rewards.base import RewardContext, Scope, Values
+from groupwise.rewards.base import RewardContext, Values
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.types import Completion, Finish, Group, GroupKey, Prompt, Request, Sampled, Score, ScoredGroup
 
@@ -46,8 +46,6 @@ class ScriptedEngine:
 
 class ScriptedReward:
     """Scores an output by a function of its text."""
-
-    scope: Scope = "output"
 
     def __init__(self, value: Callable[[str], float | None], name: str = "scripted", log: Log | None = None) -> None:
         self.value, self.name = value, name

@@ -9,7 +9,7 @@ from typing import Any
 from groupwise.reward_models.model import RewardModel
 from groupwise.reward_models.score import BUDGET, scores_of, sigmoid
 from groupwise.reward_models.text import Judged, Output, Steps
-from groupwise.rewards.base import RewardContext, Scope, Values
+from groupwise.rewards.base import RewardContext, Values
 from groupwise.rewards.checks import check_number, check_values, show_output
 from groupwise.rewards.steps import Cuts
 from groupwise.rewards.stepwise import StepValues
@@ -66,8 +66,6 @@ class _Judge:
 
 class ModelReward(_Judge):
     """An outcome reward model: the raw logit of each output."""
-
-    scope: Scope = "output"
 
     def __call__(self, groups: Sequence[Group], context: RewardContext) -> Values:
         """One score per output. Raises RewardError where one is not finite."""

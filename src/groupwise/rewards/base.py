@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from groupwise.types import Group
 
-Scope = Literal["output", "group", "step"]
 Values = list[list[float | None]]
 """Per group, per output: a reward, or None where the output was not scored."""
 
@@ -36,7 +35,9 @@ class RewardContext:
     `step` counts optimizer batches that are over, of `total_steps`, and `epoch` passes over the prompts, of `epochs`
     where that is known.
     `metrics` collects numbers for the step's event, `extras` columns for `rollouts.jsonl` (one entry per output, in the
-    order of the groups), `faults` why outputs have no value (the first one suffices), `outcomes` what calls came to.
+    order of the groups): what two rewards report under one name stands under the second one's own name too, and of what
+    a function logs several times the mean. `faults` says why outputs have no value (the first one suffices), `outcomes`
+    what calls came to.
     `warn` shows a sentence to the user.
     """
 
@@ -53,10 +54,9 @@ class RewardContext:
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores outputs. `scope` is the least it must see at once: one output, a whole group, or the whole step."""
+    """Scores the outputs of a step, of which it sees all."""
 
     name: str
-    scope: Scope
 
     def __call__(self, groups: Sequence[Group], context: RewardContext) -> Values:
         """One value per output of each group. Raises RewardError where values cannot be used (NaN, a string)."""

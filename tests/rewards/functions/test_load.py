@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from groupwise.errors import RewardError, Stopped
-from groupwise.rewards.base import Reward, RewardContext, Scope, Values
+from groupwise.rewards.base import Reward, RewardContext, Values
 from groupwise.rewards.functions.load import FunctionReward, load_reward
 from groupwise.types import Group
 from tests.rewards.groups import flat, group, listening
@@ -50,7 +50,7 @@ def test_a_function_over_lists_gets_every_column_by_keyword(load: Load) -> None:
     reward = load(score)
     context = RewardContext(3, 10, epoch=1.5, epochs=5)
     assert reward(GROUPS, context) == [[1.0, 2.0], [3.0, 4.0]]
-    assert (reward.name, reward.scope) == ("score", "group")
+    assert reward.name == "score"
     state = seen.pop("trainer_state")
     assert (state.global_step, state.max_steps, state.epoch) == (3, 10, 1.5)
     assert (state.num_train_epochs, state.is_world_process_zero, state.is_local_process_zero) == (5, True, True)
@@ -114,7 +114,6 @@ def test_plain_functions_are_called_per_output(load: Load) -> None:
     by_name = load(lambda completion, answer: float(completion == answer))
     assert by_position(GROUPS, listening()[0]) == [[6.0, 7.0], [9.0, 6.0]]
     assert by_name(GROUPS, listening()[0]) == [[1.0, 0.0], [0.0, 0.0]]
-    assert by_position.scope == by_name.scope == "output"
 
 
 def test_a_plain_function_gets_the_text_of_a_conversation(load: Load) -> None:
@@ -407,7 +406,6 @@ def test_builtin_and_unknown_builtin(load: Load) -> None:
 def test_a_reward_is_returned_as_it_is() -> None:
     class Mine:
         name = "mine"
-        scope: Scope = "group"
 
         def __call__(self, groups: Any, context: RewardContext) -> Values:
             return [[1.0] * len(group.completions) for group in groups]
@@ -416,6 +414,17 @@ def test_a_reward_is_returned_as_it_is() -> None:
 
     mine: Reward = Mine()
     assert load_reward(mine) is mine
+
+
+def test_what_is_called_as_a_reward_and_is_none_is_refused() -> None:
+    class Mine:
+        name = "mine"
+
+        def __call__(self, groups: Any, context: RewardContext) -> Values:
+            return [[1.0] * len(group.completions) for group in groups]
+
+    with pytest.raises(RewardError, match=r"called with \(groups, context\), as a Reward is, and lacks `close`"):
+        load_reward(Mine())
 
 
 def test_a_callable_without_a_signature_is_refused() -> None:

@@ -57,7 +57,6 @@ def test_both_kinds_of_function_keep_the_order_of_the_outputs(load: Load) -> Non
     assert over_lists(GROUPS, listening()[0]) == [[2.0, 2.0], [3.0, 4.0]]
     plain = load("def score(prompt, completion): return float(len(prompt) * len(completion))")
     assert plain(GROUPS, listening()[0]) == [[4.0, 8.0], [12.0, 16.0]]
-    assert (over_lists.scope, plain.scope) == ("group", "output")
 
 
 def test_async_helpers_and_state(load: Load) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import asyncio
 
 # What only a function over lists can name, and what is handed out beside the data.
-LISTS = frozenset({"prompts", "completions", "completion_ids", "log_extra", "environments"})
+LISTS = frozenset({"prompts", "completions", "completion_ids", "log_extra"})
 HELPERS = ("trainer_state", "log_metric", "log_extra")
 TRACEBACK_LINES = 12
 IMPORT_FAILURE_LENGTH = 600

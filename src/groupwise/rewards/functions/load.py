@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from groupwise.errors import RewardError
-from groupwise.rewards.base import Reward, RewardContext, Scope, Values
+from groupwise.rewards.base import Reward, RewardContext, Values
 from groupwise.rewards.checks import check_values
 from groupwise.rewards.functions.calling import LoadError
 from groupwise.rewards.functions.calls import FunctionCalls
@@ -35,11 +36,6 @@ STEPWISE_BUILTINS = {"arithmetic": "groupwise.demo.reward:score_steps"}
 
 class FunctionReward(FunctionCalls):
     """A user's function as a reward: see `FunctionCalls`."""
-
-    def __init__(self, runner: Runner, name: str, *, timeout: float, output_timeout: float) -> None:
-        super().__init__(runner, name, timeout=timeout, output_timeout=output_timeout)
-        # A function over lists may compare siblings; more than the group none written for TRL can rely on.
-        self.scope: Scope = "output" if runner.signature.per_output else "group"
 
     def __call__(self, groups: Sequence[Group], context: RewardContext) -> Values:
         """One value per output of each group, None where it was not scored. Raises RewardError on unusable values."""
@@ -60,10 +56,27 @@ def load_reward(
     seconds: `timeout` for a step's outputs together, `output_timeout` for one alone. Raises RewardError where it cannot
     be loaded.
     """
-    if not isinstance(spec, str) and isinstance(spec, Reward):
+    if not isinstance(spec, str) and _is_reward(spec):
         return spec
     runner, name = _runner(spec, log)
     return FunctionReward(runner, name or runner.signature.name, timeout=timeout, output_timeout=output_timeout)
+
+
+def _is_reward(given: Callable[..., Any] | Reward) -> TypeGuard[Reward]:
+    """Whether this is a Reward and no function. Raises RewardError for what is called as one and is none."""
+    if isinstance(given, Reward):
+        return True
+    try:
+        called = tuple(inspect.signature(given).parameters)
+    except (TypeError, ValueError):
+        return False  # it is told of where functions are
+    if called[:2] != ("groups", "context"):
+        return False
+    raise RewardError(
+        f"{given!r} is called with (groups, context), as a Reward is, and lacks "
+        f"{' and '.join(f'`{name}`' for name in ('name', 'close') if not hasattr(given, name))}. See `Reward` in "
+        "groupwise.rewards.base; a function takes `prompt, completion`, or lists: `completions`."
+    )
 
 
 def load_stepwise(
