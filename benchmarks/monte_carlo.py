@@ -36,6 +36,7 @@ def agreement(prompts: int, outputs: int, seed: int) -> dict[str, Any]:
     """Label `outputs` outputs of each of `prompts` held-out questions by the built-in model, for each of `TRIES`."""
     from groupwise.demo.task import held_out
     from groupwise.demo.warmup import ensure_warm
+    from groupwise.engines.mailbox import Mailbox
     from groupwise.engines.native.engine import NativeEngine
     from groupwise.models.load import load_policy
     from groupwise.reward_models.monte_carlo import Completer, MonteCarlo
@@ -56,12 +57,12 @@ def agreement(prompts: int, outputs: int, seed: int) -> dict[str, Any]:
         Prompt(str(i), row["prompt"], codec.encode_prompt(row["prompt"]), {"answer": row["answer"]})
         for i, row in enumerate(held_out(prompts))
     ]
-    groups = GroupSampler(sampling, outputs, seed, "label").sample(engine, rows, 0)
+    groups = GroupSampler(sampling, outputs, seed, "label").sample(Mailbox(engine), rows, 0)
     scored = scorer(groups, Record(0))
     found = {}
     for n in TRIES:
         labeller = MonteCarlo(
-            engine, lambda asked: scorer(asked, Record(0)), codec, by_pattern(codec, r"\n"),
+            Mailbox(engine), lambda asked: scorer(asked, Record(0)), codec, by_pattern(codec, r"\n"),
             Completer(n, sampling, seed), soft=True,
         )  # fmt: skip
         start = time.perf_counter()
@@ -147,7 +148,7 @@ def speed(shape: str, folder: Path, prompts: int, pairs: int, names: Sequence[st
     way has its turn."""
     from benchmarks.cases import SHAPES
     from benchmarks.shapes import save, tokenizer_of
-    from groupwise.engines.base import generate
+    from groupwise.engines.mailbox import Mailbox, generate
     from groupwise.engines.native.engine import NativeEngine
     from groupwise.models.load import load_policy
     from groupwise.tokenizer.codec import Codec
@@ -165,7 +166,7 @@ def speed(shape: str, folder: Path, prompts: int, pairs: int, names: Sequence[st
         for _ in range(pairs):
             for way in WAYS:
                 start = time.perf_counter()
-                groups = generate(NativeEngine(policy, codec, max_live=256), asked_as(way, requests))
+                groups = generate(Mailbox(NativeEngine(policy, codec, max_live=256)), asked_as(way, requests))
                 seconds = time.perf_counter() - start
                 drawn[way] = [c.token_ids for group in groups for c in group]
                 rates[way].append(sum(map(len, drawn[way])) / seconds)

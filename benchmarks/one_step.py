@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from groupwise.demo.model import small_model
-from groupwise.engines.base import generate
+from groupwise.engines.mailbox import Mailbox, generate
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.jobfile import load_job
 from groupwise.learn.learner import Learner
@@ -60,7 +60,7 @@ def main(path: str, steps: int) -> None:
         requests = [Request(f"{step}/{i}", p.token_ids, count, sampling_of(job), i) for i, p in enumerate(prompts)]
         groups = [
             Group(GroupKey(step, i, str(i)), prompts[i], outputs)
-            for i, outputs in enumerate(generate(engine, requests))
+            for i, outputs in enumerate(generate(Mailbox(engine), requests))
         ]
         middle = time.perf_counter()
         scored = [ScoredGroup(group, (Score(0.0),) * count) for group in groups]

@@ -18,6 +18,7 @@ from benchmarks.protocol import Channel, FamilyPeak, peak, resident
 from benchmarks.shapes import tokenizer_of
 from groupwise.cpu.malloc import keep_freed_memory, own_process
 from groupwise.data.stream import PromptStream
+from groupwise.engines.mailbox import Mailbox
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.engines.processes import PooledEngine
 from groupwise.learn.learner import Learner, LearnerSettings
@@ -103,7 +104,7 @@ class Session:
         scorer = Scorer([load_reward(_reward, timeout=60, output_timeout=10)], None, 1_000_000, _warn)
         draw = GroupSampler(Sampling(max_tokens=case.completion), case.outputs, SEED, "train")
         stream = PromptStream(prompts, seed=SEED, shuffle=False)
-        return Rollouts(stream, self.engine, scorer, draw, case.prompts)
+        return Rollouts(stream, Mailbox(self.engine), scorer, draw, case.prompts)
 
     def step(self, number: int, short: int | None = None) -> dict[str, Any]:
         """One step; `short` cuts its outputs, for warming up."""
@@ -129,7 +130,7 @@ class Session:
         lengths = self._prescribe(number, short)
         prompts = self.rollouts.prompts.take(self.case.prompts)
         start = time.perf_counter()
-        groups = self.rollouts.draw.sample(self.engine, prompts, number)
+        groups = self.rollouts.draw.sample(Mailbox(self.engine), prompts, number)
         seconds = time.perf_counter() - start
         assert [len(c.token_ids) for group in groups for c in group.completions] == lengths
         return {"seconds": seconds, "tokens": sum(lengths)}

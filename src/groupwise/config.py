@@ -209,6 +209,14 @@ class SamplingSection(Section):
     """Most outputs decoded together; bounds the memory of the key/value stores."""
 
 
+class EngineSection(Section):
+    """What samples."""
+
+    kind: Literal["auto", "native", "processes"] = "auto"
+    """`native`: this process; `processes`: a process per thread, copies of this one, where the model is on a CPU and
+    there is enough to sample; `auto`: `processes` where that is possible."""
+
+
 class ObjectiveSection(Section):
     """Which objective: a preset, and what to change in it."""
 
@@ -345,6 +353,7 @@ class Job(Section):
     process: ProcessSection = Field(default_factory=ProcessSection)
     reward_model: RewardModelSection = Field(default_factory=RewardModelSection)
     sampling: SamplingSection = Field(default_factory=SamplingSection)
+    engine: EngineSection = Field(default_factory=EngineSection)
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
     train: TrainSection = Field(default_factory=TrainSection)
     eval: EvalSection = Field(default_factory=EvalSection)

@@ -201,7 +201,7 @@ def with_head(shape: HeadShape, opened: OpenedJob, monkeypatch: pytest.MonkeyPat
 def stale_sampler(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
     """The engine has weights of its own, and what it is given does not arrive."""
     engine = NativeEngine(noisy(copy.deepcopy(opened.learner.policy)), opened.model.codec)
-    monkeypatch.setattr(engine, "load_weights", lambda weights, version: None)
+    monkeypatch.setattr(engine, "load_weights", lambda weights, version, **options: None)
     return replace(opened, engine=engine)
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from groupwise.demo.model import character_tokenizer
-from groupwise.engines.base import generate
+from groupwise.engines import mailbox
+from groupwise.engines.base import Engine
+from groupwise.engines.mailbox import Answers, Mailbox
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.models.head import HeadShape
 from groupwise.models.policy import LayoutName, Policy
@@ -47,6 +49,11 @@ def sample(
 ) -> list[tuple[Completion, ...]]:
     """The completions of each request, by a fresh engine."""
     return generate(NativeEngine(policy, codec, **options), asked)
+
+
+def generate(engine: Engine, asked: Sequence[Request]) -> Answers:
+    """The completions of each request, by an engine that nobody else asks."""
+    return mailbox.generate(Mailbox(engine), asked)
 
 
 def tokens(groups: Sequence[Sequence[Completion]]) -> list[list[tuple[int, ...]]]:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 
 import pytest
 import torch
 
 from groupwise.cpu.cores import threads
 from groupwise.engines import processes
-from groupwise.engines.base import Engine, generate
+from groupwise.engines.base import Engine, InFlight, finished
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.engines.processes import PooledEngine
 from groupwise.engines.scripted import ScriptedEngine
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Request, Sampled, Sampling
-from tests.engines.policies import CODEC, PROMPTS, make_policy, requests
+from tests.engines.policies import CODEC, PROMPTS, generate, make_policy, requests, tokens
 from tests.tiny_tokenizers import byte_level
 
 TEXTS = ["yes.", "no", "perhaps not today", ""]
@@ -43,7 +42,7 @@ def test_each_request_gets_its_completions_once(engine: Engine) -> None:
     asked = requests(n=3)
     for request in asked:
         engine.submit(request)
-    seen = Counter((sampled.uid, sampled.output) for sampled in engine.completed())
+    seen = Counter((sampled.uid, sampled.output) for sampled in finished(engine))
     assert seen == Counter((request.uid, index) for request in asked for index in range(3))
 
 
@@ -53,7 +52,7 @@ def test_generate_gives_them_in_order(engine: Engine) -> None:
     again = {f"r{i}": group for i, group in enumerate(groups)}
     for request in reversed(requests(n=3)):
         engine.submit(request)
-    for uid, index, completion in engine.completed():
+    for uid, index, completion in finished(engine):
         assert completion.token_ids == again[uid][index].token_ids
 
 
@@ -74,7 +73,7 @@ def test_a_completion_is_whole(engine: Engine) -> None:
 
 
 def test_nothing_in_flight_is_nothing_completed(engine: Engine) -> None:
-    assert list(engine.completed()) == []
+    assert list(finished(engine)) == []
     assert generate(engine, []) == []
 
 
@@ -83,16 +82,16 @@ def test_a_uid_is_free_again_when_its_request_is_done(engine: Engine) -> None:
     engine.submit(first)
     with pytest.raises(AssertionError, match="in flight"):
         engine.submit(first)
-    assert len(list(engine.completed())) == 3
+    assert len(list(finished(engine))) == 3
     engine.submit(first)
-    assert len(list(engine.completed())) == 3
+    assert len(list(finished(engine))) == 3
 
 
 def test_a_request_may_come_while_others_are_under_way(engine: Engine) -> None:
     first, second, *_ = requests(n=3)
     engine.submit(first)
     seen = []
-    for number, sampled in enumerate(engine.completed()):
+    for number, sampled in enumerate(finished(engine)):
         seen.append(sampled.uid)
         if number == 1:
             engine.submit(second)
@@ -103,39 +102,65 @@ def test_a_cancelled_request_is_heard_of_no_more(engine: Engine) -> None:
     for request in requests(n=3):
         engine.submit(request)
     engine.cancel("nobody")
-    seen = []
-    for number, sampled in enumerate(engine.completed()):
-        if number == 2:
-            engine.cancel("r0")
-            engine.cancel("r2")
-            seen.clear()
-        elif number > 2:
-            seen.append(sampled.uid)
-    assert not {"r0", "r2"} & set(seen)
-    assert list(engine.completed()) == []
+    assert engine.poll()
+    engine.cancel("r0")
+    engine.cancel("r2")
+    assert {sampled.uid for sampled in finished(engine)} <= {"r1", "r3"}
+    assert engine.poll() == []
     engine.submit(requests()[0])
-    assert {sampled.uid for sampled in engine.completed()} == {"r0"}
+    assert {sampled.uid for sampled in finished(engine)} == {"r0"}
 
 
-def test_cancelling_everything_ends_the_iteration(engine: Engine) -> None:
+def test_cancelling_everything_leaves_nothing_in_flight(engine: Engine) -> None:
     for request in requests():
         engine.submit(request)
-    for _ in engine.completed():
-        for uid in ("r0", "r1", "r2", "r3"):
-            engine.cancel(uid)
-    assert list(engine.completed()) == []
+    assert engine.poll()
+    for uid in ("r0", "r1", "r2", "r3"):
+        engine.cancel(uid)
+    assert engine.poll() == []
 
 
-def test_who_leaves_and_comes_back_misses_nothing(engine: Engine) -> None:
+def test_who_asks_now_and_then_misses_nothing(engine: Engine) -> None:
     for request in requests(n=3):
         engine.submit(request)
-    seen = []
-    while part := list(islice(engine.completed(), 2)):
-        seen += part
-    assert len(seen) == len({(sampled.uid, sampled.output) for sampled in seen}) == 12
-    assert {(s.uid, s.output): s.completion for s in seen} == {
-        (f"r{i}", j): c for i, group in enumerate(generate(engine, requests(n=3))) for j, c in enumerate(group)
+    seen: list[Sampled] = []
+    while len(seen) < 12:  # without waiting, an engine of this thread goes on by a step
+        seen += engine.poll(timeout=0.0)
+    assert engine.poll() == []
+    assert {(s.uid, s.output): s.completion.token_ids for s in seen} == {
+        (f"r{i}", j): c.token_ids
+        for i, group in enumerate(generate(engine, requests(n=3)))
+        for j, c in enumerate(group)
     }
+
+
+@pytest.mark.parametrize("in_flight", ["finish", "continue"])
+def test_weights_that_are_replaced_under_way_leave_each_completion_told(engine: Engine, in_flight: InFlight) -> None:
+    """ "finish": of one version each; "continue": versions that follow one another, and say which tokens are whose."""
+    for request in requests(n=3, max_tokens=9):
+        engine.submit(request)
+    seen = engine.poll()
+    engine.load_weights(iter(()), version=1, in_flight=in_flight)
+    later = list(finished(engine))
+    assert len(seen) + len(later) == 12
+    for one in (*seen, *later):
+        counted = one.completion.policy_versions
+        assert sum(count for _, count in counted) == len(one.completion.token_ids)
+        assert [version for version, _ in counted] == sorted({version for version, _ in counted})
+        assert in_flight == "continue" or len(counted) == 1
+    assert {one.completion.policy_versions[0][0] for one in seen} == {0}
+    assert {one.completion.policy_versions[-1][0] for one in later} == {1}
+
+
+def test_what_begins_again_is_what_the_new_weights_say(engine: Engine) -> None:
+    """Draws are those of a fresh engine: seeds do not know that something began twice."""
+    expected = tokens(generate(engine, requests(n=3)))
+    for request in requests(n=3):
+        engine.submit(request)
+    seen = {(one.uid, one.output): one.completion.token_ids for one in engine.poll()}
+    engine.load_weights(iter(()), version=2, in_flight="finish")
+    seen |= {(one.uid, one.output): one.completion.token_ids for one in finished(engine)}
+    assert [[seen[f"r{i}", j] for j in range(3)] for i in range(4)] == expected
 
 
 def test_completions_carry_the_version_of_the_weights(engine: Engine) -> None:
@@ -149,19 +174,10 @@ def test_completions_carry_the_version_of_the_weights(engine: Engine) -> None:
 
 def test_closing_drops_what_is_in_flight_and_may_be_done_twice(engine: Engine) -> None:
     engine.submit(requests()[0])
-    next(engine.completed())
+    engine.poll(timeout=0.0)
     engine.close()
     engine.close()
-    assert list(engine.completed()) == []
-
-
-def test_an_engine_that_stops_early_is_found_out() -> None:
-    class Lazy(ScriptedEngine):
-        def completed(self) -> Iterator[Sampled]:
-            return islice(super().completed(), 2)
-
-    with pytest.raises(AssertionError, match="without finishing"):
-        generate(Lazy(lambda request, index: "a", CODEC), requests(n=3)[:1])
+    assert engine.poll() == []
 
 
 # --- the script itself ------------------------------------------------------------------------------------------------

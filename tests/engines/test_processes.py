@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import pytest
@@ -21,14 +20,24 @@ import torch
 
 from groupwise.cpu.cores import threads
 from groupwise.engines import processes
-from groupwise.engines.base import generate
+from groupwise.engines.base import finished
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.engines.processes import PooledEngine, by_process
 from groupwise.errors import ConfigError, ModelError
 from groupwise.models.policy import Policy
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Branch, Completion, Request, Sampling, Tree
-from tests.engines.policies import CODEC, PROMPTS, difference, make_policy, requests, sample, tokens, without_end
+from tests.engines.policies import (
+    CODEC,
+    PROMPTS,
+    difference,
+    generate,
+    make_policy,
+    requests,
+    sample,
+    tokens,
+    without_end,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -122,25 +131,27 @@ def test_rounding_does_not_depend_on_who_is_done_first(engine: Pooled) -> None:
     """This process has one thread to the end of a batch, whether its helpers are done early or late."""
     seen: list[int] = []
     decode = engine.own._decode
-    engine.own._decode = lambda: (seen.append(torch.get_num_threads()), decode())  # type: ignore[method-assign, assignment]
+    engine.own._decode = lambda limit: (seen.append(torch.get_num_threads()), decode(limit))  # type: ignore[method-assign, assignment]
     for pause in (0.0, 0.2):
         for request in requests(n=4, max_tokens=20):
             engine.submit(request)
         engine._deal()
         time.sleep(pause)
-        assert len(list(engine.completed())) == 16
+        assert len(list(finished(engine))) == 16
     assert set(seen) == {1}
     assert torch.get_num_threads() == 2
     generate(engine, requests(n=4)[:1])
     assert seen[-1] == 2, "alone it has all of them"
 
 
-def test_who_leaves_while_much_is_ready_misses_nothing(engine: Pooled) -> None:
+def test_who_asks_while_much_is_ready_misses_nothing(engine: Pooled) -> None:
     for request in requests(n=4):
         engine.submit(request)
     engine._deal()
     time.sleep(0.3)  # the helper is done by now, and its outputs come in at once
-    parts = [list(islice(engine.completed(), count)) for count in (1, 3, 2, 100)]
+    parts = []
+    while part := engine.poll():
+        parts.append(part)
     assert len({(s.uid, s.output) for part in parts for s in part}) == sum(map(len, parts)) == 16
 
 
@@ -231,7 +242,7 @@ def test_new_weights_under_way_begin_what_is_not_finished_again() -> None:
     engine._deal()
     os.kill(engine.pids[0], signal.SIGSTOP)  # it will not have finished anything
     versions: dict[tuple[str, int], Any] = {}
-    for number, (uid, output, completion) in enumerate(engine.completed()):
+    for number, (uid, output, completion) in enumerate(finished(engine)):
         assert (uid, output) not in versions
         versions[uid, output] = completion.policy_versions
         if number == 0:
@@ -262,16 +273,15 @@ def test_a_cancelled_uid_may_be_used_again_at_once(engine: Pooled) -> None:
         engine.submit(request)
     seen: Counter[tuple[str, int]] = Counter()
     again = Request("r0", PROMPTS[1], 2, Sampling(max_tokens=3), 77)
-    for number, (uid, output, completion) in enumerate(engine.completed()):
-        if number == 0:
-            for old in ("r0", "r1"):
-                engine.cancel(old)
-            seen.clear()
-            engine.submit(again)
-        else:
-            seen[uid, output] += 1
-            assert uid != "r1"
-            assert uid != "r0" or len(completion.token_ids) <= 3
+    before = {(one.uid, one.output) for one in engine.poll()}
+    for old in ("r0", "r1"):
+        engine.cancel(old)
+    engine.submit(again)
+    for uid, output, completion in finished(engine):
+        seen[uid, output] += 1
+        assert uid != "r1"
+        assert uid == "r0" or (uid, output) not in before
+        assert uid != "r0" or len(completion.token_ids) <= 3
     assert seen["r0", 0] == seen["r0", 1] == 1
     assert max(seen.values()) == 1
 
@@ -299,7 +309,7 @@ def gathered(engine: Pooled, asked: Sequence[Request], kills: int) -> list[list[
     try:
         for request in asked:
             engine.submit(request)
-        for uid, output, completion in engine.completed():
+        for uid, output, completion in finished(engine):
             assert output not in found[uid], "each comes once"
             found[uid][output] = completion
         assert deaths.value == kills
@@ -351,7 +361,7 @@ def test_what_was_cancelled_stays_so_when_its_helper_is_replaced() -> None:
     engine.cancel(cancelled)
     os.kill(engine.pids[0], signal.SIGKILL)
     with pytest.warns(RuntimeWarning):
-        seen = {sampled.uid for sampled in engine.completed()}
+        seen = {sampled.uid for sampled in finished(engine)}
     assert seen == {request.uid for request in requests()} - {cancelled}
     engine.close()
 
@@ -368,7 +378,7 @@ def test_where_there_is_no_room_for_another_the_rest_is_sampled_here(monkeypatch
     monkeypatch.setattr(processes, "SamplingProcess", refuse)
     os.kill(engine.pids[0], signal.SIGKILL)
     with pytest.warns(RuntimeWarning) as said:
-        found = {(uid, output): completion for uid, output, completion in engine.completed()}
+        found = {(uid, output): completion for uid, output, completion in finished(engine)}
     assert ["no room for another process" in str(one.message) for one in said] == [False, True]
     expected = sample(make_policy(), asked, without_end())
     same([[found[request.uid, i] for i in range(request.n)] for request in asked], expected)
@@ -422,7 +432,7 @@ def test_a_helper_that_is_busy_with_what_was_cancelled_is_not_waited_for() -> No
     assert engine._busy, "one request of it is still wanted"
     engine.cancel(kept)
     assert not engine._busy
-    assert {sampled.uid for sampled in engine.completed()} == {r.uid for r in requests()} - {kept, *others}
+    assert {sampled.uid for sampled in finished(engine)} == {r.uid for r in requests()} - {kept, *others}
     engine.close()
 
 

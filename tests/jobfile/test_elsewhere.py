@@ -74,7 +74,7 @@ def test_the_argument_of_a_foreign_section_is_found_in_a_job_file(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["hidden_size", "max_turns", "engine.foo", "steps_per_update"])
+@pytest.mark.parametrize("name", ["hidden_size", "max_turns", "motor.foo", "steps_per_update"])
 def test_what_resembles_nothing_is_answered_with_no_guess(name):
     assert refusal(overrides=[f"{name}=1"]).endswith(f"there is no key `{name.partition('.')[0]}`.")
 

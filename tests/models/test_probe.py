@@ -21,7 +21,6 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
 
 from groupwise.demo.model import character_tokenizer
-from groupwise.engines.base import generate
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.models import attention
 from groupwise.models.clone import WINDOW, tiny_clone
@@ -31,6 +30,7 @@ from groupwise.models.probe import Findings, probe
 from groupwise.models.tiles import Options
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Request, Sampling
+from tests.engines.policies import generate
 from tests.tiny_models import GROUPS, SINCE_5_23, VOCABULARY, randomized, stock_logprobs
 
 SHARED = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
+from groupwise.engines.base import finished
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import ModelError
 from groupwise.models import probe as probing
@@ -115,6 +116,6 @@ def test_other_models_sample_in_eval_mode() -> None:
     engine = NativeEngine(policy, CODEC)
     for request in requests(n=1, max_tokens=2):
         engine.submit(request)
-    list(engine.completed())
+    list(finished(engine))
     assert set(modes) == {False}
     assert policy.training

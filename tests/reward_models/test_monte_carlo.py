@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from groupwise.engines.mailbox import Mailbox
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.engines.scripted import ScriptedEngine
 from groupwise.reward_models import monte_carlo
@@ -43,7 +44,7 @@ def labeller(go_on: Continue, n: int = 4, **options: Any) -> tuple[MonteCarlo, S
     completer = {name: options.pop(name) for name in ("context", "seed") if name in options}
     engine = ScriptedEngine(lambda request, index: go_on(CODEC.decode(request.token_ids), index), CODEC)
     sampling = Sampling(max_tokens=6)
-    return MonteCarlo(engine, ends_in_z, CODEC, STEPS, Completer(n, sampling, **completer), **options), engine
+    return MonteCarlo(Mailbox(engine), ends_in_z, CODEC, STEPS, Completer(n, sampling, **completer), **options), engine
 
 
 def script(text: str, index: int) -> str:
@@ -173,7 +174,7 @@ class Unshared(NativeEngine):
 def test_sampled_from_a_tree_or_not_labels_are_the_same(layout: Any) -> None:
     def continued(engine: NativeEngine) -> Iterator[Any]:
         sampling = Sampling(max_tokens=8)
-        mc = MonteCarlo(engine, by_a, CODEC, STEPS, Completer(6, sampling, seed=5), soft=True)
+        mc = MonteCarlo(Mailbox(engine), by_a, CODEC, STEPS, Completer(6, sampling, seed=5), soft=True)
         yield [(one.labels, one.tries) for one in mc.label(by_a(asked))]
         yield mc.tokens
 
@@ -189,10 +190,10 @@ def test_sampled_from_a_tree_or_not_labels_are_the_same(layout: Any) -> None:
 
 def test_an_engine_that_gives_too_few_is_found_out() -> None:
     class Lazy(ScriptedEngine):
-        def completed(self) -> Iterator[Sampled]:
-            yield from list(super().completed())[1:]
+        def poll(self, timeout: float | None = None) -> list[Sampled]:
+            return super().poll(timeout) if len(self._waiting) > 1 else []
 
     mc, _ = labeller(script)
-    mc.engine = Lazy(lambda request, index: "a", CODEC)
+    mc.sampler = Mailbox(Lazy(lambda request, index: "a", CODEC))
     with pytest.raises(AssertionError, match="without finishing"):
         mc.label(ends_in_z([group(output("ab.c"))]))

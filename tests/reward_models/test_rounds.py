@@ -13,6 +13,7 @@ import pytest
 
 from groupwise.config import RewardModelSection
 from groupwise.data.stream import PromptStream
+from groupwise.engines.mailbox import Mailbox
 from groupwise.errors import DataError, RewardError
 from groupwise.objective import objective_named
 from groupwise.progress import Progress
@@ -110,6 +111,7 @@ class Bench:
         self.progress = Progress(iterations, 2)
         self.pupil = Pupil(self.log)
         self.engine = ScriptedEngine(self.log)
+        self.mailbox = Mailbox(self.engine)
         section = RewardModelSection(first_prompts=FIRST, **{"held_out_share": SHARE, "replay": 0.25, **settings})
         self.watch = Recorder([self.sink], make_terminal("quiet", total_steps=0, title=""), None)
         asked = prompts(*LETTERS)
@@ -117,7 +119,7 @@ class Bench:
         first = GroupSampler(Sampling(), OUTPUTS, SEED, "reward_model")
         task = Task(
             learner=self.pupil, labels=labels or VerifierLabels(1.0), verifier=self.verifier, threshold=1.0,  # type: ignore[arg-type]
-            first=lambda: first.sample(self.engine, asked[:FIRST], 0), settings=section, seed=SEED,
+            first=lambda: first.sample(self.mailbox, asked[:FIRST], 0), settings=section, seed=SEED,
             progress=self.progress, watch=self.watch, model_folder=tmp_path / "model",
         )  # fmt: skip
         collected = RoundSamples(section.prompts_per_round, SEED, {prompt.prompt_id: prompt for prompt in asked})
@@ -126,7 +128,7 @@ class Bench:
         stream = PromptStream(asked, seed=0, shuffle=False)
         self.parts = loop.Parts(
             progress=self.progress,
-            rollouts=Rollouts(stream, self.engine, scorer, GroupSampler(Sampling(), OUTPUTS, 5, "train"), PER_STEP),
+            rollouts=Rollouts(stream, self.mailbox, scorer, GroupSampler(Sampling(), OUTPUTS, 5, "train"), PER_STEP),
             objective=objective_named("grpo"),
             learner=Learner(self.log),  # type: ignore[arg-type]
             reference=Reference(self.log),  # type: ignore[arg-type]
@@ -243,7 +245,7 @@ def sampled(bench: Bench) -> list[list[Sequence[Any]]]:
     stream = PromptStream(prompts(*LETTERS), seed=0, shuffle=False)
     draw = GroupSampler(Sampling(), OUTPUTS, 5, "train")
     return [
-        [group.completions for group in draw.sample(ScriptedEngine(), stream.take(PER_STEP), number)]
+        [group.completions for group in draw.sample(Mailbox(ScriptedEngine()), stream.take(PER_STEP), number)]
         for number in (1, 2)
     ]
 
@@ -297,7 +299,7 @@ def test_state_and_lines_bring_rounds_back(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.progress.total = 2
     loop.train(bench.parts)
-    groups = GroupSampler(Sampling(), 2, 1, "x").sample(ScriptedEngine(), prompts("a"), 3)
+    groups = GroupSampler(Sampling(), 2, 1, "x").sample(Mailbox(ScriptedEngine()), prompts("a"), 3)
     bench.rounds.add(bench.verifier(groups, Record(3)), Record(3))
     other = Bench(tmp_path)
     other.rounds.load(lambda name: {}, json.loads(json.dumps(bench.rounds.state())), bench.rounds.texts().__getitem__)
@@ -336,7 +338,7 @@ def test_pairs_are_learned_where_there_are_any(tmp_path: Path) -> None:
 def first() -> Sequence[Group]:
     """What is sampled before the first step, drawn again."""
     return GroupSampler(Sampling(), OUTPUTS, SEED, "reward_model").sample(
-        ScriptedEngine(), prompts(*LETTERS)[:FIRST], 0
+        Mailbox(ScriptedEngine()), prompts(*LETTERS)[:FIRST], 0
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from groupwise.engines.base import InFlight
 from groupwise.rewards.base import RewardContext, Values
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.types import Completion, Finish, Group, GroupKey, Prompt, Request, Sampled, Score, ScoredGroup
@@ -27,16 +28,19 @@ class ScriptedEngine:
         self.requests.append(request)
         self._waiting.append(request)
 
-    def completed(self) -> Iterator[Sampled]:
-        for request in reversed(self._waiting):
-            for index in reversed(range(request.n)):
-                yield Sampled(request.uid, index, completion(str(random.Random(request.seed + index).randrange(10**6))))
+    def poll(self, timeout: float | None = None) -> list[Sampled]:
+        found = [
+            Sampled(request.uid, index, completion(str(random.Random(request.seed + index).randrange(10**6))))
+            for request in reversed(self._waiting)
+            for index in reversed(range(request.n))
+        ]
         self._waiting.clear()
+        return found
 
     def cancel(self, uid: str) -> None:
         raise AssertionError("nothing is cancelled in this test")
 
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, *, in_flight: InFlight = "finish") -> None:
         self.log.append(("load", f"version {version}"))
         self.version = version
 

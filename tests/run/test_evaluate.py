@@ -9,6 +9,7 @@ from statistics import fmean
 
 import pytest
 
+from groupwise.engines.mailbox import Mailbox
 from groupwise.rewards.scorer import Scorer
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule, judge, pass_at
 from groupwise.run.rollouts import GroupSampler
@@ -103,7 +104,7 @@ def test_lengths_are_counted_in_tokens() -> None:
 def an_evaluation(reward: ScriptedReward, every: int = 0) -> Evaluation:
     scorer = Scorer([reward], None, 10, lambda message: None)
     draw = GroupSampler(Sampling(temperature=0.5), 2, 5, "eval")
-    return Evaluation(prompts("a", "b"), ScriptedEngine(), scorer, draw, Schedule(every, 10), 500_000.0)
+    return Evaluation(prompts("a", "b"), Mailbox(ScriptedEngine()), scorer, draw, Schedule(every, 10), 500_000.0)
 
 
 def test_two_evaluations_draw_the_same() -> None:
@@ -116,7 +117,8 @@ def test_two_evaluations_draw_the_same() -> None:
         found.append({name: value for name, value in record.metrics.items() if name.startswith("eval/")})
     assert found[0] == found[1]
     assert found[0]["eval/reward"] > 1
-    engine = evaluation.engine
+    assert isinstance(evaluation.sampler, Mailbox)
+    engine = evaluation.sampler.engine
     assert isinstance(engine, ScriptedEngine)
     assert [request.seed for request in engine.requests[:2]] == [request.seed for request in engine.requests[2:]]
     assert engine.requests[0].sampling == Sampling(temperature=0.5), "with settings of its own"

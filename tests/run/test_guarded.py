@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import groupwise
-from groupwise.engines.base import generate
+from groupwise.engines.mailbox import Mailbox, generate
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.engines.native.plain_decoder import PlainDecoder
 from groupwise.errors import ModelError
 from groupwise.learn.agreement import Guard
 from groupwise.models.load import load_policy
-from groupwise.run.guarded import GuardedEngine
+from groupwise.run.guarded import GuardedSampler
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Request, Sampling
 from tests.run.tiny import save_model, save_rewards, save_rows
@@ -33,13 +33,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def engine_over(model: Path, layout: Any = "auto") -> tuple[GuardedEngine, list[str]]:
+def sampler_over(model: Path, layout: Any = "auto") -> tuple[GuardedSampler, list[str]]:
     warnings: list[str] = []
     loaded = load_policy(str(model), device="cpu", layout=layout)
     for parameter in loaded.policy.parameters():
         parameter.data *= 3  # so that distributions are far from flat
     own = NativeEngine(loaded.policy, Codec.load(str(model)))
-    return GuardedEngine(own, Guard(loaded.policy, warnings.append), "In held-out outputs"), warnings
+    return GuardedSampler(Mailbox(own), Guard(loaded.policy, warnings.append), "In held-out outputs"), warnings
 
 
 def requests(sampling: Sampling) -> list[Request]:
@@ -49,8 +49,8 @@ def requests(sampling: Sampling) -> list[Request]:
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 @pytest.mark.parametrize("layout", ["shared", "plain"])
 def test_what_the_policy_sampled_itself_passes(model: Path, layout: str, sampling: Sampling) -> None:
-    engine, warnings = engine_over(model, layout)
-    outputs = generate(engine, requests(sampling))
+    sampler, warnings = sampler_over(model, layout)
+    outputs = generate(sampler, requests(sampling))
     assert [len(of_request) for of_request in outputs] == [3, 3, 3]
     assert warnings == []
 
@@ -61,21 +61,18 @@ def test_a_sampler_that_computes_something_else_is_found(
 ) -> None:
     step = PlainDecoder.step
     monkeypatch.setattr(PlainDecoder, "step", lambda self, token_R: step(self, token_R).roll(1, -1))
-    engine, _ = engine_over(model, "plain")
+    sampler, _ = sampler_over(model, "plain")
     with pytest.raises(ModelError, match=r"In held-out outputs, log-probs of .* Qwen3ForCausalLM in the plain layout"):
-        generate(engine, requests(sampling))
+        generate(sampler, requests(sampling))
 
 
-def test_an_engine_can_be_used_again_and_left_in_between(model: Path) -> None:
-    engine, warnings = engine_over(model)
-    for request in requests(SETTINGS[0]):
-        engine.submit(request)
-    first = next(iter(engine.completed()))
-    engine.cancel("3" if first.uid != "3" else "2")
-    rest = list(engine.completed())
-    assert len(rest) == 5
+def test_a_sampler_answers_several_and_again(model: Path) -> None:
+    sampler, warnings = sampler_over(model)
+    first = sampler.ask(requests(SETTINGS[0]))
+    while sampler.take(first, timeout=0.0) is None:
+        pass
+    assert len(generate(sampler, requests(SETTINGS[1]))) == 3
     assert warnings == []
-    assert len(generate(engine, requests(SETTINGS[1]))) == 3
 
 
 def job_of(tmp_path: Path, model: Path) -> dict[str, Any]:

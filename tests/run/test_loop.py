@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from groupwise.data.stream import PromptStream
+from groupwise.engines.mailbox import Mailbox
 from groupwise.objective import objective_named
 from groupwise.progress import Progress
 from groupwise.reward_models.rounds import NoRounds, Saving
@@ -105,9 +106,11 @@ class Bench:
         self.progress = Progress(iterations, steps)
         scorer = Scorer([self.reward], None, self.progress.total, lambda message: None)
         stream = PromptStream(prompts("a", "b"), seed=0, shuffle=False)
-        self.rollouts = Rollouts(stream, self.engine, scorer, GroupSampler(Sampling(), 2, 5, "train"), 2)
+        self.rollouts = Rollouts(stream, Mailbox(self.engine), scorer, GroupSampler(Sampling(), 2, 5, "train"), 2)
         schedule = Schedule(every, self.progress.total)
-        judge = Evaluation(prompts("?"), self.engine, scorer, GroupSampler(Sampling(), 1, 5, "eval"), schedule, 5.0)
+        judge = Evaluation(
+            prompts("?"), Mailbox(self.engine), scorer, GroupSampler(Sampling(), 1, 5, "eval"), schedule, 5.0
+        )
         self.evaluation = judge if held_out else NoEvaluation()
         self.parts = loop.Parts(
             progress=self.progress,
@@ -202,7 +205,7 @@ def test_evaluation_is_due_every_so_often_and_at_the_end(every: int, total: int,
 def test_a_question_drawn_twice_in_a_step_makes_two_groups() -> None:
     engine = ScriptedEngine()
     once = prompts("the same")
-    groups = GroupSampler(Sampling(), 4, 5, "train").sample(engine, once * 2, 3)
+    groups = GroupSampler(Sampling(), 4, 5, "train").sample(Mailbox(engine), once * 2, 3)
     assert [group.key for group in groups] == [(3, 0, "0"), (3, 1, "0")]
     assert [request.uid for request in engine.requests] == ["train/3/0", "train/3/1"]
     texts = [output.text for group in groups for output in group.completions]
@@ -211,8 +214,8 @@ def test_a_question_drawn_twice_in_a_step_makes_two_groups() -> None:
 
 def test_outputs_stay_in_the_order_of_their_seeds_however_they_finish() -> None:
     engine = ScriptedEngine()
-    first, second = GroupSampler(Sampling(), 3, 5, "train").sample(engine, prompts("a", "b"), 1)
-    alone = GroupSampler(Sampling(), 3, 5, "train").sample(ScriptedEngine(), prompts("a"), 1)
+    first, second = GroupSampler(Sampling(), 3, 5, "train").sample(Mailbox(engine), prompts("a", "b"), 1)
+    alone = GroupSampler(Sampling(), 3, 5, "train").sample(Mailbox(ScriptedEngine()), prompts("a"), 1)
     assert first.completions == alone[0].completions
     assert first.completions != second.completions
 
@@ -220,7 +223,7 @@ def test_outputs_stay_in_the_order_of_their_seeds_however_they_finish() -> None:
 def test_purposes_steps_slots_and_runs_draw_apart() -> None:
     def seed(run_seed: int = 5, purpose: str = "train", step: int = 1, slot: int = 0) -> int:
         engine = ScriptedEngine()
-        GroupSampler(Sampling(), 2, run_seed, purpose).sample(engine, prompts(*"ab"), step)
+        GroupSampler(Sampling(), 2, run_seed, purpose).sample(Mailbox(engine), prompts(*"ab"), step)
         return engine.requests[slot].seed
 
     seeds = [seed(), seed(run_seed=6), seed(purpose="eval"), seed(step=2), seed(slot=1)]

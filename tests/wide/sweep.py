@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import groupwise
 from groupwise.demo.model import character_tokenizer
-from groupwise.engines.base import generate
+from groupwise.engines.mailbox import Mailbox, generate
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import GroupwiseError
 from groupwise.jobfile import load_job
@@ -154,7 +154,7 @@ def _sample(policy: Policy) -> tuple[Groups, Tensor]:
     codec = Codec(character_tokenizer(_ALPHABET))
     settings = Sampling(max_tokens=12, temperature=_TEMPERATURE)
     asked = [Request(str(i), codec.encode_prompt(text), 3, settings, 100 * i) for i, text in enumerate(_PROMPTS)]
-    outputs = generate(NativeEngine(policy, codec, max_live=8), asked)
+    outputs = generate(Mailbox(NativeEngine(policy, codec, max_live=8)), asked)
     groups = [(r.token_ids, [o.token_ids for o in group]) for r, group in zip(asked, outputs, strict=True)]
     return groups, torch.tensor([x for group in outputs for output in group for x in output.sampled_logprobs])
 

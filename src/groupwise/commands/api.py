@@ -19,13 +19,13 @@ from groupwise.config import Job
 from groupwise.data.objects import rows_or_splits
 from groupwise.diagnosis.doctor import examine
 from groupwise.diagnosis.findings import Report
-from groupwise.engines.base import generate
+from groupwise.engines.mailbox import Mailbox, generate
 from groupwise.errors import ConfigError, DataError, RunFolderError
 from groupwise.jobfile import at_home, differences, load_job, refuse_loaded
 from groupwise.models.load import quiet_transformers, without_bars
 from groupwise.models.multimodal import with_towers
 from groupwise.run.evaluate import Evaluation
-from groupwise.run.guarded import GuardedEngine
+from groupwise.run.guarded import GuardedSampler
 from groupwise.run.saving import Clock, check_shapes
 from groupwise.store import checkpoint
 from groupwise.store.checkpoint import Checkpoint
@@ -140,8 +140,8 @@ def evaluate(
     with ExitStack() as closing:
         scorer = scorer_of(judged, open_functions(judged, objects, None, closing), model.codec, _to_stderr)
         guard = open_guard(job, model, _to_stderr)
-        engine = GuardedEngine(open_engine(job, model, closing), guard, "In held-out outputs")
-        evaluation = open_evaluation(job, model, objects, engine, scorer)
+        sampler = GuardedSampler(Mailbox(open_engine(job, model, closing)), guard, "In held-out outputs")
+        evaluation = open_evaluation(job, model, objects, sampler, scorer)
         if not isinstance(evaluation, Evaluation):
             raise ConfigError("There is nothing to evaluate on: name held-out prompts with --data, or in eval.data.")
         evaluation.run(Record(saved.step if saved else 0))
@@ -178,7 +178,9 @@ def sample(
             raise DataError(f"The prompt has {len(token_ids)} tokens; the model's context is {model.loaded.context}.")
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
     with ExitStack() as closing:
-        return list(generate(open_engine(job, model, closing), [Request("sample", token_ids, n, sampling, seed)])[0])
+        return list(
+            generate(Mailbox(open_engine(job, model, closing)), [Request("sample", token_ids, n, sampling, seed)])[0]
+        )
 
 
 @without_bars()

@@ -20,6 +20,7 @@ from torch import nn
 from groupwise.commands.label_file import COUNTED, LabelFile
 from groupwise.config import Job, ProcessSection
 from groupwise.data.files import PromptSet
+from groupwise.engines.mailbox import Mailbox
 from groupwise.errors import ConfigError, DataError
 from groupwise.jobfile import load_job
 from groupwise.learn.agreement import Guard
@@ -28,7 +29,7 @@ from groupwise.readable import duration
 from groupwise.reward_models.monte_carlo import Completer, MonteCarlo, read_by
 from groupwise.rewards.scorer import Scorer
 from groupwise.rewards.steps import segmenter_of
-from groupwise.run.guarded import GuardedEngine
+from groupwise.run.guarded import GuardedSampler
 from groupwise.run.rollouts import GroupSampler
 from groupwise.store.events import older, read
 from groupwise.store.folder import RunFolder
@@ -187,9 +188,9 @@ def write_labels(
         functions = open_functions(job, objects, None, closing)
         scorer = Scorer(functions.rewards, job.reward.weights, 1, say)
         guard, codec = Guard(model.loaded.policy, say), model.codec
-        engine = GuardedEngine(open_engine(job, model, closing), guard, "In outputs and continuations")
+        sampler = GuardedSampler(Mailbox(open_engine(job, model, closing)), guard, "In outputs and continuations")
         labeller = MonteCarlo(
-            engine, lambda groups: scorer(groups, Record(0)), codec, segmenter_of(process, codec, functions.segmenter),
+            sampler, lambda groups: scorer(groups, Record(0)), codec, segmenter_of(process, codec, functions.segmenter),
             Completer(ask.n, sampling_of(job), job.seed, model.loaded.context),
             soft=ask.soft, threshold=job.eval.threshold,
         )  # fmt: skip
@@ -201,7 +202,7 @@ def write_labels(
         groups = groups_of_run(run, prompts, codec)[: ask.limit] if run else written_groups(prompts, codec)
         if groups is None:
             draw = GroupSampler(sampling_of(job), job.sampling.num_generations, job.seed, "label")
-            blocks = sampled_blocks(prompts.prompts, lambda part, block: draw.sample(engine, part, block))
+            blocks = sampled_blocks(prompts.prompts, lambda part, block: draw.sample(sampler, part, block))
         else:
             blocks = in_blocks(groups)
         own = labeller.completer

@@ -17,7 +17,8 @@ import torch
 from groupwise.config import Job
 from groupwise.data.files import PromptSet
 from groupwise.data.remarks import in_both
-from groupwise.engines.base import Engine, generate
+from groupwise.engines.base import Engine
+from groupwise.engines.mailbox import Mailbox, generate
 from groupwise.learn.learner import Learner
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.pack import Batch
@@ -110,7 +111,7 @@ class OpenedJob:
             for slot, (prompt, length) in enumerate(zip(self.chosen, lengths, strict=True))
         ]  # fmt: skip
         keys = [GroupKey(0, slot, prompt.prompt_id) for slot, prompt in enumerate(self.chosen)]
-        return [Group(*one) for one in zip(keys, self.chosen, generate(self.engine, requests), strict=True)]
+        return [Group(*one) for one in zip(keys, self.chosen, generate(Mailbox(self.engine), requests), strict=True)]
 
     @cached_property
     def few(self) -> list[ScoredGroup]:

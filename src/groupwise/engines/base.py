@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, Protocol
 
-from groupwise.types import Completion, Request, Sampled
+from groupwise.types import Request, Sampled
+
+InFlight = Literal["finish", "continue"]
+"""What becomes of requests in flight when weights are replaced."""
 
 
 class Engine(Protocol):
@@ -17,29 +20,29 @@ class Engine(Protocol):
     def submit(self, request: Request) -> None:
         """Queue a prompt to be continued `request.n` times. Its `uid` must not be in flight already."""
 
-    def completed(self) -> Iterator[Sampled]:
-        """Yield completions as they finish, in no promised order, until nothing is in flight.
+    def poll(self, timeout: float | None = None) -> list[Sampled]:
+        """What has finished since the last call, in no promised order, once there is any.
 
-        A consumer may stop and call this again later: what it has not seen is still to come.
+        Empty where nothing is in flight, or where `timeout` seconds pass first (None: no limit). An engine that works
+        in the caller's thread works meanwhile, for one step at least, and only then.
         """
 
     def cancel(self, uid: str) -> None:
         """Drop what remains of a request; unknown uids are ignored."""
 
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """Sample from these named tensors from now on; completions carry `version`."""
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, *, in_flight: InFlight = "finish") -> None:
+        """Sample from these named tensors from now on; completions carry `version`.
+
+        Of what is in flight, "finish" gives completions of one version each: they go on with the weights that they
+        began with or, where an engine has these no more, begin again. "continue" goes on with the new ones, and
+        `Completion.policy_versions` says from which token on.
+        """
 
     def close(self) -> None:
-        """Give back what the engine holds. Calling it twice is fine."""
+        """Give back what the engine holds, and forget what is in flight. Calling it twice is fine."""
 
 
-def generate(engine: Engine, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
-    """Run requests to their end: per request, in order, its `n` completions in order."""
-    found: dict[str, list[Completion | None]] = {request.uid: [None] * request.n for request in requests}
-    for request in requests:
-        engine.submit(request)
-    for uid, index, completion in engine.completed():
-        found[uid][index] = completion
-    missing = [uid for uid, outputs in found.items() if None in outputs]
-    assert not missing, f"the engine stopped without finishing {missing}"
-    return [tuple(c for c in found[request.uid] if c is not None) for request in requests]
+def finished(engine: Engine) -> Iterator[Sampled]:
+    """What finishes, one by one, until nothing is in flight."""
+    while some := engine.poll():
+        yield from some

@@ -11,10 +11,11 @@ per thread, or one alone."""
 
 from __future__ import annotations
 
+import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from groupwise.cpu.cores import LARGEST, even_shares, threads
 from groupwise.cpu.forks import Fork, GoneError, may_fork
 from groupwise.cpu.shared_weights import SharedWeights, share
+from groupwise.engines.base import InFlight
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.engines.sampling_process import SamplingProcess, Task
 from groupwise.errors import ModelError
@@ -57,7 +59,6 @@ class PooledEngine:
         self._flights: dict[str, _Flight] = {}
         self._waiting: list[Request] = []
         self._ready: deque[Sampled] = deque()
-        self._of_own: Iterator[Sampled] = iter(())
         self._apart = False
         self._replaced = 0
         self._weights: SharedWeights | None = None
@@ -83,13 +84,13 @@ class PooledEngine:
             helper.wanted.pop(uid, None)
         _end([helper for helper in self._busy if not helper.wanted], self._busy)
 
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """See `Engine`. What helpers have not finished is begun again, with the new weights."""
-        self._receive(wait_for_one=False)
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, *, in_flight: InFlight = "finish") -> None:
+        """See `Engine`. What helpers have not finished begins again in either case, with the new weights."""
+        self._receive(0.0)
         wanted = [uid for helper in self._busy for uid in helper.wanted]
         self._waiting += [self._flights[uid].request for uid in wanted if uid in self._flights]
         _end(self._busy, self._busy)
-        self.own.load_weights(weights, version)
+        self.own.load_weights(weights, version, in_flight=in_flight)
 
     def close(self) -> None:
         """See `Engine`."""
@@ -103,23 +104,21 @@ class PooledEngine:
         self._ready.clear()
         self.own.close()
 
-    def completed(self) -> Iterator[Sampled]:
+    def poll(self, timeout: float | None = None) -> list[Sampled]:
         """See `Engine`. Raises ModelError where the policy's logits are not finite, or where helpers end again and
         again."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         try:
             while self._flights:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 if not self._ready:
-                    self._work()
-                yield from self._due()
-        except GeneratorExit:  # the consumer may come back
-            raise
+                    self._work(left)
+                if (found := list(self._due())) or left == 0.0:
+                    return found
         except BaseException:
             self._drop()
             raise
-        finally:
-            unfinished, self._of_own = self._of_own, iter(())
-            if isinstance(unfinished, Generator):
-                unfinished.close()  # `own` gives back what it holds while it samples
+        return []
 
     def _due(self) -> Iterator[Sampled]:
         """What is ready, less what was cancelled, or was handed over before its request was begun again."""
@@ -134,20 +133,16 @@ class PooledEngine:
                 self.own.cancel(sampled.uid)  # it may be drawing once more what was begun again
             yield sampled
 
-    def _work(self) -> None:
-        """Go on until something is ready, or a helper has ended."""
+    def _work(self, timeout: float | None) -> None:
+        """Go on until something is ready, a helper has ended, or time is over."""
         if self._waiting:
             self._deal()
         # One also when all helpers are done: how sums are rounded must not depend on when that is.
         with threads(1 if self._apart else torch.get_num_threads()):
-            sampled = next(self._of_own, None)
-            if sampled is None:  # it had nothing to do, or was given something since
-                self._of_own = self.own.completed()
-                sampled = next(self._of_own, None)
-        assert sampled is not None or self._busy, f"nobody samples {sorted(self._flights)}"
-        if sampled is not None:
-            self._ready.append(sampled)
-        self._receive(wait_for_one=sampled is None)
+            own = self.own.poll(timeout)
+        assert own or self._busy or timeout is not None, f"nobody samples {sorted(self._flights)}"
+        self._ready.extend(own)
+        self._receive(0.0 if own or not self._busy else timeout)
 
     def _deal(self) -> None:
         """Give what waits to this process and, where nothing else runs and it pays, to helpers."""
@@ -198,7 +193,7 @@ class PooledEngine:
         helper.end()
         self._replaced += 1
         what = f"{gone} (-9: it was killed, often for lack of memory)"
-        advice = "Lower sampling.max_live_outputs, or sample in one process: OMP_NUM_THREADS=1."
+        advice = 'Lower sampling.max_live_outputs, or sample in one process: `engine.kind` = "native".'
         if self._replaced > REPLACED:
             raise ModelError(f"A process that sampled {what}, and so did {REPLACED} others in its place. {advice}")
         if self._replaced == 1:
@@ -231,9 +226,9 @@ class PooledEngine:
             helper.end()
         return SamplingProcess(self.own)
 
-    def _receive(self, *, wait_for_one: bool) -> None:
-        """Take in what helpers have finished."""
-        ready = Fork.ready([helper.fork for helper in self._busy], None if wait_for_one else 0.0)
+    def _receive(self, timeout: float | None) -> None:
+        """Take in what helpers have finished; wait so many seconds for one of them, None for ever."""
+        ready = Fork.ready([helper.fork for helper in self._busy], timeout)
         for helper in [helper for helper in self._busy if helper.fork in ready]:
             try:
                 self._take(helper)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from groupwise.cpu.forks import Fork, Pipe
+from groupwise.engines.base import finished
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import ModelError
 from groupwise.types import Request, Sampled
@@ -74,5 +75,5 @@ def _sample(own: NativeEngine, task: Task, pipe: Pipe) -> None:
     own.version, own.max_live = task.version, task.max_live
     for request in task.requests:
         own.submit(request)
-    for sampled in own.completed():
+    for sampled in finished(own):
         pipe.send(sampled)

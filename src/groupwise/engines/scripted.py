@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from groupwise.engines.base import InFlight
 from groupwise.tokenizer.codec import Codec
 from groupwise.tokenizer.stop_strings import StopChecker
 from groupwise.types import Completion, Finish, Request, Sampled
@@ -35,18 +36,20 @@ class ScriptedEngine:
         self.requests.append(request)
         self._waiting.extend((request, index) for index in range(request.n))
 
-    def completed(self) -> Iterator[Sampled]:
-        """See `Engine`."""
-        while self._waiting:
-            request, index = self._waiting.pop()
-            yield Sampled(request.uid, index, self._complete(request, self._text(request, index)))
+    def poll(self, timeout: float | None = None) -> list[Sampled]:
+        """See `Engine`. One output at a time."""
+        if not self._waiting:
+            return []
+        request, index = self._waiting.pop()
+        return [Sampled(request.uid, index, self._complete(request, self._text(request, index)))]
 
     def cancel(self, uid: str) -> None:
         """See `Engine`."""
         self._waiting = deque(item for item in self._waiting if item[0].uid != uid)
 
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """See `Engine`. The weights are looked at, as an engine that copies them would, and forgotten."""
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, *, in_flight: InFlight = "finish") -> None:
+        """See `Engine`. The weights are looked at, as an engine that copies them would, and forgotten; what is in
+        flight has not begun."""
         for _ in weights:
             pass
         self.version = version

@@ -121,7 +121,9 @@ class _Planned:
     def sampling(self, prompt: int) -> SamplingCosts:
         """What sampling a step of prompts of this length takes."""
         most = self.job.sampling.max_live_outputs
-        return sampling_costs(self.traced, self.shape(prompt), most, self.cached, self.parameters)
+        return sampling_costs(
+            self.traced, self.shape(prompt), most, self.cached, self.parameters, alone=self.job.engine.kind == "native"
+        )
 
     @property
     def most_lanes(self) -> int:

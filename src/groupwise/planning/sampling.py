@@ -50,7 +50,9 @@ class SamplingCosts:
         }
 
 
-def sampling_costs(traced: TracedModel, shape: Shape, max_live: int, cached: bool, parameters: int) -> SamplingCosts:
+def sampling_costs(
+    traced: TracedModel, shape: Shape, max_live: int, cached: bool, parameters: int, *, alone: bool = False
+) -> SamplingCosts:
     """What sampling a step takes, at most `max_live` outputs together. Raises ModelError where that cannot be told."""
     rows = min(shape.groups * shape.outputs, max_live)
     prompts = -(-rows // shape.outputs)
@@ -66,7 +68,7 @@ def sampling_costs(traced: TracedModel, shape: Shape, max_live: int, cached: boo
         return lambda policy: decoding(policy, shape, rows, reach, cached)
 
     outputs = shape.groups * shape.outputs
-    processes = len(by_process([1.0] * shape.groups, outputs, parameters, traced.device))
+    processes = 1 if alone else len(by_process([1.0] * shape.groups, outputs, parameters, traced.device))
     return SamplingCosts(
         rows, processes * traced.copies, traced.inference(prefill), traced.inference(decode(max(1, shape.length // 2))),
         traced.inference(decode(shape.length)),

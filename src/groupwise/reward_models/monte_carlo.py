@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from groupwise.data.messages import template_columns
-from groupwise.engines.base import Engine, generate
+from groupwise.engines.mailbox import Sampler, generate
 from groupwise.rewards.base import RewardContext
 from groupwise.rewards.steps import Cuts, Segmenter
 from groupwise.rewards.stepwise import StepValues
@@ -90,10 +90,10 @@ class MonteCarlo:
     name = "monte_carlo"
 
     def __init__(
-        self, engine: Engine, verifier: Verifier, codec: Codec, segmenter: Segmenter, completer: Completer,
+        self, sampler: Sampler, verifier: Verifier, codec: Codec, segmenter: Segmenter, completer: Completer,
         *, soft: bool = False, threshold: float = 1.0,
     ) -> None:  # fmt: skip
-        self.engine, self.verifier, self.codec, self.segmenter = engine, verifier, codec, segmenter
+        self.sampler, self.verifier, self.codec, self.segmenter = sampler, verifier, codec, segmenter
         self.completer, self.soft, self.threshold = completer, soft, threshold
         self.continuations, self.tokens = 0, 0
 
@@ -119,7 +119,7 @@ class MonteCarlo:
         return [[[self._label(one) for one in of_output] for of_output in of_group] for of_group in tries]
 
     def close(self) -> None:
-        """Nothing is held: engine and verifier belong to whoever made them."""
+        """Nothing is held: sampler and verifier belong to whoever made them."""
 
     def _label(self, tries: Tries) -> float | None:
         if not tries.tried:
@@ -155,7 +155,7 @@ class MonteCarlo:
         if not places:
             return []
         requests = [self._request(groups[place.group], place, branch) for place, branch in _branches(groups, places)]
-        drawn = generate(self.engine, requests)
+        drawn = generate(self.sampler, requests)
         self.continuations += sum(map(len, drawn))
         self.tokens += sum(len(completion.token_ids) for found in drawn for completion in found)
         whole = [

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Protocol
 
 from groupwise.averages import mean, std
-from groupwise.engines.base import Engine
+from groupwise.engines.mailbox import Sampler
 from groupwise.errors import RewardError
 from groupwise.rewards.scorer import Scorer
 from groupwise.run.rollouts import RIGHT_STEP, GroupSampler
@@ -55,10 +55,10 @@ class Evaluation:
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], engine: Engine, scorer: Scorer, draw: GroupSampler, schedule: Schedule,
+        self, prompts: Sequence[Prompt], sampler: Sampler, scorer: Scorer, draw: GroupSampler, schedule: Schedule,
         threshold: float, *, verified: bool = False,
     ) -> None:  # fmt: skip
-        self.prompts, self.engine, self.scorer, self.draw = prompts, engine, scorer, draw
+        self.prompts, self.sampler, self.scorer, self.draw = prompts, sampler, scorer, draw
         self.schedule, self.threshold, self.verified = schedule, threshold, verified
         self.first: dict[str, float] | None = None
         self.last: dict[str, float] | None = None
@@ -90,7 +90,7 @@ class Evaluation:
         # What rewards report here must not overwrite what they reported of the step.
         own = Record(record.step)
         with record.time("eval"):
-            scored = self.scorer(self.draw.sample(self.engine, self.prompts, 0), own)
+            scored = self.scorer(self.draw.sample(self.sampler, self.prompts, 0), own)
         # What was called graded once stays so: an accuracy that comes and goes with the values is none.
         graded = any(ABOVE in found for found in (self.first, self.last) if found)
         found = judge(scored, self.threshold, verified=self.verified, graded=graded)

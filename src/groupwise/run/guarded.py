@@ -1,84 +1,68 @@
-"""An engine whose outputs are looked at: a few of what it gives back are scored again by the policy itself.
+"""Outputs that are looked at: a few of what is sampled are scored again by the policy itself.
 
 Training outputs need none of this, since an update computes their log-probs anyway. Here is the guard for all else that
 is sampled: evaluations, the first set of a reward model, continuations that label steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from groupwise.engines.base import Engine
+from groupwise.engines.mailbox import Answers, Sampler, Ticket
 from groupwise.engines.native.draw import Filters, cut
 from groupwise.learn.agreement import Difference, Guard
 from groupwise.models.policy import Policy
-from groupwise.types import Request, Sampled
+from groupwise.types import Completion, Request
 
 OUTPUTS, TOKENS = 4, 64
-"""How many outputs of a call are scored again, and how many of the last tokens of each."""
+"""How many outputs of an answer are scored again, and how many of the last tokens of each."""
 
 
-class GuardedEngine:
-    """An `Engine` that has the guard judge a few outputs of each call: the shortest row, the longest and some between.
+class GuardedSampler:
+    """A `Sampler` that has the guard judge a few outputs of each answer: the shortest row, the longest and some
+    between. `where` names in the guard's sentence what is sampled."""
 
-    `where` names in the guard's sentence what is sampled.
-    """
+    def __init__(self, sampler: Sampler, guard: Guard, where: str) -> None:
+        self.sampler, self.guard, self.where = sampler, guard, where
+        self._asked: dict[Ticket, Sequence[Request]] = {}
 
-    def __init__(self, engine: Engine, guard: Guard, where: str) -> None:
-        self.engine, self.guard, self.where = engine, guard, where
-        self._requests: dict[str, Request] = {}
-        self._seen: list[tuple[Request, Sampled]] = []
+    def ask(self, requests: Sequence[Request]) -> Ticket:
+        """See `Sampler`."""
+        ticket = self.sampler.ask(requests)
+        self._asked[ticket] = requests
+        return ticket
 
-    def submit(self, request: Request) -> None:
-        """See `Engine`."""
-        self.engine.submit(request)
-        self._requests[request.uid] = request
-
-    def completed(self) -> Iterator[Sampled]:
-        """See `Engine`. Raises ModelError, after the last output, where the policy scores them otherwise."""
-        for sampled in self.engine.completed():
-            if sampled.uid in self._requests and sampled.completion.token_ids:
-                self._seen.append((self._requests[sampled.uid], sampled))
-            yield sampled
-        chosen, self._seen, self._requests = _chosen(self._seen), [], {}
+    def take(self, ticket: Ticket, timeout: float | None = None) -> Answers | None:
+        """See `Sampler`. Raises ModelError where the policy scores the outputs otherwise."""
+        answers = self.sampler.take(ticket, timeout)
+        if answers is None:
+            return None
+        chosen = _chosen(self._asked.pop(ticket), answers)
         if chosen:
             policy = self.guard.policy
-            apart_T = torch.cat([_apart(policy, request, sampled) for request, sampled in chosen])
+            apart_T = torch.cat([_apart(policy, *one) for one in chosen])
             self.guard.check(Difference.of(apart_T, policy.dtype), self.where)
-
-    def cancel(self, uid: str) -> None:
-        """See `Engine`."""
-        self._requests.pop(uid, None)
-        self.engine.cancel(uid)
-
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """See `Engine`."""
-        self.engine.load_weights(weights, version)
-
-    def close(self) -> None:
-        """See `Engine`."""
-        self.engine.close()
+        return answers
 
 
-def _chosen(seen: Sequence[tuple[Request, Sampled]]) -> list[tuple[Request, Sampled]]:
-    """Evenly spread over the lengths of rows; the same ones whatever order outputs came in."""
-
-    def order(one: tuple[Request, Sampled]) -> tuple[int, str, int]:
-        request, sampled = one
-        return len(request.token_ids) + len(sampled.completion.token_ids), sampled.uid, sampled.output
-
-    rows = sorted(seen, key=order)
+def _chosen(requests: Sequence[Request], answers: Answers) -> list[tuple[Request, Completion]]:
+    """Evenly spread over the lengths of rows."""
+    rows = [
+        (len(request.token_ids) + len(output.token_ids), place, index, request, output)
+        for place, (request, outputs) in enumerate(zip(requests, answers, strict=True))
+        for index, output in enumerate(outputs)
+        if output.token_ids
+    ]
+    rows.sort(key=lambda row: row[:3])
     last = len(rows) - 1
-    return [rows[i] for i in sorted({last * i // max(1, OUTPUTS - 1) for i in range(OUTPUTS)})] if rows else []
+    return [rows[i][3:] for i in sorted({last * i // max(1, OUTPUTS - 1) for i in range(OUTPUTS)})] if rows else []
 
 
 @torch.no_grad()
-def _apart(policy: Policy, request: Request, sampled: Sampled) -> Tensor:
+def _apart(policy: Policy, request: Request, completion: Completion) -> Tensor:
     """How far the policy's log-probs of an output's last tokens are from the sampled ones, `[T]`."""
-    completion = sampled.completion
     first = max(0, len(completion.token_ids) - TOKENS)
     tokens = completion.token_ids[first:]
     logits_TV = policy.token_logits(policy.stream([((*request.token_ids, *completion.token_ids[:first]), [tokens])]))

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from groupwise.averages import mean, std
 from groupwise.data.stream import PromptStream
-from groupwise.engines.base import Engine, generate
+from groupwise.engines.mailbox import Mailbox, Sampler, generate
 from groupwise.learn.learner import Learner
 from groupwise.rewards.scorer import Scorer
 from groupwise.seeds import group_seed
@@ -29,7 +29,7 @@ class GroupSampler:
     run_seed: int
     purpose: str
 
-    def sample(self, engine: Engine, prompts: Sequence[Prompt], step: int) -> list[Group]:
+    def sample(self, sampler: Sampler, prompts: Sequence[Prompt], step: int) -> list[Group]:
         """Sample a group per prompt. Slots tell equal prompts of one step apart."""
         keys = [GroupKey(step, slot, prompt.prompt_id) for slot, prompt in enumerate(prompts)]
         requests = [
@@ -39,7 +39,7 @@ class GroupSampler:
             )
             for key, prompt in zip(keys, prompts, strict=True)
         ]  # fmt: skip
-        completions = generate(engine, requests)
+        completions = generate(sampler, requests)
         return [Group(*parts) for parts in zip(keys, prompts, completions, strict=True)]
 
 
@@ -47,17 +47,17 @@ class Rollouts:
     """Gives the loop scored groups, in the order of their prompts."""
 
     def __init__(
-        self, prompts: PromptStream, engine: Engine, scorer: Scorer, draw: GroupSampler, prompts_per_step: int,
+        self, prompts: PromptStream, mailbox: Mailbox, scorer: Scorer, draw: GroupSampler, prompts_per_step: int,
         dropped_long: int = 0,
     ) -> None:  # fmt: skip
-        self.prompts, self.engine, self.scorer, self.draw = prompts, engine, scorer, draw
+        self.prompts, self.mailbox, self.scorer, self.draw = prompts, mailbox, scorer, draw
         self.prompts_per_step, self.dropped_long = prompts_per_step, dropped_long
 
     def collect(self, step: int, record: Record) -> Scored:
         """Sample and score a step's groups."""
         epoch = self.prompts.epoch
         with record.time("sample"):
-            groups = self.draw.sample(self.engine, self.prompts.take(self.prompts_per_step), step)
+            groups = self.draw.sample(self.mailbox, self.prompts.take(self.prompts_per_step), step)
         with record.time("reward"):
             scored = self.scorer(groups, record, training=True, epoch=epoch)
         record.metrics |= summary(scored) | step_summary(scored)
@@ -70,7 +70,7 @@ class Rollouts:
 
     def load_weights(self, learner: Learner) -> None:
         """Sample from the learner's weights from now on."""
-        self.engine.load_weights(learner.weights(), learner.version)
+        self.mailbox.load_weights(learner.weights(), learner.version)
 
 
 def summary(scored: Scored) -> dict[str, float]:

@@ -8,7 +8,7 @@ from functools import cache
 from groupwise.config import Job
 from groupwise.data.remarks import in_both
 from groupwise.data.stream import PromptStream
-from groupwise.engines.base import Engine
+from groupwise.engines.mailbox import Mailbox, Sampler
 from groupwise.learn.learner import Learner
 from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
 from groupwise.progress import Progress
@@ -16,7 +16,7 @@ from groupwise.reward_models.rounds import NoRounds, Rounds
 from groupwise.rewards.patience import Patience
 from groupwise.rewards.scorer import Scorer
 from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
-from groupwise.run.guarded import GuardedEngine
+from groupwise.run.guarded import GuardedSampler
 from groupwise.run.loop import Parts
 from groupwise.run.rollouts import GroupSampler, Rollouts
 from groupwise.run.saving import Clock, Saver, Stateful
@@ -41,7 +41,7 @@ from groupwise.wiring.settings import (
 
 
 def open_evaluation(
-    job: Job, model: Model, objects: PythonObjects, engine: Engine, scorer: Scorer
+    job: Job, model: Model, objects: PythonObjects, sampler: Sampler, scorer: Scorer
 ) -> Evaluation | NoEvaluation:
     """Held-out evaluation, or its stand-in where the job names no data for it."""
     held_out = held_out_prompts(job, model, objects)
@@ -52,7 +52,7 @@ def open_evaluation(
     draw = GroupSampler(eval_sampling_of(job), job.eval.num_generations, job.seed, "eval")
     schedule = Schedule(job.eval.every, total_steps(job))
     return Evaluation(
-        held_out.prompts, engine, scorer, draw, schedule, job.eval.threshold, verified=bool(job.reward.verifier)
+        held_out.prompts, sampler, scorer, draw, schedule, job.eval.threshold, verified=bool(job.reward.verifier)
     )
 
 
@@ -87,8 +87,8 @@ def build(
     prompts = training_prompts(job, model, objects)
     check_prompts(prompts, model.codec, warn)
     say_unread(job, prompts.prompts, (functions, judges), watch.terminal.say)
-    engine, guard = open_engine(job, model, closing), open_guard(job, model, warn)
-    evaluation = open_evaluation(job, model, objects, GuardedEngine(engine, guard, "In held-out outputs"), judge)
+    mailbox, guard = Mailbox(open_engine(job, model, closing)), open_guard(job, model, warn)
+    evaluation = open_evaluation(job, model, objects, GuardedSampler(mailbox, guard, "In held-out outputs"), judge)
     if isinstance(evaluation, Evaluation) and (known := in_both(prompts.prompts, evaluation.prompts)):
         warn(known)
     learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype), guard)
@@ -106,7 +106,7 @@ def build(
     rounds: Rounds = NoRounds()
     verifier: Scorer | None = None
     if trains_reward_model(job):
-        first = GuardedEngine(engine, guard, "In outputs for the reward model")
+        first = GuardedSampler(mailbox, guard, "In outputs for the reward model")
         if job.reward.verifier:
             verifier = Scorer(judges.rewards, None, total_steps(job), warn, patience=patience)
             verifier.follow(stream, job.train.prompts_per_step)
@@ -118,7 +118,7 @@ def build(
     saver = Saver(folder, job.checkpoint, stateful, watch)
     parts = Parts(
         progress=progress,
-        rollouts=Rollouts(stream, engine, scorer, draw, job.train.prompts_per_step, prompts.dropped_long),
+        rollouts=Rollouts(stream, mailbox, scorer, draw, job.train.prompts_per_step, prompts.dropped_long),
         objective=objective,
         learner=learner,
         reference=reference,

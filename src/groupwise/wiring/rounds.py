@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from groupwise.config import TRAINED_REWARD_MODEL, Job
 from groupwise.data.stream import PromptStream
 from groupwise.disk import fixed
-from groupwise.engines.base import Engine
+from groupwise.engines.mailbox import Mailbox, Sampler
 from groupwise.learn.agreement import Guard
 from groupwise.models.load import choose_dtype
 from groupwise.progress import Progress
@@ -22,7 +22,7 @@ from groupwise.reward_models.rounds import RewardModelRounds, Task
 from groupwise.rewards.functions.calls import FunctionCalls
 from groupwise.rewards.scorer import Scorer
 from groupwise.rewards.steps import segmenter_of
-from groupwise.run.guarded import GuardedEngine
+from groupwise.run.guarded import GuardedSampler
 from groupwise.run.rollouts import GroupSampler
 from groupwise.seeds import stable_hash
 from groupwise.store.folder import RunFolder
@@ -48,7 +48,7 @@ class Opened:
     watch: Recorder
     model: Model
     prompts: Sequence[Prompt]
-    engine: Engine
+    sampler: Sampler
     progress: Progress
 
 
@@ -61,7 +61,7 @@ def open_rounds(
 
     def first() -> Sequence[Group]:
         stream = PromptStream(prompts, seed=stable_hash(job.seed, TRAINED_REWARD_MODEL), shuffle=True)
-        return draw.sample(opened.engine, stream.take(min(section.first_prompts, len(prompts))), 0)
+        return draw.sample(opened.sampler, stream.take(min(section.first_prompts, len(prompts))), 0)
 
     sources: dict[str | None, LabelSource] = {
         "verifier": VerifierLabels(job.eval.threshold),
@@ -98,9 +98,9 @@ def _open_labeller(
     completer = open_model(job, opened.objects, lambda line: None, training=False)
     cast_policy(completer)
     guard = Guard(completer.loaded.policy, opened.watch.terminal.warn)
-    engine = GuardedEngine(open_engine(job, completer, closing), guard, "In continuations")
+    sampler = GuardedSampler(Mailbox(open_engine(job, completer, closing)), guard, "In continuations")
     labeller = MonteCarlo(
-        engine, lambda groups: verifier(groups, Record(step)), completer.codec,
+        sampler, lambda groups: verifier(groups, Record(step)), completer.codec,
         segmenter_of(job.process, completer.codec, segmenter),
         Completer(section.continuations, sampling_of(job), job.seed, completer.loaded.context),
         soft=section.soft_labels, threshold=job.eval.threshold,

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from groupwise.demo.model import character_tokenizer
+from groupwise.engines.base import finished
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import ConfigError
 from groupwise.models.policy import LayoutName
@@ -153,7 +154,7 @@ def test_a_longer_prompt_may_come_while_shorter_ones_are_decoded(layout: LayoutN
     engine = NativeEngine(policy, CODEC, max_live=5)
     engine.submit(short)
     found: dict[str, dict[int, Completion]] = {"short": {}, "long": {}}
-    for number, (uid, index, completion) in enumerate(engine.completed()):
+    for number, (uid, index, completion) in enumerate(finished(engine)):
         found[uid][index] = completion
         if number == 0:
             engine.submit(long)
@@ -233,7 +234,7 @@ def test_an_empty_stop_string_is_refused_before_anything_runs() -> None:
     engine = NativeEngine(make_policy(), CODEC)
     with pytest.raises(ConfigError, match="stop string is empty"):
         engine.submit(requests(stop=("a", ""))[0])
-    assert list(engine.completed()) == []
+    assert list(finished(engine)) == []
 
 
 @both_layouts

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from groupwise.engines.base import generate
+from groupwise.engines.base import finished
 from groupwise.engines.native import shared_decoder
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.errors import ModelError
@@ -20,6 +20,7 @@ from tests.engines.policies import (
     both_layouts,
     counted_tokens,
     difference,
+    generate,
     make_policy,
     requests,
     sample,
@@ -65,7 +66,7 @@ def test_slots_refill_while_others_go_on() -> None:
     lengths = [3, 9, 9, 9, 6, 3]
     for i, length in enumerate(lengths):
         engine.submit(Request(f"r{i}", PROMPTS[0], 1, Sampling(max_tokens=length), i))
-    order = [sampled.uid for sampled in engine.completed()]
+    order = [sampled.uid for sampled in finished(engine)]
     assert steps == [4] * 9 + [1] * 3
     assert (order[0], set(order[1:5]), order[5]) == ("r0", {"r1", "r2", "r3", "r4"}, "r5")
 
@@ -127,12 +128,11 @@ def test_weights_may_change_under_way_and_each_token_says_which_drew_it() -> Non
     engine = NativeEngine(make_policy(), without_end())
     engine.submit(Request("short", PROMPTS[0], 1, Sampling(max_tokens=4), 1))
     engine.submit(Request("long", PROMPTS[1], 1, Sampling(max_tokens=10), 2))
-    versions = {}
-    for uid, _, completion in engine.completed():
-        versions[uid] = completion.policy_versions
-        if uid == "short":
-            engine.load_weights([], version=1)
-    assert versions == {"short": ((0, 4),), "long": ((0, 4), (1, 6))}
+    [short] = engine.poll()
+    engine.load_weights([], version=1, in_flight="continue")
+    [long] = engine.poll()
+    assert (short.uid, short.completion.policy_versions) == ("short", ((0, 4),))
+    assert (long.uid, long.completion.policy_versions) == ("long", ((0, 4), (1, 6)))
 
 
 # --- modes, errors and leftovers --------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_the_policy_is_in_train_mode_whenever_the_consumer_has_the_word(layout: 
     policy = make_policy(layout=layout)
     engine = NativeEngine(policy, CODEC)
     engine.submit(requests()[0])
-    completions = engine.completed()
+    completions = finished(engine)
     next(completions)
     assert policy.training
     assert policy.model.model.layers[0].training
@@ -204,7 +204,7 @@ def test_after_an_error_the_engine_starts_from_nothing(layout: LayoutName) -> No
     with pytest.raises(KeyboardInterrupt):
         generate(engine, requests())
     assert policy.training
-    assert list(engine.completed()) == []
+    assert list(finished(engine)) == []
     assert tokens(generate(engine, requests())) == expected
 
 
@@ -225,7 +225,7 @@ def test_cancelling_in_the_middle_leaves_the_others_as_they_were(layout: LayoutN
     for request in asked:
         engine.submit(request)
     found: dict[str, dict[int, tuple[int, ...]]] = {}
-    for number, (uid, index, completion) in enumerate(engine.completed()):
+    for number, (uid, index, completion) in enumerate(finished(engine)):
         found.setdefault(uid, {})[index] = completion.token_ids
         if number == 0:
             engine.cancel("r0")

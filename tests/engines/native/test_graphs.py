@@ -8,14 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupwise.engines.base import generate
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.engines.native.graphs import Graphs, Run, rounded
 from groupwise.engines.native.shared_decoder import SharedDecoder
 from groupwise.engines.native.stores import PromptFold
 from groupwise.models.policy import Policy
 from groupwise.types import Completion, Request
-from tests.engines.policies import CODEC, PROMPTS, difference, make_policy, requests, sample, tokens, without_end
+from tests.engines.policies import (
+    CODEC,
+    PROMPTS,
+    difference,
+    generate,
+    make_policy,
+    requests,
+    sample,
+    tokens,
+    without_end,
+)
 
 
 def again(run: Run) -> tuple[Callable[[], object], Tensor]:

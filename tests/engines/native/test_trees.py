@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupwise.engines.base import generate
+from groupwise.engines.base import finished
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.engines.native.graphs import Graphs
 from groupwise.engines.native.shared_decoder import SharedDecoder
@@ -22,6 +22,7 @@ from tests.engines.policies import (
     CODEC,
     both_layouts,
     counted_tokens,
+    generate,
     make_policy,
     requests,
     sample,
@@ -121,12 +122,12 @@ def test_an_output_is_freed_before_its_tree() -> None:
     engine, (short, long) = NativeEngine(make_policy(), without_end()), branches(n=1, trees=TREES[:1])[:4:3]
     engine.submit(replace(short, sampling=Sampling(max_tokens=2)))
     engine.submit(long)
-    next(engine.completed())
+    next(finished(engine))
     decoder = engine.decoder
     assert isinstance(decoder, SharedDecoder)
     assert decoder.prompts.names == [("t0", 0)]
     assert decoder.trunks.names == [("t0", 0, 1)]
-    assert len(list(engine.completed())) == 1
+    assert len(list(finished(engine))) == 1
 
 
 def test_outputs_of_a_wide_tree_that_wait_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +161,7 @@ def test_cancelled_branches_leave_the_others_alone() -> None:
         engine.submit(request)
     engine.cancel("t0/0/5")  # before its tree has begun
     seen: dict[str, list[tuple[int, ...]]] = {}
-    for number, (uid, _, completion) in enumerate(engine.completed()):
+    for number, (uid, _, completion) in enumerate(finished(engine)):
         if number == 0:
             engine.cancel("t0/2/3")  # begun, and nothing drawn yet
             engine.cancel("t2/0/1")
@@ -176,7 +177,7 @@ def test_who_comes_late_has_the_tree_computed_again() -> None:
     engine = NativeEngine(policy, CODEC, max_live=64)
     engine.submit(first)
     found: dict[str, dict[int, tuple[int, ...]]] = {}
-    for number, (uid, index, completion) in enumerate(engine.completed()):
+    for number, (uid, index, completion) in enumerate(finished(engine)):
         found.setdefault(uid, {})[index] = completion.token_ids
         if number == 0:
             for request in others:

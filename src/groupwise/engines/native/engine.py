@@ -6,6 +6,7 @@ distribution only, so it does not matter which rows run beside it."""
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from groupwise.engines.base import InFlight
 from groupwise.engines.native.draw import Filters, draw, uniforms
 from groupwise.engines.native.plain_decoder import PlainDecoder
 from groupwise.engines.native.shared_decoder import SharedDecoder
@@ -70,8 +72,7 @@ class NativeEngine:
     """An `Engine` over a policy in this process. At most `max_live` outputs are decoded together.
 
     `on_tokens(n)`, where given, is told of every `n` tokens that were drawn, for a progress display. An error while
-    decoding drops all that is in flight; the engine can be used again. A consumer may leave `completed()` and come
-    back: nothing is lost.
+    decoding drops all that is in flight; the engine can be used again.
     """
 
     def __init__(
@@ -84,14 +85,16 @@ class NativeEngine:
         self._start_empty()
 
     def _start_empty(self) -> None:
-        make = SharedDecoder if self.policy.layout == "shared" else PlainDecoder
-        self.decoder: Decoder = make(self.policy)
+        self.decoder = self._make_decoder()
         self._flights: dict[str, _Flight] = {}
         self._of_tree: dict[str, dict[str, Request]] = {}
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
         self._ready: deque[Sampled] = deque()
         self._settings: _Settings | None = None
+
+    def _make_decoder(self) -> Decoder:
+        return SharedDecoder(self.policy) if self.policy.layout == "shared" else PlainDecoder(self.policy)
 
     def submit(self, request: Request) -> None:
         """See `Engine`. Raises ConfigError for an empty stop string."""
@@ -122,44 +125,63 @@ class NativeEngine:
             if flight.begun and flight.undrawn:
                 self.decoder.end(uid)
 
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """See `Engine`. Tensors that already are the policy's own are not copied; an unknown name is a KeyError."""
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, *, in_flight: InFlight = "finish") -> None:
+        """See `Engine`. Tensors that already are the policy's own are not copied; an unknown name is a KeyError.
+
+        There is one set of weights, so what is in flight begins again where it is to have one version.
+        """
         own = self.policy.model.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, tensor in weights:
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
-        if version != self.version:
+        if version != self.version and in_flight == "continue":
             for row in self._rows:
                 row.drawn_by(self.version)
+        elif version != self.version:
+            self._begin_again()
         self.version = version
+
+    def _begin_again(self) -> None:
+        """Draw what is under way from its first token on: prompts too are computed with the new weights."""
+        again = [_Row(row.request, row.index) for row in self._rows]
+        self._waiting.extendleft(reversed(again))
+        self._rows, self._settings = [], None
+        self.decoder = self._make_decoder()
+        for request in {row.request.uid: row.request for row in self._waiting}.values():
+            self._flights[request.uid].begun = False
+            if request.branch is not None and self.decoder.refills:
+                self._of_tree.setdefault(request.branch.tree.uid, {})[request.uid] = request
 
     def close(self) -> None:
         """See `Engine`."""
         self._start_empty()
+        self.policy.packed.release()
 
-    def completed(self) -> Iterator[Sampled]:
+    def poll(self, timeout: float | None = None) -> list[Sampled]:
         """See `Engine`. Raises ModelError where the policy's logits are not finite."""
         try:
-            while self._ready or self._waiting or self._rows:
-                if not self._ready:
-                    self._decode()
-                    continue
-                sampled = self._ready.popleft()
-                flight = self._flights[sampled.uid]
-                flight.undelivered -= 1
-                if flight.undelivered == 0:
-                    del self._flights[sampled.uid]
-                yield sampled
+            self._decode(None if timeout is None else time.monotonic() + timeout)
         finally:
-            self.policy.packed.release()
+            if not (self._waiting or self._rows):
+                self.policy.packed.release()
+        found, self._ready = list(self._ready), deque()
+        for sampled in found:
+            flight = self._flights[sampled.uid]
+            flight.undelivered -= 1
+            if flight.undelivered == 0:
+                del self._flights[sampled.uid]
+        return found
 
-    def _decode(self) -> None:
-        """Decode until an output ends. Between calls the policy is in the mode that the caller left it in."""
+    def _decode(self, deadline: float | None) -> None:
+        """Decode until an output ends, or time is over. Between calls the policy is in the mode that the caller left it
+        in."""
         try:
             with _evaluating(self.policy), torch.inference_mode():
                 while not self._ready and (self._waiting or self._rows):
                     self._draw(self._advance())
+                    if deadline is not None and time.monotonic() >= deadline:
+                        break
         except BaseException:
             # Some rows have their token and others have not: whoever goes on after an error starts from nothing.
             self._start_empty()
