@@ -15,8 +15,7 @@ from groupwise.demo.model import small_model
 from groupwise.engines.mailbox import Mailbox, generate
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.jobfile import load_job
-from groupwise.learn.learner import Learner
-from groupwise.learn.reference import NoReference, Reference
+from groupwise.learn.learner import PolicyLearner
 from groupwise.models.probe import probe
 from groupwise.types import Group, GroupKey, Request, Score, ScoredGroup
 from groupwise.wiring.models import open_model
@@ -51,8 +50,7 @@ def main(path: str, steps: int) -> None:
     model.codec.end_token_ids = frozenset()
     objective = objective_of(job)
     engine = NativeEngine(model.loaded.policy, model.codec, max_live=job.sampling.max_live_outputs)
-    learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype))
-    reference = Reference(learner.policy) if objective.needs_reference else NoReference()
+    learner = PolicyLearner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype))
     seconds: dict[str, list[float]] = {"sampling": [], "training": []}
     count = job.sampling.num_generations
     for step in range(steps):
@@ -65,7 +63,7 @@ def main(path: str, steps: int) -> None:
         middle = time.perf_counter()
         scored = [ScoredGroup(group, (Score(0.0),) * count) for group in groups]
         credit = [[float(i % 2) * 2 - 1 for i in range(count)] for _ in groups]
-        batch = learner.prepare(scored, credit, reference)
+        batch = learner.prepare(scored, credit)
         for done in range(job.train.num_iterations):
             learner.update(batch, done)
         seconds["sampling"].append(middle - start)

@@ -21,9 +21,8 @@ from groupwise.data.stream import PromptStream
 from groupwise.engines.mailbox import Mailbox
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.engines.processes import PooledEngine
-from groupwise.learn.learner import Learner, LearnerSettings
+from groupwise.learn.learner import LearnerSettings, PolicyLearner
 from groupwise.learn.optimizer import OptimizerSettings
-from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.load import LoadedPolicy, load_policy
 from groupwise.models.policy import Policy
 from groupwise.objective import objective_named, token_advantages
@@ -84,9 +83,8 @@ class Session:
         settings = LearnerSettings(
             optimizer=optimizer, tokens_per_micro_batch=budget, compute_dtype=loaded.compute_dtype, seed=SEED
         )
-        self.learner = Learner(loaded.policy, self.objective, settings)
-        self.reference = Reference(loaded.policy) if self.objective.needs_reference else NoReference()
-        self.reference.refresh(self.learner, 0)
+        self.learner = PolicyLearner(loaded.policy, self.objective, settings)
+        self.learner.refresh(0)
         self.rollouts.load_weights(self.learner)
 
     def _codec(self, folder: Path) -> Codec:
@@ -114,7 +112,7 @@ class Session:
         scored = self.rollouts.collect(number, record)
         sampled = time.perf_counter()
         credit = token_advantages(scored, self.objective) if self.case.outputs > 1 else _alone(scored)
-        batch = self.learner.prepare(scored, credit, self.reference)
+        batch = self.learner.prepare(scored, credit)
         metrics = self.learner.update(batch)
         self.rollouts.load_weights(self.learner)
         end = time.perf_counter()

@@ -410,18 +410,18 @@ def test_a_full_disk_while_exporting(at: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_policy_that_diverges(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that are no numbers: the last checkpoint is from before them."""
-    from groupwise.learn.learner import Learner
+    from groupwise.learn.learner import PolicyLearner
 
-    update = Learner.update
+    update = PolicyLearner.update
 
-    def spoil(self: Learner, *arguments: Any) -> dict[str, float]:
+    def spoil(self: PolicyLearner, *arguments: Any) -> dict[str, float]:
         found = update(self, *arguments)
         if self.version == 2:
             with torch.no_grad():
                 next(self.policy.parameters()).fill_(torch.nan)
         return found
 
-    monkeypatch.setattr(Learner, "update", spoil)
+    monkeypatch.setattr(PolicyLearner, "update", spoil)
     ended = train(checkpoint__every=1, train__steps=4)
     refused(ended, "logits are not finite", "Lower train.learning_rate")
 

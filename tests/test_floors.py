@@ -7,7 +7,20 @@ import groupwise
 from tests.source import imports, modules
 
 FLOORS = [
-    {"types", "config", "errors", "seeds", "disk", "streams", "wording", "readable", "averages", "progress", "jobfile"},
+    {
+        "types",
+        "config",
+        "errors",
+        "seeds",
+        "disk",
+        "streams",
+        "wording",
+        "readable",
+        "averages",
+        "progress",
+        "state",
+        "jobfile",
+    },
     {"tokenizer", "precision"},
     {"objective", "cpu"},
     {"models"},
@@ -21,7 +34,7 @@ FLOORS = [
     {"commands"},
     {"cli", "recipes"},
     {"__main__"},
-]
+]  # fmt: skip
 """From the ground up. A module imports from its own room and from rooms on lower floors."""
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from groupwise.errors import Stopped
 from groupwise.readable import duration
+from groupwise.state import State
 
 STOPPING = "stopping after this {unit}; once more to stop at once"
 
@@ -32,6 +33,14 @@ class Progress:
         self.steps_per_iteration = steps
         self.step = done
         self.stopped: signal.Signals | None = None
+
+    def state(self) -> State:
+        """See `Stateful`."""
+        return State(values={"step": self.step})
+
+    def restore(self, state: State) -> None:
+        """See `Stateful`."""
+        self.step = state.values["step"]
 
     def iterations(self) -> Iterator[int]:
         """The outer iterations that are not finished, from 0."""

@@ -24,7 +24,7 @@ from groupwise.demo.model import character_tokenizer
 from groupwise.diagnosis import doctor, inputs
 from groupwise.diagnosis.findings import Finding, Report, measured, print_report
 from groupwise.diagnosis.numbers import Bounds, bounds
-from groupwise.diagnosis.opened_job import OpenedJob, TokenBudget, open_job
+from groupwise.diagnosis.opened_job import FreeMemory, OpenedJob, open_job
 from groupwise.engines.native.engine import NativeEngine
 from groupwise.jobfile import load_job
 from groupwise.learn import learner as learning
@@ -192,8 +192,8 @@ def wrong_cap(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
 
 def with_head(shape: HeadShape, opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
     """What is wrong is so for policy and reference alike, as it would be after a probe that erred."""
-    assert isinstance(opened.reference, Reference)
-    for policy in (opened.learner.policy, opened.reference.policy):
+    assert isinstance(opened.learner.reference, Reference)
+    for policy in (opened.learner.policy, opened.learner.reference.policy):
         monkeypatch.setattr(policy, "head", shape)
     return opened
 
@@ -217,7 +217,8 @@ def without_temperature(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> O
 def another_reference(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
     reference = Reference(opened.learner.policy)
     noisy(reference.policy)
-    return replace(opened, reference=reference)
+    monkeypatch.setattr(opened.learner, "reference", reference)
+    return opened
 
 
 def drifting_old(opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> OpenedJob:
@@ -441,7 +442,7 @@ def test_step_rewards(reward: Callable[..., Any], pattern: str, verdict: str, sa
 @pytest.mark.parametrize("peak, verdict", [(80, "passed"), (95, "warning"), (101, "failed")])
 def test_memory_of_an_update(peak: int, verdict: str, opened: OpenedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "peak_memory", lambda device: 50 + peak)
-    [finding] = inputs.memory(replace(opened, room=TokenBudget(free=100, held=50)))
+    [finding] = inputs.memory(replace(opened, room=FreeMemory(free=100, held=50)))
     assert (finding.verdict, finding.error, finding.bound) == (verdict, peak, 100)
     assert ("Lower train.tokens_per_micro_batch" in finding.words) == (verdict != "passed")
 

@@ -10,9 +10,8 @@ import torch
 
 from groupwise.errors import ModelError
 from groupwise.learn.agreement import FEW, Difference, Guard, bounds
-from groupwise.learn.learner import Learner
+from groupwise.learn.learner import PolicyLearner
 from groupwise.learn.pack import Batch
-from groupwise.learn.reference import NoReference
 from tests.learn.tiny import make_learner, some_credit, some_groups, tiny_policy
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -98,14 +97,14 @@ def test_nothing_sampled_is_nothing_judged() -> None:
     assert warnings == []
 
 
-def guarded_learner(shift: float, corrected: bool = False, **settings: int) -> tuple[Learner, Batch, list[str]]:
+def guarded_learner(shift: float, corrected: bool = False, **settings: int) -> tuple[PolicyLearner, Batch, list[str]]:
     """A learner, and a batch whose sampled log-probs are off by so much."""
     warnings: list[str] = []
     policy = tiny_policy()
     learner = make_learner(policy, "dapo", tokens_per_micro_batch=21, **settings)
     learner.guard = Guard(policy, warnings.append, corrected=corrected)
     groups = some_groups(policy, 1.0)
-    batch = learner.prepare(groups, some_credit(groups), NoReference())
+    batch = learner.prepare(groups, some_credit(groups))
     exact_T = learner.logprobs(batch)
     return learner, replace(batch, sampled_logprobs_T=exact_T + shift), warnings
 

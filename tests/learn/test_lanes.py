@@ -15,9 +15,8 @@ from groupwise.cpu.cores import threads
 from groupwise.errors import ModelError
 from groupwise.learn import lanes
 from groupwise.learn.lanes import at_once, deal, most_lanes
-from groupwise.learn.learner import Learner
+from groupwise.learn.learner import PolicyLearner
 from groupwise.learn.pack import Output
-from groupwise.learn.reference import Reference
 from groupwise.models.layout import Stream
 from groupwise.models.load import checkpoint_gradients
 from groupwise.models.policy import LayoutName, Policy
@@ -44,19 +43,12 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def learner(policy: Policy, count: int, **settings: Any) -> Learner:
+def learner(policy: Policy, count: int, **settings: Any) -> PolicyLearner:
     """One that computes in so many lanes."""
     made = make_learner(policy, **settings)
     assert made.replicas.most == 3
     made.replicas.most = count
     return made
-
-
-def reference_of(own: Learner) -> Reference:
-    """The policy as it is now."""
-    reference = Reference(own.policy)
-    reference.refresh(own, 0)
-    return reference
 
 
 def batch_groups(policy: Policy) -> list[ScoredGroup]:
@@ -152,7 +144,7 @@ def test_updates_follow_the_same_weights(kind: str, direct: bool) -> None:
         assert all((policy.direct is not None) == direct for policy in replicas)
         assert not direct or len({id(policy.direct.body) for policy in replicas if policy.direct}) == count
         for _ in range(2):
-            batch = own.prepare(groups, some_credit(groups), reference_of(own))
+            batch = own.prepare(groups, some_credit(groups))
             for done in range(2):
                 own.update(batch, done)
         found.append({name: master.detach().clone() for name, master in own.optimizer.master_weights.items()})
@@ -190,7 +182,7 @@ def test_the_same_bits_come_again() -> None:
 def test_the_first_pass_is_on_policy_in_every_lane() -> None:
     own = learner(tiny_policy(), 3)
     groups = batch_groups(own.policy)
-    metrics = own.update(own.prepare(groups, some_credit(groups), reference_of(own)))
+    metrics = own.update(own.prepare(groups, some_credit(groups)))
     assert metrics["ratio/max"] == 1.0
     assert metrics["kl"] == 0.0
 
@@ -215,7 +207,7 @@ def test_memory_that_runs_out_in_one_lane_halves_the_budget_of_all() -> None:
         own = learner(policy, 3, preset="dapo", tokens_per_micro_batch=120)
         (gradient,) = gradients(own, own.pack(groups, some_credit(groups)), passes_done=0)
         found.append(gradient)
-        assert (own.room.budget, own.room.halved) == ((120, 0) if room == 1000 else (60, 1))
+        assert (own.token_budget.budget, own.token_budget.halved) == ((120, 0) if room == 1000 else (60, 1))
     assert distance(*found) < 1e-12
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from groupwise.learn.learner import Learner
+from groupwise.learn.learner import PolicyLearner
 from groupwise.learn.pack import Batch, Credit, micro_batches
-from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.policy import LayoutName, Policy
 from groupwise.objective import PRESETS, Objective, objective_named
 from groupwise.types import ScoredGroup
@@ -36,7 +35,6 @@ from tests.learn.tiny import with_past as off_policy
 TEMPERATURE = 0.7
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 both_layouts = pytest.mark.parametrize("layout", ["shared", "plain"])
-NO_REFERENCE = NoReference()
 
 
 @cache
@@ -51,7 +49,7 @@ def data() -> tuple[list[ScoredGroup], Credit]:
     return groups, some_credit(groups)
 
 
-def learner_of(preset: str | Objective, policy: Policy, **settings: Any) -> Learner:
+def learner_of(preset: str | Objective, policy: Policy, **settings: Any) -> PolicyLearner:
     return make_learner(policy, preset, temperature=TEMPERATURE, **settings)
 
 
@@ -168,10 +166,10 @@ def test_a_sampler_is_corrected_only_when_asked() -> None:
 @every_preset
 def test_the_first_update_is_on_policy_and_takes_no_extra_forward(preset: str) -> None:
     policy = tiny_policy()
-    reference = Reference(policy)
     learner = learner_of(preset, policy, tokens_per_micro_batch=21)
-    forwards, of_reference = count_forwards(policy), count_forwards(reference.policy)
-    batch = learner.prepare(*data(), reference)
+    forwards = count_forwards(policy)
+    of_reference = count_forwards(learner.reference.policy) if learner.objective.needs_reference else []
+    batch = learner.prepare(*data())
     assert forwards == []
     assert batch.old_logprobs_T is None
     assert bool(of_reference) == (batch.ref_logprobs_T is not None) == learner.objective.kl_in_loss
@@ -187,7 +185,7 @@ def test_the_first_update_is_on_policy_and_takes_no_extra_forward(preset: str) -
 def test_the_reference_of_a_first_step_adds_nothing() -> None:
     policy = tiny_policy()
     learner = learner_of("grpo", policy)
-    batch = learner.prepare(*data(), Reference(policy))
+    batch = learner.prepare(*data())
     (found,) = gradients(learner, batch, passes_done=0)
     without, _ = stock_gradient(policy, replace(learner.objective, beta=0.0), batch)
     assert distance(found, without) < 1e-10
@@ -197,7 +195,7 @@ def test_old_log_probs_are_computed_once_and_stay() -> None:
     policy = tiny_policy()
     learner = learner_of("dapo", policy, num_iterations=2, tokens_per_micro_batch=21, rate=0.01)
     forwards = count_forwards(policy)
-    batch = learner.prepare(*data(), NO_REFERENCE)
+    batch = learner.prepare(*data())
     passes = len(forwards)
     assert passes > 1
     assert batch.old_logprobs_T is not None
@@ -214,7 +212,7 @@ def test_old_log_probs_are_computed_once_and_stay() -> None:
 
 def test_with_several_updates_the_first_is_on_policy_exactly() -> None:
     learner = learner_of("gspo", tiny_policy("qwen3"), updates_per_batch=2, rate=0.01)
-    batch = learner.prepare(*data(), NO_REFERENCE)
+    batch = learner.prepare(*data())
     assert batch.old_logprobs_T is not None
     # What another cut into forward passes may do in a narrow type, and more than gspo's clip bears.
     batch = replace(batch, old_logprobs_T=batch.old_logprobs_T + 1e-3)
@@ -254,7 +252,7 @@ def test_skipping_outputs_without_advantage_changes_nothing(
     def learn() -> tuple[list[Gradient], dict[str, torch.Tensor], dict[str, float]]:
         policy = tiny_policy()
         learner = learner_of(preset, policy, num_iterations=2, **settings)
-        batch = learner.prepare(*data(), NO_REFERENCE)
+        batch = learner.prepare(*data())
         found: list[Gradient] = []
         step = learner.optimizer.step
 
@@ -280,16 +278,15 @@ def test_skipping_outputs_without_advantage_changes_nothing(
 
 def test_with_a_kl_term_nothing_is_skipped() -> None:
     policy = tiny_policy()
-    reference = Reference(policy)
     learner = learner_of("grpo", policy, num_iterations=2)
     groups, credit = data()
     silence = [[0.0] * len(row) for row in credit]
-    batch = learner.prepare(groups, silence, reference)
+    batch = learner.prepare(groups, silence)
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.mul_(1.1)
     metrics = learner.update(batch, 1)
     assert metrics["grad_norm"] > 1e-4, "the KL's own gradient"
-    metrics = learner.update(learner.prepare(groups, silence, reference))
+    metrics = learner.update(learner.prepare(groups, silence))
     assert metrics["tokens/skipped"] == 0
     assert metrics["tokens/trained"] == len(batch.completion_T)
 
@@ -301,10 +298,10 @@ def test_a_step_without_any_advantage_still_steps_adam() -> None:
         replicas := [p.detach().clone().requires_grad_() for p in policy.parameters()], lr=0.01, weight_decay=0.0
     )
     groups, credit = data()
-    wanted, _ = stock_gradient(policy, learner.objective, batch := learner.prepare(groups, credit, NO_REFERENCE))
+    wanted, _ = stock_gradient(policy, learner.objective, batch := learner.prepare(groups, credit))
     learner.update(batch)
     forwards = count_forwards(policy)
-    metrics = learner.update(learner.prepare(groups, [[0.0] * len(row) for row in credit], NO_REFERENCE))
+    metrics = learner.update(learner.prepare(groups, [[0.0] * len(row) for row in credit]))
     assert forwards == []
     for twin, gradient in zip(replicas, wanted.values(), strict=True):
         twin.grad = gradient
@@ -323,7 +320,7 @@ def test_a_step_without_any_advantage_still_steps_adam() -> None:
 def test_a_gradient_that_is_not_finite_is_refused_and_counted() -> None:
     policy = tiny_policy()
     learner = learner_of("dapo", policy, updates_per_batch=2)
-    batch = learner.prepare(*data(), NO_REFERENCE)
+    batch = learner.prepare(*data())
     before = {name: weight.clone() for name, weight in learner.master_weights().items()}
     poison: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient * torch.inf  # noqa: E731
     handle = next(policy.parameters()).register_hook(poison)

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupwise.learn.learner import Learner
+from groupwise.learn.learner import PolicyLearner
 from groupwise.learn.pack import Batch
-from groupwise.learn.reference import NoReference, Reference
 from groupwise.objective import Objective, objective_named, token_losses
 from groupwise.watch.metrics import unknown
 from tests.learn.tiny import (
@@ -31,7 +30,7 @@ from tests.learn.tiny import (
 TEMPERATURE = 0.7
 
 
-def off_policy(preset: str | Objective, masked: bool = False, **settings: Any) -> tuple[Learner, Batch]:
+def off_policy(preset: str | Objective, masked: bool = False, **settings: Any) -> tuple[PolicyLearner, Batch]:
     """A learner with a batch of an older policy, several micro-batches a pass; or every third token not its own."""
     policy = tiny_policy()
     groups = some_groups(policy, TEMPERATURE)
@@ -140,8 +139,7 @@ def test_every_name_is_documented_and_every_value_a_number(preset: str) -> None:
     policy = tiny_policy()
     groups = some_groups(policy, TEMPERATURE)
     learner = make_learner(policy, objective_named(preset, max_completion_length=LENGTH), num_iterations=2)
-    reference = Reference(policy) if learner.objective.needs_reference else NoReference()
-    batch = learner.prepare(groups, some_credit(groups), reference)
+    batch = learner.prepare(groups, some_credit(groups))
     found = learner.update(batch, 0) | learner.update(batch, 1)
     assert unknown(found) == []
     assert {type(value) for value in found.values()} == {float}

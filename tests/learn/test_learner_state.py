@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from groupwise.engines.native.engine import NativeEngine
-from groupwise.learn.learner import Learner
+from groupwise.learn.learner import PolicyLearner
 from groupwise.learn.optimizer import OptimizerSettings
-from groupwise.learn.reference import NoReference, Reference
+from groupwise.learn.reference import Reference
 from groupwise.models.policy import Policy
+from groupwise.state import State
 from groupwise.store import checkpoint
 from groupwise.types import ScoredGroup
 from tests.learn.tiny import distance, gradients, make_learner, some_credit, some_groups, tiny_policy
@@ -22,7 +23,7 @@ BFLOAT16 = torch.bfloat16
 both_types = pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 
 
-def learning(kind: str = "qwen3", preset: str = "dapo", *, tied: bool = True, **settings: Any) -> Learner:
+def learning(kind: str = "qwen3", preset: str = "dapo", *, tied: bool = True, **settings: Any) -> PolicyLearner:
     return make_learner(tiny_policy(kind, tied=tied), preset, **settings)
 
 
@@ -31,9 +32,9 @@ def step_data(seed: int = 0) -> tuple[list[ScoredGroup], list[list[float | list[
     return groups, some_credit(groups)
 
 
-def learn(learner: Learner, seed: int, reference: Reference | NoReference | None = None) -> dict[str, float]:
+def learn(learner: PolicyLearner, seed: int) -> dict[str, float]:
     """One step with `num_iterations` passes."""
-    batch = learner.prepare(*step_data(seed), reference or NoReference())
+    batch = learner.prepare(*step_data(seed))
     for done in range(learner.settings.num_iterations):
         metrics = learner.update(batch, done)
     return metrics
@@ -46,13 +47,13 @@ def frequencies(policy: Policy) -> list[Tensor]:
 def test_a_bfloat16_learner_adds_up_micro_batches_in_float32() -> None:
     learner = learning(compute_dtype=BFLOAT16, tokens_per_micro_batch=1)
     groups, credit = step_data()
-    (found,) = gradients(learner, learner.prepare(groups, credit, NoReference()), passes_done=0)
+    (found,) = gradients(learner, learner.prepare(groups, credit), passes_done=0)
     total = {name: torch.zeros_like(value) for name, value in found.items()}
     for g, row in enumerate(credit):
         for i in range(len(row)):
             # Only one output has an advantage: the others are skipped, their tokens stay in the denominators.
             alone = [[a if (h, j) == (g, i) else 0.0 for j, a in enumerate(other)] for h, other in enumerate(credit)]
-            (part,) = gradients(learner, learner.prepare(groups, alone, NoReference()), passes_done=0)
+            (part,) = gradients(learner, learner.prepare(groups, alone), passes_done=0)
             total = {name: value + part[name] for name, value in total.items()}
     assert {value.dtype for value in found.values()} == {torch.float32}
     largest = max(value.abs().max().item() for value in found.values())
@@ -62,8 +63,8 @@ def test_a_bfloat16_learner_adds_up_micro_batches_in_float32() -> None:
 
 def test_a_bfloat16_gradient_is_close_to_that_of_float32() -> None:
     narrow, wide = learning(compute_dtype=BFLOAT16), learning()
-    (found,) = gradients(narrow, narrow.prepare(*step_data(), NoReference()), passes_done=0)
-    (exact,) = gradients(wide, wide.prepare(*step_data(), NoReference()), passes_done=0)
+    (found,) = gradients(narrow, narrow.prepare(*step_data()), passes_done=0)
+    (exact,) = gradients(wide, wide.prepare(*step_data()), passes_done=0)
     left = torch.cat([value.flatten() for value in found.values()])
     right = torch.cat([exact[name].flatten() for name in found])
     assert torch.cosine_similarity(left, right, dim=0) > 0.99
@@ -106,9 +107,10 @@ def test_the_sampler_sees_the_new_weights(dtype: torch.dtype) -> None:
 @both_types
 def test_a_reference_made_beside_a_learner_is_its_own(dtype: torch.dtype) -> None:
     learner = learning(preset="grpo", compute_dtype=dtype, rate=0.01)
-    reference = Reference(learner.policy)
+    reference = learner.reference
+    assert isinstance(reference, Reference)
     kept = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
-    batch = learner.prepare(*step_data(), reference)
+    batch = learner.prepare(*step_data())
     assert all(master.grad is None or not master.grad.any() for master in learner.optimizer.master_weights.values())
     learner.update(batch)
     for name, tensor in reference.state_dict().items():
@@ -131,10 +133,10 @@ def test_a_restored_learner_goes_on_to_the_same_bits(kind: str, tied: bool, dtyp
     }
     first, second = (learning(kind, tied=tied, **settings) for _ in range(2))
     learn(first, 0)
-    tensors, counters = first.state_dict()
-    saved = checkpoint.load(checkpoint.save(tmp_path, 1, tensors=tensors, state=counters))
+    state = first.state()
+    saved = checkpoint.load(checkpoint.save(tmp_path, 1, tensors=state.tensors, state=state.values))
     learn(second, 7)
-    second.load_state_dict({stem: saved.tensors(stem) for stem in tensors}, saved.state)
+    second.restore(State({stem: saved.tensors(stem) for stem in state.tensors}, saved.state))
     assert second.version == 4
     assert distance(first.master_weights(), second.master_weights()) == 0.0
     for seed in (1, 2):
@@ -147,7 +149,7 @@ def test_a_restored_learner_goes_on_to_the_same_bits(kind: str, tied: bool, dtyp
 
 
 def test_what_is_saved_is_float32_and_each_tied_weight_once() -> None:
-    tensors, _ = learning(compute_dtype=BFLOAT16).state_dict()
+    tensors = learning(compute_dtype=BFLOAT16).state().tensors
     assert {tensor.dtype for tensor in tensors["model"].values()} == {torch.float32}
     assert "model.embed_tokens.weight" in tensors["model"]
     assert "lm_head.weight" not in tensors["model"]
@@ -162,7 +164,7 @@ def test_activations_that_are_computed_again_give_the_same_gradient(kind: str, d
     enable({"use_reentrant": False})
     runs: list[object] = []
     model.base_model.layers[0].self_attn.register_forward_hook(lambda *call: runs.append(None))
-    (found,) = gradients(again, again.prepare(*step_data(), NoReference()), passes_done=0)
-    (expected,) = gradients(stored, stored.prepare(*step_data(), NoReference()), passes_done=0)
+    (found,) = gradients(again, again.prepare(*step_data()), passes_done=0)
+    (expected,) = gradients(stored, stored.prepare(*step_data()), passes_done=0)
     assert distance(found, expected) < 1e-12
     assert len(runs) == 2, "forward, and once more in the backward pass"

@@ -12,11 +12,11 @@ import torch
 
 from groupwise.errors import ModelError
 from groupwise.learn.budget import is_out_of_memory
-from groupwise.learn.learner import Learner
+from groupwise.learn.learner import PolicyLearner
 from groupwise.learn.optimizer import OptimizerSettings
-from groupwise.learn.reference import Reference, RewardPenalty
 from groupwise.models.layout import Stream
 from groupwise.models.policy import Policy
+from groupwise.objective import objective_named
 from groupwise.reward_models.learner import RewardLearner, RewardLearnerSettings
 from groupwise.reward_models.text import Graded, Output, Row, Steps, Stepwise
 from tests.learn.tiny import Gradient, distance, gradients, make_learner, some_credit, some_groups, tiny_policy
@@ -31,7 +31,9 @@ REFUSALS = [
 ]
 
 
-def learner_with_room(tokens: int, error: RuntimeError = REFUSALS[0], preset: str = "dapo", **settings: Any) -> Learner:
+def learner_with_room(
+    tokens: int, error: RuntimeError = REFUSALS[0], preset: str = "dapo", **settings: Any
+) -> PolicyLearner:
     """A learner on a device that refuses passes of more than so many tokens, after it has computed some of them."""
     learner = make_learner(tiny_policy(), preset, **{"tokens_per_micro_batch": 40, **settings})
     refuse(learner.policy, tokens, error)
@@ -50,7 +52,7 @@ def refuse(policy: Policy, tokens: int, error: RuntimeError = REFUSALS[0]) -> No
     policy.forward = forward  # type: ignore[method-assign]
 
 
-def gradient(learner: Learner) -> Gradient:
+def gradient(learner: PolicyLearner) -> Gradient:
     groups = some_groups(learner.policy, 1.0)
     (found,) = gradients(learner, learner.pack(groups, some_credit(groups)), passes_done=0)
     return found
@@ -60,7 +62,8 @@ def gradient(learner: Learner) -> Gradient:
 def test_the_budget_is_halved_and_the_gradient_is_the_same(error: RuntimeError) -> None:
     whole, halved = learner_with_room(1000), learner_with_room(20, error)
     assert distance(gradient(whole), gradient(halved)) < 1e-12
-    assert (whole.room.budget, whole.room.halved, halved.room.budget, halved.room.halved) == (40, 0, 20, 1)
+    for learner, expected in ((whole, (40, 0)), (halved, (20, 1))):
+        assert (learner.token_budget.budget, learner.token_budget.halved) == expected
 
 
 def test_so_are_the_passes_of_the_old_policy_and_of_the_reference() -> None:
@@ -68,10 +71,9 @@ def test_so_are_the_passes_of_the_old_policy_and_of_the_reference() -> None:
     for room in (1000, 20):
         learner = learner_with_room(room, preset="grpo", num_iterations=2)
         assert learner.objective.kl_in_loss
-        reference = Reference(learner.policy)
         groups = some_groups(learner.policy, 1.0)
-        batches.append(learner.prepare(groups, some_credit(groups), reference))
-        assert (learner.room.budget, learner.room.halved) == ((40, 0) if room == 1000 else (20, 1))
+        batches.append(learner.prepare(groups, some_credit(groups)))
+        assert (learner.token_budget.budget, learner.token_budget.halved) == ((40, 0) if room == 1000 else (20, 1))
     whole, halved = batches
     for name in ("old_logprobs_T", "ref_logprobs_T"):
         torch.testing.assert_close(getattr(whole, name), getattr(halved, name), rtol=0, atol=1e-12)
@@ -81,21 +83,22 @@ def test_so_are_those_of_a_kl_penalty_in_the_reward() -> None:
     """By the budget that is left, whichever of the two passes it was that ran out."""
     charged = []
     for refusing in ("neither", "policy", "reference"):
-        learner = make_learner(tiny_policy(), "rloo", tokens_per_micro_batch=40)
-        reference = Reference(learner.policy)
+        learner = make_learner(tiny_policy(), replace(objective_named("rloo"), beta=0.5), tokens_per_micro_batch=40)
         with torch.no_grad():
-            for weight in reference.policy.parameters():
+            for weight in learner.reference.policy.parameters():
                 weight *= 1.1
         if refusing != "neither":
-            refuse(learner.policy if refusing == "policy" else reference.policy, 20)
+            refuse(learner.policy if refusing == "policy" else learner.reference.policy, 20)
         scored = [
             replace(group, scores=tuple(replace(score, reward=1.0) for score in group.scores))
             for group in some_groups(learner.policy, 1.0)
         ]
         metrics: dict[str, float] = {}
-        found = RewardPenalty(learner, reference, 0.5).charge(scored, metrics)
+        found = learner.subtract_kl(scored, metrics)
         charged.append([reward for group in found for reward in group.rewards])
-        assert (learner.room.budget, learner.room.halved) == ((40, 0) if refusing == "neither" else (20, 1))
+        assert (learner.token_budget.budget, learner.token_budget.halved) == (
+            (40, 0) if refusing == "neither" else (20, 1)
+        )
         assert abs(metrics["reward/kl_penalty"]) > 1e-3
     for other in charged[1:]:
         assert other == pytest.approx(charged[0], abs=1e-12)
@@ -116,10 +119,9 @@ def test_it_is_counted_and_the_lost_passes_are_not() -> None:
 def test_a_run_that_is_taken_up_keeps_the_smaller_budget() -> None:
     learner = learner_with_room(20)
     gradient(learner)
-    tensors, counters = learner.state_dict()
     other = learner_with_room(20)
-    other.load_state_dict(tensors, counters)
-    assert (other.room.budget, other.room.halved) == (20, 1)
+    other.restore(learner.state())
+    assert (other.token_budget.budget, other.token_budget.halved) == (20, 1)
 
 
 def test_where_half_is_too_much_the_error_says_what_would_do() -> None:
@@ -144,7 +146,7 @@ def test_a_reward_model_in_training_makes_room_too(tmp_path: Path, kind: Kind) -
         metrics = learner.fit(examples)
         assert metrics.pop("budget_halved") == (room == 20)
         found.append(metrics)
-        assert learner.state_dict()[1]["budget"] == learner.room.budget == (40 if room == 1000 else 20)
+        assert learner.state_dict()[1]["budget"] == learner.token_budget.budget == (40 if room == 1000 else 20)
         assert len(learner.evaluate(examples)) > 2
     assert found[1] == pytest.approx(found[0], rel=1e-5), "loss and gradient norm among them"
 

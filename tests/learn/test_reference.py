@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from groupwise.learn.learner import Learner
-from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
+from groupwise.learn.learner import PolicyLearner
+from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.policy import Policy
 from groupwise.types import Completion, Score, ScoredGroup, Step
 from groupwise.watch.metrics import unknown
@@ -19,15 +19,16 @@ TEMPERATURE = 0.7
 BETA = 0.05
 
 
-def moved(**settings: Any) -> tuple[Learner, Reference]:
+def moved(**settings: Any) -> tuple[PolicyLearner, Reference]:
     """A learner some way off its reference."""
     learner = make_learner(tiny_policy(), "rloo", temperature=TEMPERATURE, **settings)
-    reference = Reference(learner.policy)
+    reference = learner.reference
+    assert isinstance(reference, Reference)
     move(learner, 1.2)
     return learner, reference
 
 
-def move(learner: Learner, factor: float) -> None:
+def move(learner: PolicyLearner, factor: float) -> None:
     with torch.no_grad():
         for parameter in learner.policy.parameters():
             parameter.mul_(factor)
@@ -41,7 +42,7 @@ def groups() -> list[ScoredGroup]:
     return found
 
 
-def weights_equal(learner: Learner, reference: Reference) -> bool:
+def weights_equal(learner: PolicyLearner, reference: Reference) -> bool:
     own = learner.policy.model.state_dict()
     return all(torch.equal(tensor, own[name]) for name, tensor in reference.state_dict().items())
 
@@ -56,12 +57,12 @@ def logprob(policy: Policy, group: ScoredGroup, output: Completion) -> float:
 def test_the_reference_becomes_the_policy_once_in_an_iteration() -> None:
     learner, reference = moved()
     assert not weights_equal(learner, reference)
-    reference.refresh(learner, 0)
+    learner.refresh(0)
     assert weights_equal(learner, reference)
     move(learner, 1.1)
-    reference.refresh(learner, 0)
+    learner.refresh(0)
     assert not weights_equal(learner, reference), "not again in the same iteration"
-    reference.refresh(learner, 1)
+    learner.refresh(1)
     assert weights_equal(learner, reference)
     move(learner, 1.1)
     assert not weights_equal(learner, reference), "a copy, not the same tensors"
@@ -69,14 +70,14 @@ def test_the_reference_becomes_the_policy_once_in_an_iteration() -> None:
 
 def test_a_resumed_reference_is_that_of_its_iteration() -> None:
     learner, reference = moved()
-    reference.refresh(learner, 3)
+    learner.refresh(3)
     saved = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     move(learner, 1.1)
     resumed = Reference(learner.policy)
     resumed.load_state_dict(saved, reference.iteration)
-    resumed.refresh(learner, 3)
+    resumed.refresh(learner.policy, 3)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in resumed.state_dict().items())
-    resumed.refresh(learner, 4)
+    resumed.refresh(learner.policy, 4)
     assert weights_equal(learner, resumed)
 
 
@@ -87,7 +88,7 @@ def test_the_penalty_is_taken_off_every_scored_reward(mask_truncated: bool, budg
     scored = groups()
     assert any(output.finish == "length" for group in scored for output in group.group.completions)
     metrics: dict[str, float] = {}
-    charged = RewardPenalty(learner, reference, BETA).charge(scored, metrics)
+    charged = learner.subtract_kl(scored, metrics)
     taken = []
     for before, after in zip(scored, charged, strict=True):
         assert after.group is before.group
@@ -115,7 +116,7 @@ def test_every_scored_step_pays_for_its_own_tokens() -> None:
             steps = (Step(middle, 0.25, "a"), Step(length, None if length % 3 == 0 else 1.0))
             scores.append(replace(score, steps=steps[-1:] if middle == length else steps))
         scored.append(replace(group, scores=tuple(scores)))
-    charged = RewardPenalty(learner, reference, BETA).charge(scored, {})
+    charged = learner.subtract_kl(scored, {})
     taken = []
     for before, after in zip(scored, charged, strict=True):
         prompt = before.group.prompt.token_ids
@@ -134,40 +135,52 @@ def test_every_scored_step_pays_for_its_own_tokens() -> None:
 
 
 def test_one_step_pays_what_its_output_pays_bit_for_bit() -> None:
-    learner, reference = moved()
+    learner, _ = moved()
     scored = []
     for group in groups():
         pairs = zip(group.scores, group.lengths, strict=True)
         scored.append(replace(group, scores=tuple(replace(s, steps=(Step(n, s.reward),)) for s, n in pairs)))
-    for group in RewardPenalty(learner, reference, BETA).charge(scored, {}):
+    for group in learner.subtract_kl(scored, {}):
         assert group.rewards == [score.steps[0].reward for score in group.scores]
 
 
 def test_a_policy_that_is_its_reference_pays_nothing() -> None:
-    learner, reference = moved()
-    reference.refresh(learner, 0)
+    learner, _ = moved()
+    learner.refresh(0)
     scored = groups()
     metrics: dict[str, float] = {}
-    assert RewardPenalty(learner, reference, BETA).charge(scored, metrics) == scored
+    assert learner.subtract_kl(scored, metrics) == scored
     assert metrics == {"reward/kl_penalty": 0.0}
 
 
 def test_nothing_scored_nothing_paid() -> None:
-    learner, reference = moved()
+    learner, _ = moved()
     scored = [replace(group, scores=tuple(Score(None) for _ in group.scores)) for group in groups()]
     metrics: dict[str, float] = {}
-    assert RewardPenalty(learner, reference, BETA).charge(scored, metrics) == scored
+    assert learner.subtract_kl(scored, metrics) == scored
     assert metrics == {"reward/kl_penalty": 0.0}
+
+
+def test_what_the_penalty_computed_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, reference = moved(num_iterations=2)
+    scored = learner.subtract_kl(groups(), {})
+    for policy in (learner.policy, reference.policy):
+        monkeypatch.setattr(policy, "forward", lambda *_, **__: pytest.fail("a forward pass"))
+    found = learner.prepare(scored, some_credit(scored)).old_logprobs_T
+    monkeypatch.undo()
+    assert found is not None
+    torch.testing.assert_close(found, learner.logprobs(learner.pack(scored, some_credit(scored))), rtol=0, atol=1e-12)
 
 
 def test_without_a_reference_nothing_is_run_held_or_charged() -> None:
     learner = make_learner(tiny_policy(), "dapo")
     scored, nothing = groups(), NoReference()
     metrics: dict[str, float] = {}
-    nothing.refresh(learner, 1)
+    assert isinstance(learner.reference, NoReference)
+    learner.refresh(1)
     nothing.load_state_dict({}, 1)
     assert nothing.state_dict() == {}
-    assert NoPenalty().charge(scored, metrics) is scored
+    assert learner.subtract_kl(scored, metrics) is scored
     assert metrics == {}
     with pytest.raises(AssertionError, match="reference"):
-        nothing.logprobs(learner.pack(scored, some_credit(scored)), EVERYTHING)
+        learner.reference_logprobs(learner.pack(scored, some_credit(scored)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Starcoder2Config, Starcoder2ForCausalLM
 
 from groupwise.demo.model import small_model
-from groupwise.learn.learner import Learner, LearnerSettings
+from groupwise.learn.learner import LearnerSettings, PolicyLearner
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.pack import Batch
 from groupwise.models.attention import ATTENTION_NAME
@@ -104,11 +104,13 @@ def some_credit(groups: Sequence[ScoredGroup], seed: int = 1) -> list[list[float
     return credit
 
 
-def make_learner(policy: Policy, preset: str | Objective = "grpo", rate: float = 1e-3, **settings: Any) -> Learner:
+def make_learner(
+    policy: Policy, preset: str | Objective = "grpo", rate: float = 1e-3, **settings: Any
+) -> PolicyLearner:
     """A learner with the settings that matter to a test."""
     objective = objective_named(preset, max_completion_length=LENGTH)
     optimizer = OptimizerSettings(rate, total_updates=10)
-    return Learner(policy, objective, LearnerSettings(**{"optimizer": optimizer, **settings}))
+    return PolicyLearner(policy, objective, LearnerSettings(**{"optimizer": optimizer, **settings}))
 
 
 def with_past(batch: Batch, objective: Objective) -> Batch:
@@ -117,7 +119,7 @@ def with_past(batch: Batch, objective: Objective) -> Batch:
     return batch.with_logprobs(old=old, ref=old + 0.2 * torch.sin(100 * old) if objective.kl_in_loss else None)
 
 
-def gathered(learner: Learner) -> Gradient:
+def gathered(learner: PolicyLearner) -> Gradient:
     """A copy of the gradient as it is now."""
     return {
         name: master.grad.clone()
@@ -126,7 +128,7 @@ def gathered(learner: Learner) -> Gradient:
     }
 
 
-def gradients(learner: Learner, batch: Batch, passes_done: int = 1) -> list[Gradient]:
+def gradients(learner: PolicyLearner, batch: Batch, passes_done: int = 1) -> list[Gradient]:
     """The gradient of each update of a pass, taken before the optimizer; the weights stay as they are."""
     found = []
 

@@ -32,8 +32,8 @@ from groupwise.types import Group, Sampling
 from groupwise.watch.metrics import unknown
 from groupwise.watch.record import Record, Recorder
 from groupwise.watch.terminal import make_terminal
-from tests.run.doubles import Log, MemorySink, ScriptedEngine, ScriptedReward, prompts
-from tests.run.test_loop import PASSES, Checkpoints, Learner, Penalty, Reference
+from tests.doubles import Log, MemorySink, ScriptedEngine, ScriptedLearner, ScriptedReward, prompts, through_a_file
+from tests.run.test_loop import PASSES, Checkpoints
 
 LETTERS = "abcdefgh"
 SEED, SHARE = 3, 0.3
@@ -47,7 +47,7 @@ class Pupil:
     def __init__(self, log: Log, stop: Any = lambda update: None) -> None:
         self.log, self.done, self.stop = log, 0, stop
         self.model = SimpleNamespace(kind="outcome", version=0, encode=lambda judged: Row((1, 2)))
-        self.settings, self.room = None, SimpleNamespace(halved=0)
+        self.settings, self.token_budget = None, SimpleNamespace(halved=0)
 
     @property
     def version(self) -> int:
@@ -130,9 +130,7 @@ class Bench:
             progress=self.progress,
             rollouts=Rollouts(stream, self.mailbox, scorer, GroupSampler(Sampling(), OUTPUTS, 5, "train"), PER_STEP),
             objective=objective_named("grpo"),
-            learner=Learner(self.log),  # type: ignore[arg-type]
-            reference=Reference(self.log),  # type: ignore[arg-type]
-            penalty=Penalty(self.log),  # type: ignore[arg-type]
+            learner=ScriptedLearner(self.log),
             rounds=self.rounds,
             evaluation=NoEvaluation(),
             checkpoints=Checkpoints(self.log),
@@ -196,7 +194,7 @@ def step(number: int, version: int) -> Log:
         *(("sample", f"train/{number}/{slot}", f"version {version}") for slot in range(PER_STEP)),
         ("judged by", "version 1"),
         ("score", keys),
-        ("charge",),
+        ("subtract kl",),
         ("prepare", f"version {version}"),
         *(("update", done, f"old {version}", "reference 0") for done in range(PASSES)),
         ("verify", PER_STEP),
@@ -272,9 +270,8 @@ def test_a_round_that_is_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     assert half.log[-1] == ("finish",)
     assert not half.told
     assert half.rounds.done == 0
-    state, texts = half.rounds.state(), half.rounds.texts()
     rest = Bench(tmp_path)
-    rest.rounds.load(lambda name: {}, json.loads(json.dumps(state)), texts.__getitem__)
+    rest.rounds.restore(through_a_file(half.rounds.state()))
     loop.train(rest.parts)
     learned = next(entry for entry in rest.log if entry[0] == "learn")
     assert learned == ("learn", 1, numbers(LETTERS[:FIRST])[0], "epochs None")
@@ -302,14 +299,14 @@ def test_state_and_lines_bring_rounds_back(tmp_path: Path) -> None:
     groups = GroupSampler(Sampling(), 2, 1, "x").sample(Mailbox(ScriptedEngine()), prompts("a"), 3)
     bench.rounds.add(bench.verifier(groups, Record(3)), Record(3))
     other = Bench(tmp_path)
-    other.rounds.load(lambda name: {}, json.loads(json.dumps(bench.rounds.state())), bench.rounds.texts().__getitem__)
-    assert other.rounds.state() == bench.rounds.state()
-    assert other.rounds.texts() == bench.rounds.texts()
-    assert bench.rounds.texts()["collected.jsonl"]
+    saved = through_a_file(bench.rounds.state())
+    other.rounds.restore(saved)
+    assert through_a_file(other.rounds.state()) == saved
+    assert saved.lines["collected.jsonl"]
 
 
 def test_equal_outputs_of_a_question_are_one_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.run.doubles.random.Random", lambda seed: SimpleNamespace(randrange=lambda n: 4))
+    monkeypatch.setattr("tests.doubles.random.Random", lambda seed: SimpleNamespace(randrange=lambda n: 4))
     bench = Bench(tmp_path)
     loop.train(bench.parts)
     learned = [event["reward_model/new"] + event["reward_model/held_out"] for event in bench.told]
@@ -354,10 +351,10 @@ def test_the_bound_holds_after_a_resume_too_and_may_be_lowered(tmp_path: Path) -
     before = Bench(tmp_path, min_accuracy=0.65)
     with pytest.raises(RewardError):
         loop.train(before.parts)
-    state, texts = before.rounds.state(), before.rounds.texts()
+    state = through_a_file(before.rounds.state())
     again, lower = Bench(tmp_path, min_accuracy=0.65), Bench(tmp_path, min_accuracy=0.6)
     for bench in (again, lower):
-        bench.rounds.load(lambda name: {}, json.loads(json.dumps(state)), texts.__getitem__)
+        bench.rounds.restore(state)
     with pytest.raises(RewardError, match="After round 0"):
         loop.train(again.parts)
     loop.train(lower.parts)
@@ -456,4 +453,4 @@ def test_a_verifier_that_gives_nothing_step_after_step_ends_the_run_when_the_ste
     with pytest.raises(RewardError, match=r"Reward `verifier` gave no value \(None\) for any output of 2 steps"):
         loop.train(bench.parts)
     assert bench.log[-1] == ("save?", 2)
-    assert patience.state()["streaks"]["verifier/rewards/verifier"]["steps"] == 2
+    assert patience.state().values["streaks"]["verifier/rewards/verifier"]["steps"] == 2

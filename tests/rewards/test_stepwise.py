@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from groupwise.rewards.stepwise import FunctionStepReward, StepReward, StepScore
 from groupwise.tokenizer.codec import Codec
 from groupwise.types import Completion, Group, GroupKey, Prompt, Score, ScoredGroup
 from groupwise.watch.metrics import unknown
+from tests.doubles import through_a_file
 from tests.rewards.groups import listening
 from tests.tiny_tokenizers import character_level
 
@@ -254,7 +254,7 @@ def test_the_count_of_steps_without_a_boundary_is_taken_up_where_it_was() -> Non
     for _ in range(BOUNDARY_STEPS - 1):
         scorer(bare(GROUPS), context, training=True)
     resumed = Patience()
-    resumed.load(json.loads(json.dumps(patience.state())))
+    resumed.restore(through_a_file(patience.state()))
     with pytest.raises(RewardError, match=f"For {BOUNDARY_STEPS} steps in a row"):
         StepScorer(Nothing(), [step_reward(lengths)], None, resumed)(bare(GROUPS), context, training=True)
 

@@ -16,7 +16,7 @@ from groupwise.run.rollouts import GroupSampler
 from groupwise.types import Sampling
 from groupwise.watch.record import Record, Recorder
 from groupwise.watch.terminal import make_terminal
-from tests.run.doubles import MemorySink, ScriptedEngine, ScriptedReward, prompts, scored
+from tests.doubles import MemorySink, ScriptedEngine, ScriptedReward, prompts, scored
 
 
 def test_reward_and_accuracy_are_means_over_prompts() -> None:

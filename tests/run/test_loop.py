@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pytest
 
@@ -20,52 +18,9 @@ from groupwise.run.rollouts import GroupSampler, Rollouts
 from groupwise.types import Sampling, Scored
 from groupwise.watch.record import Record, Recorder
 from groupwise.watch.terminal import make_terminal
-from tests.run.doubles import Log, MemorySink, ScriptedEngine, ScriptedReward, prompts
+from tests.doubles import Log, MemorySink, ScriptedEngine, ScriptedLearner, ScriptedReward, prompts
 
 PASSES = 2
-
-
-class Learner:
-    """Counts updates; a batch is whatever it was prepared from."""
-
-    def __init__(self, log: Log) -> None:
-        self.log, self.version = log, 0
-
-    def prepare(self, scored: Scored, credit: Sequence[Sequence[float]], reference: Reference) -> dict[str, Any]:
-        self.log.append(("prepare", f"version {self.version}"))
-        return {"credit": credit, "old": self.version, "reference": reference.version}
-
-    def update(self, batch: dict[str, Any], passes_done: int) -> dict[str, float]:
-        self.version += 1
-        kept = f"old {batch['old']}", f"reference {batch['reference']}"
-        self.log.append(("update", passes_done, *kept))
-        return {"loss": float(passes_done)}
-
-    def weights(self) -> Iterator[tuple[str, Any]]:
-        return iter(())
-
-    def check(self) -> None:
-        """Every update was applied."""
-
-
-class Reference:
-    """Remembers the version that it was copied from."""
-
-    def __init__(self, log: Log) -> None:
-        self.log, self.version = log, -1
-
-    def refresh(self, learner: Learner, iteration: int) -> None:
-        self.version = learner.version
-        self.log.append(("reference", iteration, f"version {learner.version}"))
-
-
-class Penalty:
-    def __init__(self, log: Log) -> None:
-        self.log = log
-
-    def charge(self, scored: Scored, metrics: dict[str, float]) -> Scored:
-        self.log.append(("charge",))
-        return scored
 
 
 class RewardModel(NoRounds):
@@ -103,6 +58,7 @@ class Bench:
         self.sink = MemorySink()
         self.engine = ScriptedEngine(self.log)
         self.reward = ScriptedReward(lambda text: float(text[-1]), log=self.log)
+        self.learner = ScriptedLearner(self.log)
         self.progress = Progress(iterations, steps)
         scorer = Scorer([self.reward], None, self.progress.total, lambda message: None)
         stream = PromptStream(prompts("a", "b"), seed=0, shuffle=False)
@@ -116,9 +72,7 @@ class Bench:
             progress=self.progress,
             rollouts=self.rollouts,
             objective=objective_named("grpo"),
-            learner=Learner(self.log),  # type: ignore[arg-type]
-            reference=Reference(self.log),  # type: ignore[arg-type]
-            penalty=Penalty(self.log),  # type: ignore[arg-type]
+            learner=self.learner,
             rounds=RewardModel(self.log),
             evaluation=self.evaluation,
             checkpoints=Checkpoints(self.log),
@@ -154,7 +108,7 @@ def step(number: int, version: int, reference: int, evaluated: bool = False) -> 
     return [
         *samples,
         ("score", keys),
-        ("charge",),
+        ("subtract kl",),
         ("prepare", f"version {version}"),
         *passes,
         ("collect", number),
@@ -166,13 +120,8 @@ def step(number: int, version: int, reference: int, evaluated: bool = False) -> 
 
 def test_credit_is_of_the_groups_own_rewards() -> None:
     bench = Bench(steps=1, held_out=False)
-    seen = []
-    prepare = bench.parts.learner.prepare
-    bench.parts.learner.prepare = lambda scored, credit, reference: (  # type: ignore[method-assign]
-        seen.append((scored, credit)) or prepare(scored, credit, reference)
-    )
     loop.train(bench.parts)
-    [(scored, credit)] = seen
+    [(scored, credit)] = bench.learner.prepared
     assert len(credit) == 2
     for group, advantages in zip(scored, credit, strict=True):
         first, second = (float(output.text[-1]) for output in group.group.completions)

@@ -22,8 +22,8 @@ from groupwise.types import Score, ScoredGroup, Step
 from groupwise.watch.metrics import unknown
 from groupwise.wiring.settings import objective_of
 from tests.commandline import call
+from tests.doubles import scored
 from tests.run.command import Command
-from tests.run.doubles import scored
 from tests.run.test_resume import assert_same_run, checkpoints
 from tests.run.tiny import events, rollouts, save_model, save_rewards, save_rows
 

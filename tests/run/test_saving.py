@@ -10,58 +10,35 @@ import torch
 
 from groupwise.config import CheckpointSection
 from groupwise.errors import RunFolderError
+from groupwise.learn.learner import check_shapes
 from groupwise.progress import Progress
 from groupwise.reward_models.rounds import NoRounds
-from groupwise.run.saving import Clock, Saver, Stateful, check_shapes
+from groupwise.run.evaluate import NoEvaluation
+from groupwise.run.saving import Best, Clock, RunState, Saver
 from groupwise.store import checkpoint
 from groupwise.store.folder import RunFolder
 from groupwise.watch.record import Recorder
 from groupwise.watch.terminal import make_terminal
-from tests.run.doubles import MemorySink, a_checkpoint
-
-
-class Evaluations:
-    first: dict[str, float] | None = None
-    last: dict[str, float] | None = None
-    at_step: int | None = None
-
-
-class Counter:
-    """Stands for learner, reference and prompts: something with a little state."""
-
-    iteration = 0
-    updates = 1
-
-    def state_dict(self) -> Any:
-        return {"model": {"w": torch.ones(2)}, "optimizer": {}}, {"update": self.updates}
-
-    def master_weights(self) -> dict[str, torch.Tensor]:
-        return {"w": torch.ones(2)}
-
-
-class Prompts:
-    def state_dict(self) -> dict[str, int]:
-        return {"position": 3}
-
-
-class Nothing:
-    iteration = -1
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {}
+from tests.doubles import MemorySink, ScriptedLearner, a_checkpoint
 
 
 class Bench:
+    """A saver over a learner that is written down, an evaluation that is told what it found, and a clock."""
+
     def __init__(self, path: Path, **schedule: Any) -> None:
         self.folder = RunFolder.create(path / "run")
-        self.progress, self.evaluation, self.sink = Progress(1, 10), Evaluations(), MemorySink()
+        self.progress, self.evaluation, self.sink = Progress(1, 10), NoEvaluation(), MemorySink()
         self.watch = Recorder([self.sink], make_terminal("quiet", total_steps=10, title=""), None)
-        self.counter = Counter()
+        self.learner = ScriptedLearner()
         self.minutes = 0.0
-        clock = Clock(now=lambda: 60 * self.minutes)
-        parts: Any = (self.progress, Prompts(), self.counter, Nothing(), self.evaluation, clock, NoRounds())
-        self.stateful = Stateful(*parts)
-        self.saver = Saver(self.folder, CheckpointSection(**schedule), self.stateful, self.watch)
+        clock, rounds = Clock(now=lambda: 60 * self.minutes), NoRounds()
+        section = CheckpointSection(**schedule)
+        best = Best(self.folder, self.evaluation, self.learner, kept=section.best)
+        parts = {"learner": self.learner, "progress": self.progress, "evaluation": self.evaluation}
+        self.saver = Saver(
+            self.folder, section, RunState({**parts, "rounds": rounds, "clock": clock, "best": best}), self.watch,
+            progress=self.progress, clock=clock, learner=self.learner, rounds=rounds, best=best,
+        )  # fmt: skip
 
     def step(self, number: int, reward: float | None = None, evaluated: bool = True) -> None:
         self.progress.step = number
@@ -204,8 +181,8 @@ def test_seconds_are_those_of_all_processes() -> None:
 def test_weights_of_another_model_are_refused(own: Any, found: Any, said: str) -> None:
     tensors = [{name: torch.zeros(shape) for name, shape in side.items()} for side in (own, found)]
     with pytest.raises(RunFolderError, match=said):
-        check_shapes(*tensors, a_checkpoint({}))
-    check_shapes(tensors[0], tensors[0], a_checkpoint({}))
+        check_shapes(*tensors, "step-3")
+    check_shapes(tensors[0], tensors[0], "step-3")
 
 
 def test_an_error_inside_a_step_saves_the_step_before_it_as_it_was_when_it_was_over(tmp_path: Path) -> None:
@@ -216,7 +193,7 @@ def test_an_error_inside_a_step_saves_the_step_before_it_as_it_was_when_it_was_o
     bench.saver.rescue()
     saved = checkpoint.latest(bench.folder.checkpoints, pytest.fail)
     assert saved is not None
-    assert (saved.step, saved.state["step"], bench.saver.saved_step) == (1, 1, 1)
+    assert (saved.step, saved.state["progress"]["step"], bench.saver.saved_step) == (1, 1, 1)
     assert saved.state["evaluation"]["last"] == {"reward": 0.25}
 
 
@@ -225,7 +202,7 @@ def test_an_error_after_an_update_saves_nothing_that_is_half_a_step(tmp_path: Pa
     for number in (1, 2, 3):
         bench.step(number)
     bench.progress.step = 4
-    bench.counter.updates += 1
+    bench.learner.updates += 1
     bench.saver.rescue()
     assert bench.saved == [2]
 

@@ -10,7 +10,7 @@ import pytest
 from groupwise.config import Job
 from groupwise.store.export import model_card
 from groupwise.store.written import older_rope_keys
-from tests.run.doubles import a_checkpoint
+from tests.doubles import a_checkpoint
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 1e6}
 

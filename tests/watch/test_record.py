@@ -15,7 +15,7 @@ from groupwise.store.events import RolloutsFile
 from groupwise.types import Group
 from groupwise.watch.record import Record, Recorder, frac_zero
 from groupwise.watch.terminal import make_terminal
-from tests.run.doubles import MemorySink, ScriptedReward, scored
+from tests.doubles import MemorySink, ScriptedReward, scored
 
 
 def a_watch(sink: MemorySink, rollouts: RolloutsFile | None = None) -> Recorder:

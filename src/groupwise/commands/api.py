@@ -22,11 +22,12 @@ from groupwise.diagnosis.findings import Report
 from groupwise.engines.mailbox import Mailbox, generate
 from groupwise.errors import ConfigError, DataError, RunFolderError
 from groupwise.jobfile import at_home, differences, load_job, refuse_loaded
+from groupwise.learn.learner import check_shapes
 from groupwise.models.load import quiet_transformers, without_bars
 from groupwise.models.multimodal import with_towers
 from groupwise.run.evaluate import Evaluation
 from groupwise.run.guarded import GuardedSampler
-from groupwise.run.saving import Clock, check_shapes
+from groupwise.run.saving import Clock
 from groupwise.store import checkpoint
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.export import DTYPES, exported_dtype, model_card
@@ -317,7 +318,7 @@ def _load(model: Model, saved: Checkpoint, rounding: Rounding | None = None) -> 
     # Parameters that the class never trains are not in a checkpoint: they stay as the base model has them.
     own: dict[str, torch.Tensor] = {n: p for n, p in model.loaded.policy.model.named_parameters() if p.requires_grad}
     own |= {name: buffer for name, buffer in model.loaded.policy.model.named_buffers() if name in found}
-    check_shapes(own, found, saved)
+    check_shapes(own, found, str(saved.path))
     for name, tensor in found.items():
         if rounding is not None:
             rounding.add(own[name], tensor)

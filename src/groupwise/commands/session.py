@@ -16,13 +16,14 @@ from groupwise.commands.resuming import Start
 from groupwise.config import BUILTIN, Job
 from groupwise.errors import GroupwiseError
 from groupwise.jobfile import to_toml
+from groupwise.learn.learner import PolicyLearner
 from groupwise.planning.fit import choose_budget
 from groupwise.progress import StopSignals
 from groupwise.readable import duration, number
 from groupwise.run import loop
 from groupwise.run.evaluate import ABOVE, Evaluation
 from groupwise.run.loop import Parts
-from groupwise.run.saving import Clock, Saver, Stateful
+from groupwise.run.saving import Clock, Saver
 from groupwise.store import checkpoint, events
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.folder import RunFolder, git_commit
@@ -84,10 +85,10 @@ def _run(job: Job, folder: RunFolder, objects: PythonObjects, terminal: Terminal
         if start.saved is None:
             folder.write_job(to_toml(job))
         watch = Recorder([], terminal, None)
-        parts, stateful, saver = build(job, folder, objects, watch, clock, closing)
+        parts, saver = build(job, folder, objects, watch, clock, closing)
         saver.job, saver.made_by = to_toml(job), _made_by(job, objects, parts)
         if start.saved is not None:
-            _take_up(start.saved, start.forked, stateful, saver)
+            _take_up(start.saved, start.forked, saver)
         if not start.forked:
             # Only what was read whole, and found to be of this run, takes the place of what came after it.
             folder.cut_back(start.saved.step if start.saved else None, start.rounds_done)
@@ -111,7 +112,7 @@ def _run(job: Job, folder: RunFolder, objects: PythonObjects, terminal: Terminal
             _rescue(saver, error)
             error.add_note(_way_on(folder, saver.saved_step))
             raise
-    result = _result(job, folder, stateful, commit)
+    result = _result(job, folder, parts, saver, commit)
     if result.stopped_by is None:
         folder.write_result(asdict(result))
     return result
@@ -124,28 +125,29 @@ def _dated(job: Job) -> Job:
 
 
 def _made_by(job: Job, objects: PythonObjects, parts: Parts) -> Provenance:
+    assert isinstance(parts.learner, PolicyLearner)
     model = parts.learner.policy.model
     held_out = parts.evaluation.prompts if isinstance(parts.evaluation, Evaluation) else ()
     commit = getattr(model.config, "_commit_hash", None)
     return provenance_of(job, objects, commit, model.device, parts.rollouts.prompts.prompts, held_out)
 
 
-def _take_up(saved: Checkpoint, forked: bool, stateful: Stateful, saver: Saver) -> None:
+def _take_up(saved: Checkpoint, forked: bool, saver: Saver) -> None:
     word = "forked" if forked else "resumed"
     if forked:
-        stateful.fork(saved)
+        saver.run.fork(saved)
     else:
-        stateful.restore(saved)
+        saver.run.restore(saved)
         assert saver.made_by is not None
         saver.made_by = check_resumed(saved, saver.made_by, saver.watch.terminal.warn)
         saver.resumed(saved)
-    saver.watch.terminal.say(f"{word} after step {saved.step} of {stateful.progress.total}")
+    saver.watch.terminal.say(f"{word} after step {saved.step} of {saver.progress.total}")
 
 
-def _result(job: Job, folder: RunFolder, stateful: Stateful, commit: str | None) -> Result:
-    first, last = stateful.evaluation.first or {}, stateful.evaluation.last or {}
+def _result(job: Job, folder: RunFolder, parts: Parts, saver: Saver, commit: str | None) -> Result:
+    first, last = parts.evaluation.first or {}, parts.evaluation.last or {}
     before, after = first.get("accuracy"), last.get("accuracy")
-    progress = stateful.progress
+    progress = parts.progress
     return Result(
         run=folder.name,
         steps=progress.step,
@@ -154,7 +156,7 @@ def _result(job: Job, folder: RunFolder, stateful: Stateful, commit: str | None)
         eval_after=after,
         eval_reward_before=first.get("reward"),
         eval_reward_after=last.get("reward"),
-        seconds=round(stateful.clock.seconds, 1),
+        seconds=round(saver.clock.seconds, 1),
         seed=job.seed,
         commit=commit,
         machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",

@@ -147,7 +147,7 @@ def memory(opened: OpenedJob) -> list[Finding]:
     cure = "Lower train.tokens_per_micro_batch, turn model.gradient_checkpointing on, or use a larger device"
     learner.settings = replace(settings, num_iterations=job.train.num_iterations)
     try:
-        learner.update(learner.prepare(groups, credit(groups), opened.reference))
+        learner.update(learner.prepare(groups, credit(groups)))
     except torch.OutOfMemoryError:  # a boundary: this is what was to be found out
         return [Finding("memory", "failed", None, room.free, "bytes", f"{words}, and it was not enough. {cure}.")]
     finally:

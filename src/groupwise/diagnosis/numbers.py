@@ -16,7 +16,7 @@ from groupwise.diagnosis.findings import Finding, measured
 from groupwise.diagnosis.opened_job import OpenedJob, credit, unscored
 from groupwise.errors import ModelError
 from groupwise.learn import agreement
-from groupwise.learn.learner import Learner
+from groupwise.learn.learner import PolicyLearner
 from groupwise.learn.pack import Batch
 from groupwise.learn.reference import NoReference
 from groupwise.models.layout import Tokens
@@ -78,7 +78,7 @@ def order(opened: OpenedJob) -> list[Finding]:
     learner, groups = opened.learner, opened.few
     turned = [_turned(group) for group in reversed(groups)]
     turned_credit = [of_group[::-1] for of_group in reversed(credit(groups))]
-    batch = learner.prepare(turned, turned_credit, opened.reference)
+    batch = learner.prepare(turned, turned_credit)
     longest = max(len(o.prompt) + len(o.token_ids) for o in batch.outputs)
     forward = update_gradient(learner, opened.batch, 3 * longest)
     backward = update_gradient(learner, batch, 2 * longest)
@@ -109,12 +109,11 @@ def ratio_one(opened: OpenedJob) -> list[Finding]:
 
 def kl_zero(opened: OpenedJob) -> list[Finding]:
     """Log-probs of the reference, which is the policy before the first step, against the policy's."""
-    if isinstance(opened.reference, NoReference):
+    if isinstance(opened.learner.reference, NoReference):
         return [Finding("KL 0 at step 0", "not used", words="objective.beta is 0: there is no reference")]
-    budget = opened.learner.room.budget
     found_T = opened.batch.ref_logprobs_T
     if found_T is None:  # the penalty is in the reward
-        found_T = opened.reference.logprobs(opened.batch, budget)
+        found_T = opened.learner.reference_logprobs(opened.batch)
     error = (found_T - _update_logprobs(opened)).abs().max().item()
     fault = "The reference is not the policy that training starts from, or does not compute the same each time."
     return [measured("KL 0 at step 0", error, bounds(opened.dtype).token, fault=fault)]
@@ -140,18 +139,18 @@ def pairs(groups: Sequence[ScoredGroup]) -> Pairs:
     return [(g.group.prompt.token_ids, [c.token_ids for c in g.group.completions]) for g in groups]
 
 
-def update_gradient(learner: Learner, batch: Batch, budget: int) -> Gradient:
+def update_gradient(learner: PolicyLearner, batch: Batch, budget: int) -> Gradient:
     """The gradient that an update hands to Adam with micro-batches of `budget` tokens. Raises ModelError if not finite.
 
     Adam steps at a rate of 0, which moves nothing.
     """
-    own, found = learner.room.budget, list[Gradient]()
+    own, found = learner.token_budget.budget, list[Gradient]()
     hook = learner.optimizer.adam.register_step_pre_hook(lambda *_: found.append(_gathered(learner)))
-    learner.room.budget = budget
+    learner.token_budget.budget = budget
     try:
         learner.update(batch)
     finally:
-        learner.room.budget = own
+        learner.token_budget.budget = own
         hook.remove()
     if not found:
         raise ModelError("The gradient is not finite: no update would be made. Try model.dtype = 'float32'.")
@@ -201,7 +200,7 @@ def _update_logprobs(opened: OpenedJob) -> Tensor:
     return found.logprobs_T.detach()
 
 
-def _gathered(learner: Learner) -> Gradient:
+def _gathered(learner: PolicyLearner) -> Gradient:
     found = []
     for master in learner.optimizer.master_weights.values():
         assert master.grad is not None

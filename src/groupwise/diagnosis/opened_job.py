@@ -19,10 +19,9 @@ from groupwise.data.files import PromptSet
 from groupwise.data.remarks import in_both
 from groupwise.engines.base import Engine
 from groupwise.engines.mailbox import Mailbox, generate
-from groupwise.learn.learner import Learner
+from groupwise.learn.learner import PolicyLearner
 from groupwise.learn.optimizer import OptimizerSettings
 from groupwise.learn.pack import Batch
-from groupwise.learn.reference import NoReference, Reference
 from groupwise.models.load import choose_device
 from groupwise.rewards.scorer import Scorer
 from groupwise.seeds import group_seed
@@ -47,7 +46,7 @@ FEW = (3, 2, 3)
 
 
 @dataclass(frozen=True)
-class TokenBudget:
+class FreeMemory:
     """Bytes that were free, and that this process held, before the model was loaded."""
 
     free: int
@@ -64,9 +63,8 @@ class OpenedJob:
     held_out: PromptSet | None
     scorer: Scorer
     engine: Engine
-    learner: Learner
-    reference: Reference | NoReference
-    room: TokenBudget
+    learner: PolicyLearner
+    room: FreeMemory
     say: Callable[[str], None]
     warnings: list[str] = field(default_factory=list)
 
@@ -122,7 +120,7 @@ class OpenedJob:
     @cached_property
     def batch(self) -> Batch:
         """The few outputs with advantages, old log-probs and, where the loss has a KL term, the reference's."""
-        return self.learner.prepare(self.few, credit(self.few), self.reference)
+        return self.learner.prepare(self.few, credit(self.few))
 
 
 def open_job(job: Job, objects: PythonObjects, say: Callable[[str], None], closing: ExitStack) -> OpenedJob:
@@ -132,7 +130,7 @@ def open_job(job: Job, objects: PythonObjects, say: Callable[[str], None], closi
     functions = open_functions(job, objects, None, closing, trained)
     device = choose_device(job.model.device)
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-    room = TokenBudget(memory.available_memory(device), int(held))
+    room = FreeMemory(memory.available_memory(device), int(held))
     model = open_model(job, objects, say, training=True)
     scorer = scorer_of(job, functions, model.codec, warnings.append)
     prompts = training_prompts(job, model, objects)
@@ -147,11 +145,10 @@ def open_job(job: Job, objects: PythonObjects, say: Callable[[str], None], closi
         num_iterations=2, updates_per_batch=1,  # so that old log-probs are computed by a forward of their own
         mask_truncated=False,  # outputs are cut here that would not be cut in a run
     )  # fmt: skip
-    learner = Learner(model.loaded.policy, objective_of(job), settings)
-    reference = Reference(learner.policy) if learner.objective.needs_reference else NoReference()
-    reference.refresh(learner, 0)
+    learner = PolicyLearner(model.loaded.policy, objective_of(job), settings)
+    learner.refresh(0)
     engine = open_engine(job, model, closing)
-    return OpenedJob(job, model, prompts, held_out, scorer, engine, learner, reference, room, say, warnings)
+    return OpenedJob(job, model, prompts, held_out, scorer, engine, learner, room, say, warnings)
 
 
 def unscored(group: Group) -> ScoredGroup:

@@ -7,24 +7,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from groupwise.errors import RunFolderError
 from groupwise.learn.agreement import Difference, Guard, NoGuard, is_stray
+from groupwise.learn.base import Metrics
 from groupwise.learn.budget import TokenBudget, peak_memory
 from groupwise.learn.forward import lay_out, score_outputs
 from groupwise.learn.lanes import Replicas, at_once, deal
 from groupwise.learn.optimizer import REFUSED, MasterOptimizer, OptimizerSettings
 from groupwise.learn.pack import Batch, Credit, micro_batches, pack, split_updates
-from groupwise.learn.reference import NoReference, Reference
+from groupwise.learn.reference import NoReference, Reference, subtract_kl
 from groupwise.models.policy import Policy
 from groupwise.objective import Objective, TokenLosses, token_losses, token_weights
 from groupwise.seeds import stable_hash
-from groupwise.types import Scored
+from groupwise.state import State
+from groupwise.types import GroupKey, Scored
 
-Metrics = dict[str, float]
 _DIFFERENCE = "sampling/logp_difference"
 ADVICE = (
     "Lower train.tokens_per_micro_batch, set model.gradient_checkpointing to true, or shorten prompts or outputs; "
@@ -48,10 +49,11 @@ class LearnerSettings:
     seed: int = 0
 
 
-class Learner:
-    """Holds the policy's master weights and optimizer, and turns batches into updates.
+class PolicyLearner:
+    """A `Learner` over a Hugging Face model: AdamW on float32 master weights.
 
-    `guard` judges, before any update from a batch, whether the batch was sampled from this policy.
+    Every forward of policy and reference goes through one token budget, which is halved where memory runs out. `guard`
+    judges, before any update from a batch, whether the batch was sampled from this policy.
     """
 
     def __init__(
@@ -62,12 +64,19 @@ class Learner:
         self.optimizer = MasterOptimizer(policy.model, settings.optimizer, settings.compute_dtype)
         self.replicas = Replicas(policy, self.optimizer)
         self._tally = _Tally()
-        self.room = TokenBudget(settings.tokens_per_micro_batch, policy.device, ADVICE)
+        self.token_budget = TokenBudget(settings.tokens_per_micro_batch, policy.device, ADVICE)
+        self.reference = Reference(policy) if objective.needs_reference else NoReference()
+        self._of_penalty: tuple[tuple[GroupKey, ...], Tensor, Tensor] | None = None
 
     @property
     def version(self) -> int:
         """How many updates have changed the weights."""
         return self.optimizer.applied
+
+    @property
+    def updates(self) -> int:
+        """See `Learner`."""
+        return self.optimizer.update
 
     def pack(self, scored: Scored, credit: Credit) -> Batch:
         """All outputs of a step as flat tensors."""
@@ -76,21 +85,48 @@ class Learner:
             device=self.policy.device, dtype=torch.promote_types(self.policy.dtype, torch.float32),
         )  # fmt: skip
 
-    def prepare(self, scored: Scored, credit: Credit, reference: Reference | NoReference) -> Batch:
+    def refresh(self, iteration: int) -> None:
+        """See `Learner`."""
+        self.reference.refresh(self.policy, iteration)
+
+    def subtract_kl(self, scored: Scored, metrics: Metrics) -> Scored:
+        """See `Learner`. An output that is kept out of the loss pays too: its reward is in the group's mean all the
+        same. The old log-probs that this takes are those of `prepare`. Raises ModelError where memory is not enough."""
+        if not self.objective.kl_in_reward:
+            return scored
+        batch = self.pack(scored, [[0.0] * len(group.scores) for group in scored])
+        old_T, ref_T = self.logprobs(batch), self.reference_logprobs(batch)
+        self._of_penalty = tuple(group.group.key for group in scored), old_T, ref_T
+        return subtract_kl(scored, batch, old_T, ref_T, self.objective.beta, metrics)
+
+    def prepare(self, scored: Scored, credit: Credit) -> Batch:
         """The batch with old log-probs where there will be more than one update, and reference log-probs where the
-        loss has a KL term. Both are fixed for all passes over the batch."""
+        loss has a KL term. Both are computed once and fixed for all passes over the batch. Raises ModelError where
+        memory is not enough."""
         batch = self.pack(scored, credit)
         live = self._live(batch, range(len(batch.outputs)))
+        known, self._of_penalty = self._of_penalty, None
+        if known is not None and known[0] != tuple(group.group.key for group in scored):
+            known = None
         old = ref = None
         if self.settings.num_iterations * self.settings.updates_per_batch > 1:
-            old = self.room.run(lambda: self.logprobs(batch, live))
+            old = known[1] if known else self.logprobs(batch, live)
         if self.objective.kl_in_loss:
-            ref = self.room.run(lambda: reference.logprobs(batch, self.room.budget, live))
+            ref = known[2] if known else self.reference_logprobs(batch, live)
         return batch.with_logprobs(old=old, ref=ref)
 
     def logprobs(self, batch: Batch, members: Sequence[int] | None = None) -> Tensor:
-        """Log-probs `[T]` of a batch's output tokens under the current policy, without gradient."""
-        return score_outputs(self.policy, batch, self.room.budget, members)
+        """Log-probs `[T]` of a batch's output tokens under the current policy, without gradient; 0 for outputs that are
+        not among `members` (all by default). Raises ModelError where memory is not enough."""
+        return self._logprobs(self.policy, batch, members)
+
+    def reference_logprobs(self, batch: Batch, members: Sequence[int] | None = None) -> Tensor:
+        """The same under the reference."""
+        return self._logprobs(self.reference.policy, batch, members)
+
+    def _logprobs(self, policy: Policy, batch: Batch, members: Sequence[int] | None) -> Tensor:
+        budget = self.token_budget
+        return budget.run(lambda: score_outputs(policy, batch, budget.budget, members))
 
     def update(self, batch: Batch, passes_done: int = 0) -> Metrics:
         """One pass over the batch in `updates_per_batch` optimizer updates; `passes_done` were made before.
@@ -104,7 +140,10 @@ class Learner:
             self._tally = _Tally()
         for chosen in split_updates(groups, self.settings.updates_per_batch, seed):
             self._update(batch, set(chosen), first_pass=passes_done == 0)
-        memory = {"memory/peak_bytes": peak_memory(self.policy.device), "memory/budget_halved": self.room.halved}
+        memory = {
+            "memory/peak_bytes": peak_memory(self.policy.device),
+            "memory/budget_halved": self.token_budget.halved,
+        }
         return self._tally.metrics() | {name: float(value) for name, value in memory.items()}
 
     def check(self) -> None:
@@ -121,14 +160,16 @@ class Learner:
 
         def accumulate() -> list[_Tally]:
             each = zip(self.replicas.policies(len(lanes)), lanes, strict=True)
-            return at_once([partial(self._accumulate, *lane, self.room.budget // len(lanes), pass_) for lane in each])
+            return at_once(
+                [partial(self._accumulate, *lane, self.token_budget.budget // len(lanes), pass_) for lane in each]
+            )
 
         def drop() -> None:
             # The longest group came first, so little is lost.
             self.optimizer.zero_grad()
             self.replicas.drop()
 
-        for tally in self.room.run(accumulate, drop):
+        for tally in self.token_budget.run(accumulate, drop):
             self._tally.join(tally)
         self.replicas.gather()
         if first_pass:
@@ -203,19 +244,38 @@ class Learner:
         buffers = {n: b for n, b in self.policy.model.named_buffers() if n in stored}
         return tensors | buffers | self.optimizer.buffers
 
-    def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Tensors by file (`model`, `optimizer`) and the counters that go with them."""
+    def state(self) -> State:
+        """See `Stateful`: the files `model`, `optimizer` and, where there is one, `reference`."""
         optimizer, counters = self.optimizer.state()
-        return {"model": self.master_weights(), "optimizer": optimizer}, counters | self.room.state()
+        reference = self.reference.state_dict()
+        tensors = {"model": self.master_weights(), "optimizer": optimizer}
+        values = counters | self.token_budget.state() | {"reference_iteration": self.reference.iteration}
+        return State({**tensors, **({"reference": reference} if reference else {})}, values)
 
-    def load_state_dict(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> None:
-        """Take up where `state_dict` left off."""
-        self.optimizer.load(tensors["model"], tensors.get("optimizer", {}), counters)
-        self.room.load(counters)
+    def restore(self, state: State) -> None:
+        """See `Stateful`. A reference where there was none becomes the policy as it is now. Raises RunFolderError where
+        the weights are of another model."""
+        model = state.tensors["model"]
+        check_shapes(self.master_weights(), model, state.source)
+        self.optimizer.load(model, state.tensors.get("optimizer", {}), state.values)
+        self.token_budget.load(state.values)
         with torch.no_grad():
             for name, buffer in [*self.policy.model.named_buffers(), *self.optimizer.buffers.items()]:
-                if name in tensors["model"]:
-                    buffer.copy_(tensors["model"][name])
+                if name in model:
+                    buffer.copy_(model[name])
+        if "reference" in state.tensors:
+            self.reference.load_state_dict(state.tensors["reference"], state.values["reference_iteration"])
+
+
+def check_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
+    """Raise RunFolderError unless weights, read from `source`, are of this model."""
+    for name in sorted(own.keys() | found.keys()):
+        ours, theirs = (str(list(side[name].shape)) if name in side else "absent" for side in (own, found))
+        if ours != theirs:
+            raise RunFolderError(
+                f"Checkpoint {source} is of another model: its {name} is {theirs}, that of this job's model is {ours}. "
+                "Put model.path back to what it was."
+            )
 
 
 @dataclass(frozen=True)

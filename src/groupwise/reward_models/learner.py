@@ -122,7 +122,7 @@ class RewardLearner:
         self.model, self.settings = model, settings
         model.model.requires_grad_(True)
         self.optimizer = MasterOptimizer(model.model, settings.optimizer, settings.compute_dtype)
-        self.room = TokenBudget(settings.tokens_per_micro_batch, model.device, ADVICE)
+        self.token_budget = TokenBudget(settings.tokens_per_micro_batch, model.device, ADVICE)
         self.done = 0
         self._round: str | None = None
 
@@ -176,7 +176,7 @@ class RewardLearner:
     def evaluate_encoded(self, encoded: Sequence[Encoded]) -> Metrics:
         """The same of examples that are rows already, at least one."""
         rows = [row for one in encoded for row in one.rows]
-        found = self.room.run(lambda: logits_of(self.model, rows, self.room.budget))
+        found = self.token_budget.run(lambda: logits_of(self.model, rows, self.token_budget.budget))
         logits = self._by_example(found, encoded)
         if not all(math.isfinite(x) for of_example in logits for x in of_example):
             raise ModelError(f"The reward model {self.model.source} gives scores that are not finite.")
@@ -186,12 +186,12 @@ class RewardLearner:
 
     def score_outputs(self, outputs: Sequence[Output]) -> list[float | None]:
         """The raw logit of each output; None where it cannot be read."""
-        found, _ = self.room.run(lambda: scores_of(self.model, outputs, self.room.budget))
+        found, _ = self.token_budget.run(lambda: scores_of(self.model, outputs, self.token_budget.budget))
         return [None if values is None else values[0] for values in found]
 
     def score_steps(self, steps: Sequence[Steps]) -> list[list[float] | None]:
         """The probability of being right of each step, per output; None where the output cannot be read."""
-        return self.room.run(lambda: scores_of(self.model, steps, self.room.budget))[0]
+        return self.token_budget.run(lambda: scores_of(self.model, steps, self.token_budget.budget))[0]
 
     def _batches(self, examples: Sequence[Encoded], epochs: int) -> Iterator[list[Encoded]]:
         """The examples of each update: every epoch in its own seeded order."""
@@ -208,7 +208,7 @@ class RewardLearner:
         done: list[_Pass] = []
 
         def accumulate() -> None:
-            for part in micro_batches(batch, self.room.budget):
+            for part in micro_batches(batch, self.token_budget.budget):
                 found = self.model.logits([row for one in part for row in one.rows])
                 loss = _losses(found, part).sum() / terms
                 loss.backward()
@@ -218,7 +218,7 @@ class RewardLearner:
             self.optimizer.zero_grad()
             done.clear()
 
-        self.room.run(accumulate, drop)
+        self.token_budget.run(accumulate, drop)
         loss = sum(one.loss for one in done)
         if not math.isfinite(loss):
             self.optimizer.zero_grad()
@@ -234,7 +234,7 @@ class RewardLearner:
         applied = math.isfinite(norm)
         return {
             "loss": loss, "accuracy": accuracy, **({"grad_norm": norm} if applied else {}), "learning_rate": rate,
-            "tokens": float(tokens), "budget_halved": float(self.room.halved),
+            "tokens": float(tokens), "budget_halved": float(self.token_budget.halved),
             REFUSED: float(not applied),
         }  # fmt: skip
 
@@ -251,7 +251,7 @@ class RewardLearner:
         optimizer, counters = self.optimizer.state()
         counted = {"version": self.version, "done": self.done, "round": self._round, "kind": self.model.kind}
         tensors = {"reward_model": self.master_weights(), "reward_optimizer": optimizer}
-        return tensors, counters | counted | self.room.state()
+        return tensors, counters | counted | self.token_budget.state()
 
     def master_weights(self) -> dict[str, Tensor]:
         """The float32 weights, each tied one once, and persistent buffers."""
@@ -271,7 +271,7 @@ class RewardLearner:
                     f"one is of kind {self.model.kind}, and its {name} is {ours}."
                 )
         self.optimizer.load(found, tensors.get("reward_optimizer", {}), counters)
-        self.room.load(counters)
+        self.token_budget.load(counters)
         with torch.no_grad():
             for name, buffer in [*self.model.model.named_buffers(), *self.optimizer.buffers.items()]:
                 if name in found:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
-
-from torch import Tensor
 
 from groupwise.config import TRAINED_REWARD_MODEL, RewardModelSection
 from groupwise.errors import DataError, RewardError, RunFolderError
@@ -25,6 +24,7 @@ from groupwise.reward_models.reservoir import RoundSamples, distinct
 from groupwise.reward_models.text import Example, prompt_of
 from groupwise.rewards.scorer import Scorer
 from groupwise.seeds import stable_hash
+from groupwise.state import Lazily, State
 from groupwise.types import Group, Scored
 from groupwise.watch.record import Record, Recorder, warn_of_refused
 
@@ -48,17 +48,11 @@ class Rounds(Protocol):
     def start_at(self, step: int) -> None:
         """Begin in the middle of a run that had no reward model: what is over is over."""
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds, by file."""
+    def state(self) -> State:
+        """See `Stateful`."""
 
-    def state(self) -> dict[str, Any]:
-        """What `state.json` holds."""
-
-    def texts(self) -> dict[str, str]:
-        """What a checkpoint holds as files of lines."""
-
-    def load(self, tensors: Callable[[str], dict[str, Tensor]], state: Any, text: Callable[[str], str]) -> None:
-        """Take up where these left off."""
+    def restore(self, state: State) -> None:
+        """See `Stateful`. Without values it is of a run that had no reward model."""
 
 
 class NoRounds:
@@ -73,19 +67,11 @@ class NoRounds:
     def start_at(self, step: int) -> None:
         """Nothing begins."""
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
+    def state(self) -> State:
         """No state."""
-        return {}
+        return State()
 
-    def state(self) -> dict[str, Any]:
-        """No state."""
-        return {}
-
-    def texts(self) -> dict[str, str]:
-        """No state."""
-        return {}
-
-    def load(self, tensors: Callable[[str], dict[str, Tensor]], state: Any, text: Callable[[str], str]) -> None:
+    def restore(self, state: State) -> None:
         """No state."""
 
 
@@ -193,7 +179,7 @@ class RewardModelRounds:
         record.metrics |= _summary(self._under_way, after) | {
             ROUND: float(n), f"{PREFIX}version": float(learner.version), f"{PREFIX}new": float(len(new)),
             f"{PREFIX}replayed": float(len(old)), f"{PREFIX}held_out": float(len(held_out)),
-            f"{PREFIX}dropped": float(encoded.dropped), f"{PREFIX}budget_halved": float(learner.room.halved),
+            f"{PREFIX}dropped": float(encoded.dropped), f"{PREFIX}budget_halved": float(learner.token_budget.halved),
         }  # fmt: skip
         if after or not self.replay.compares:
             self._last = {"round": n, "accuracy": after.get("accuracy")}
@@ -261,29 +247,28 @@ class RewardModelRounds:
             "bound to go on all the same."
         )
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """See `Rounds`."""
-        return self.task.learner.state_dict()[0]
-
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """See `Rounds`."""
         way = self._under_way
         under_way = None if way is None else {"before": way.before, "updates": way.updates}
-        counters = self.task.learner.state_dict()[1]
-        return {"done": self.done, "last": self._last, "under_way": under_way, "learner": counters}
+        tensors, counters = self.task.learner.state_dict()
+        values = {"done": self.done, "last": self._last, "under_way": under_way, "learner": counters}
+        kept: dict[str, ReplayStore | RoundSamples] = {"replay.jsonl": self.replay, "collected.jsonl": self.collected}
+        lines = Lazily({name: partial(_text_of, one) for name, one in kept.items()})
+        return State(tensors, values, lines)
 
-    def texts(self) -> dict[str, str]:
-        """See `Rounds`."""
-        return {"replay.jsonl": _text(self.replay.lines()), "collected.jsonl": _text(self.collected.lines())}
-
-    def load(self, tensors: Callable[[str], dict[str, Tensor]], state: Any, text: Callable[[str], str]) -> None:
+    def restore(self, state: State) -> None:
         """See `Rounds`. Raises RunFolderError where the checkpoint is of another reward model, or what it replays does
         not go with the job's labels, DataError where it is of other prompts."""
-        found = {name: tensors(name) for name in ("reward_model", "reward_optimizer")}
-        self.task.learner.load_state_dict(found, state["learner"])
-        self.done, self._last = state["done"], state["last"]
-        self._under_way = None if state["under_way"] is None else _UnderWay(**state["under_way"])
-        self.replay.load(text("replay.jsonl").splitlines())
+        if not state.values:
+            self.start_at(self.task.progress.step)
+            return
+        found = {name: state.tensors[name] for name in ("reward_model", "reward_optimizer")}
+        self.task.learner.load_state_dict(found, state.values["learner"])
+        self.done, self._last = state.values["done"], state.values["last"]
+        under_way = state.values["under_way"]
+        self._under_way = None if under_way is None else _UnderWay(**under_way)
+        self.replay.load(state.lines["replay.jsonl"].splitlines())
         labels, replayed = self.task.labels, self.replay.compares
         if len(self.replay) and labels.compares is (not replayed):
             holds, makes = ("pairs", "single outputs") if replayed else ("single outputs", "pairs")
@@ -293,7 +278,7 @@ class RewardModelRounds:
                 "labels that the run had, or start a run with the folder's reward_model as `reward_model.path` and "
                 "`first_prompts` = 0."
             )
-        self.collected.load(text("collected.jsonl").splitlines())
+        self.collected.load(state.lines["collected.jsonl"].splitlines())
 
 
 def _examples(rows: Sequence[Mapping[str, Any]], learner: RewardLearner) -> list[Example]:
@@ -314,5 +299,5 @@ def _summary(round_: _UnderWay, after: Mapping[str, float]) -> dict[str, float]:
     return {f"{PREFIX}{name}": value for name, value in found.items()}
 
 
-def _text(lines: Iterable[str]) -> str:
-    return "".join(f"{line}\n" for line in lines)
+def _text_of(kept: ReplayStore | RoundSamples) -> str:
+    return "".join(f"{line}\n" for line in kept.lines())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from groupwise.errors import RewardError
 from groupwise.rewards.base import Outcome
+from groupwise.state import State
 
 BOUNDARY_STEPS = 10
 """After so many steps in a row without a single boundary the segmenter is taken to be wrong."""
@@ -91,14 +91,15 @@ class Patience:
         if streak.steps >= limit and not (for_others and one.key in self._ever):
             self.end(RewardError(_sentence(one.who, streak)))
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {"streaks": {key: asdict(one) for key, one in self._streaks.items()}, "ever": sorted(self._ever)}
+    def state(self) -> State:
+        """See `Stateful`."""
+        streaks = {key: asdict(one) for key, one in self._streaks.items()}
+        return State(values={"streaks": streaks, "ever": sorted(self._ever)})
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take up where `state` left off."""
-        self._streaks = {key: _Streak(**one) for key, one in state["streaks"].items()}
-        self._ever = set(state["ever"])
+    def restore(self, state: State) -> None:
+        """See `Stateful`."""
+        self._streaks = {key: _Streak(**one) for key, one in state.values["streaks"].items()}
+        self._ever = set(state.values["ever"])
 
 
 def _sentence(who: str, streak: _Streak) -> str:

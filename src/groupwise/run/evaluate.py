@@ -13,6 +13,7 @@ from groupwise.engines.mailbox import Sampler
 from groupwise.errors import RewardError
 from groupwise.rewards.scorer import Scorer
 from groupwise.run.rollouts import RIGHT_STEP, GroupSampler
+from groupwise.state import State
 from groupwise.types import Prompt, Scored
 from groupwise.watch.record import Record, Recorder
 
@@ -45,8 +46,30 @@ class Evaluator(Protocol):
     def maybe(self, record: Record) -> None:
         """Evaluate where the schedule says so."""
 
+    def state(self) -> State:
+        """See `Stateful`."""
 
-class Evaluation:
+    def restore(self, state: State) -> None:
+        """See `Stateful`."""
+
+
+class _Found:
+    """What evaluations found so far: it goes on in a resumed run."""
+
+    first: dict[str, float] | None = None
+    last: dict[str, float] | None = None
+    at_step: int | None = None
+
+    def state(self) -> State:
+        """See `Stateful`."""
+        return State(values={"first": self.first, "last": self.last, "at_step": self.at_step})
+
+    def restore(self, state: State) -> None:
+        """See `Stateful`."""
+        self.first, self.last, self.at_step = (state.values[name] for name in ("first", "last", "at_step"))
+
+
+class Evaluation(_Found):
     """Samples held-out prompts with settings of its own and scores them with the job's rewards.
 
     Seeds do not depend on the step, so two evaluations differ by the policy alone. `first` and `last` are what `judge`
@@ -60,9 +83,6 @@ class Evaluation:
     ) -> None:  # fmt: skip
         self.prompts, self.sampler, self.scorer, self.draw = prompts, sampler, scorer, draw
         self.schedule, self.threshold, self.verified = schedule, threshold, verified
-        self.first: dict[str, float] | None = None
-        self.last: dict[str, float] | None = None
-        self.at_step: int | None = None
 
     def baseline(self, watch: Recorder, step: int) -> None:
         """See `Evaluator`. Raises RewardError where a reward failed on every output."""
@@ -106,12 +126,8 @@ class Evaluation:
         )
 
 
-class NoEvaluation:
+class NoEvaluation(_Found):
     """Stands where a job names no held-out data."""
-
-    first: dict[str, float] | None = None
-    last: dict[str, float] | None = None
-    at_step: int | None = None
 
     def baseline(self, watch: Recorder, step: int) -> None:
         """Nothing to evaluate."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from groupwise.learn.learner import Learner
-from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
+from groupwise.learn.base import Learner
 from groupwise.objective import Objective, token_advantages
 from groupwise.progress import Progress
 from groupwise.reward_models.rounds import Rounds
@@ -36,8 +35,6 @@ class Parts:
     rollouts: Rollouts
     objective: Objective
     learner: Learner
-    reference: Reference | NoReference
-    penalty: RewardPenalty | NoPenalty
     rounds: Rounds
     evaluation: Evaluator
     checkpoints: Checkpoints
@@ -50,14 +47,14 @@ def train(parts: Parts) -> None:
     p = parts
     p.rounds.update(p.checkpoints)  # a first reward model, or the round that an interruption cut short
     for iteration in p.progress.iterations():
-        p.reference.refresh(p.learner, iteration)  # reference <- policy
+        p.learner.refresh(iteration)  # reference <- policy
         for step in p.progress.steps():
             with p.watch.step(step) as record:
                 scored = p.rollouts.collect(step, record)  # sample G outputs per question, score them
                 with record.time("prepare"):
-                    scored = p.penalty.charge(scored, record.metrics)  # a KL penalty in the reward, where asked for
+                    scored = p.learner.subtract_kl(scored, record.metrics)  # in the rewards, where asked for
                     credit = token_advantages(scored, p.objective)  # A_it, within the group
-                    batch = p.learner.prepare(scored, credit, p.reference)  # pack; old and reference log-probs
+                    batch = p.learner.prepare(scored, credit)  # pack; old and reference log-probs
                 with record.time("update"):
                     for done in range(p.num_iterations):  # mu passes over the batch
                         record.metrics |= p.learner.update(batch, done)

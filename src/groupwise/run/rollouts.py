@@ -10,9 +10,10 @@ from statistics import fmean
 from groupwise.averages import mean, std
 from groupwise.data.stream import PromptStream
 from groupwise.engines.mailbox import Mailbox, Sampler, generate
-from groupwise.learn.learner import Learner
+from groupwise.learn.base import Learner
 from groupwise.rewards.scorer import Scorer
 from groupwise.seeds import group_seed
+from groupwise.state import State
 from groupwise.types import Group, GroupKey, Prompt, Request, Sampling, Scored
 from groupwise.watch.record import Record
 
@@ -52,6 +53,7 @@ class Rollouts:
     ) -> None:  # fmt: skip
         self.prompts, self.mailbox, self.scorer, self.draw = prompts, mailbox, scorer, draw
         self.prompts_per_step, self.dropped_long = prompts_per_step, dropped_long
+        self.trained = prompts.position
 
     def collect(self, step: int, record: Record) -> Scored:
         """Sample and score a step's groups."""
@@ -68,8 +70,18 @@ class Rollouts:
         """Raise what was found in the step, and ends the run now that it is whole."""
         self.scorer.patience.check()
 
+    def state(self) -> State:
+        """See `Stateful`. The position in the data counts what was trained on, not what was taken."""
+        return State(values=self.prompts.state_dict() | {"position": self.trained})
+
+    def restore(self, state: State) -> None:
+        """See `Stateful`. Raises DataError where that was of other prompts."""
+        self.prompts.load_state_dict(dict(state.values))
+        self.trained = self.prompts.position
+
     def load_weights(self, learner: Learner) -> None:
-        """Sample from the learner's weights from now on."""
+        """Sample from the learner's weights from now on: what was collected has been trained on."""
+        self.trained = self.prompts.position
         self.mailbox.load_weights(learner.weights(), learner.version)
 
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
 from groupwise.config import CheckpointSection
-from groupwise.data.stream import PromptStream
-from groupwise.errors import RunFolderError
-from groupwise.learn.learner import Learner
-from groupwise.learn.reference import NoReference, Reference
+from groupwise.learn.base import Learner
 from groupwise.progress import Progress, unsaved_steps
 from groupwise.reward_models.rounds import Rounds
-from groupwise.rewards.patience import Patience
 from groupwise.run.evaluate import Evaluator
+from groupwise.state import Lazily, State, Stateful
 from groupwise.store import checkpoint
 from groupwise.store.checkpoint import Checkpoint
 from groupwise.store.folder import RunFolder
@@ -36,108 +33,135 @@ class Clock:
         """So far."""
         return self.before + self.now() - self.start
 
+    def state(self) -> State:
+        """See `Stateful`."""
+        return State(values={"seconds": self.seconds})
 
-@dataclass
-class Stateful:
-    """The parts of a run that a checkpoint must hold. Draws and data order are functions of seed and position."""
+    def restore(self, state: State) -> None:
+        """See `Stateful`."""
+        self.before = state.values["seconds"]
 
-    progress: Progress
-    prompts: PromptStream
-    learner: Learner
-    reference: Reference | NoReference
-    evaluation: Evaluator
-    clock: Clock
-    rounds: Rounds
-    patience: Patience = field(default_factory=Patience)
-    best: float | None = None
 
-    def tensors(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Tensors by file, and what goes into `state.json`."""
-        files, counters = self.learner.state_dict()
-        reference = self.reference.state_dict()
-        state = {
-            "step": self.progress.step,
-            "prompts": self.prompts.state_dict(),
-            "learner": counters,
-            "reference_iteration": self.reference.iteration,
-            "evaluation": {name: getattr(self.evaluation, name) for name in ("first", "last", "at_step")},
-            "seconds": self.clock.seconds,
-            "best": self.best,
-            "rounds": self.rounds.state(),
-            "patience": self.patience.state(),
-        }
-        return {**files, **({"reference": reference} if reference else {}), **self.rounds.tensors()}, state
+class Best:
+    """The best evaluation of a run so far, whose weights are kept beside the checkpoints where `kept`."""
 
-    def restore(self, saved: Checkpoint) -> None:
-        """Take up where `saved` left off. Raises RunFolderError or DataError where it is of another model or data."""
-        state = saved.state
-        self.restore_policy(saved)
-        self.prompts.load_state_dict(state["prompts"])
-        for name, value in state["evaluation"].items():
-            setattr(self.evaluation, name, value)
-        self.clock.before, self.best = state["seconds"], state["best"]
-        self.patience.load(state["patience"])
-        self._restore_rounds(saved)
+    def __init__(self, folder: RunFolder, evaluation: Evaluator, learner: Learner, *, kept: bool) -> None:
+        self.folder, self.evaluation, self.learner, self.kept = folder, evaluation, learner, kept
+        self.value: float | None = None
+
+    def maybe(self, step: int) -> None:
+        """Keep the weights, where this step was evaluated and is better than all before it."""
+        evaluation = self.evaluation
+        if not self.kept or evaluation.at_step != step or evaluation.last is None:
+            return
+        value = evaluation.last.get("reward")  # there is none where no output was scored
+        if value is not None and (self.value is None or value > self.value):
+            self.value = value
+            checkpoint.save_best(self.folder.checkpoints, step, value, self.learner.master_weights())
+
+    def state(self) -> State:
+        """See `Stateful`."""
+        return State(values={"value": self.value})
+
+    def restore(self, state: State) -> None:
+        """See `Stateful`."""
+        self.value = state.values["value"]
+
+
+class _Files(Mapping[str, Mapping[str, Tensor]]):
+    """The tensors of a checkpoint by file, each read when it is asked for."""
+
+    def __init__(self, saved: Checkpoint) -> None:
+        self._saved = saved
+
+    def __getitem__(self, stem: str) -> Mapping[str, Tensor]:
+        if stem not in self._saved.aliases:
+            raise KeyError(stem)
+        return self._saved.tensors(stem)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._saved.aliases)
+
+    def __len__(self) -> int:
+        return len(self._saved.aliases)
+
+    def __contains__(self, stem: object) -> bool:
+        return stem in self._saved.aliases
+
+
+class _Lines(Mapping[str, str]):
+    """The files of lines of a checkpoint, each read when it is asked for."""
+
+    def __init__(self, saved: Checkpoint) -> None:
+        self._saved = saved
+
+    def __getitem__(self, name: str) -> str:
+        return self._saved.text(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.name for path in self._saved.path.glob("*.jsonl"))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The parts of a run that a checkpoint must hold, by name, in the order in which they are taken up. Draws and data
+    order are functions of seed and position, and therefore in none of them."""
+
+    parts: Mapping[str, Stateful]
+
+    def state(self) -> State:
+        """All of them as one: their files side by side, their values by the part's name."""
+        states = {name: part.state() for name, part in self.parts.items()}
+        tensors = {stem: named for one in states.values() for stem, named in one.tensors.items()}
+        lines = Lazily({name: partial(one.lines.__getitem__, name) for one in states.values() for name in one.lines})
+        return State(tensors, {name: dict(one.values) for name, one in states.items()}, lines)
+
+    def restore(self, saved: Checkpoint, *, only: Collection[str] | None = None) -> None:
+        """Take up the parts (all of them, or `only` some) where `saved` left off. Raises GroupwiseError where it is of
+        another model or other data."""
+        files, lines = _Files(saved), _Lines(saved)
+        for name, part in self.parts.items():
+            if only is None or name in only:
+                part.restore(State(files, saved.state.get(name, {}), lines, source=str(saved.path)))
 
     def fork(self, saved: Checkpoint) -> None:
-        """Begin a new run from `saved`, with an evaluation and a clock of its own.
-
-        Other prompts are drawn from their beginning. Raises RunFolderError where the checkpoint is of another model.
-        """
-        self.restore_policy(saved)
-        if saved.state["prompts"]["fingerprint"] == self.prompts.state_dict()["fingerprint"]:
-            self.prompts.load_state_dict(saved.state["prompts"])
-            self._restore_rounds(saved)
-
-    def _restore_rounds(self, saved: Checkpoint) -> None:
-        """A checkpoint without a reward model leaves one that is trained now as it is."""
-        if found := saved.state.get("rounds"):
-            self.rounds.load(saved.tensors, found, saved.text)
-        else:
-            self.rounds.start_at(self.progress.step)
-
-    def restore_policy(self, saved: Checkpoint) -> None:
-        """Weights, optimizer and reference. A reference where there was none becomes the policy as it is now."""
-        state, model = saved.state, saved.tensors("model")
-        check_shapes(self.learner.master_weights(), model, saved)
-        self.learner.load_state_dict({"model": model, "optimizer": saved.tensors("optimizer")}, state["learner"])
-        if "reference" in saved.aliases:
-            self.reference.load_state_dict(saved.tensors("reference"), state["reference_iteration"])
-        self.progress.step = state["step"]
-
-
-def check_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor], saved: Checkpoint) -> None:
-    """Raise RunFolderError unless a checkpoint's weights are of this model."""
-    for name in sorted(own.keys() | found.keys()):
-        ours, theirs = (str(list(side[name].shape)) if name in side else "absent" for side in (own, found))
-        if ours != theirs:
-            raise RunFolderError(
-                f"Checkpoint {saved.path} is of another model: its {name} is {theirs}, that of this job's model is "
-                f"{ours}. Put model.path back to what it was."
-            )
+        """Begin a new run from `saved`, with an evaluation and a clock of its own. Other prompts are drawn from their
+        beginning. Raises RunFolderError where the checkpoint is of another model."""
+        self.restore(saved, only=("learner", "progress"))
+        ours = self.parts["rollouts"].state().values
+        if saved.state["rollouts"]["fingerprint"] == ours["fingerprint"]:
+            self.restore(saved, only=("rollouts", "rounds"))
 
 
 class Saver:
-    """Saves by the job's schedule, and always when the run ends or is asked to stop."""
+    """Saves by the job's schedule, and always when the run ends or is asked to stop. What is saved is `run`, whatever
+    is in it; of the others it is told when to."""
 
-    def __init__(self, folder: RunFolder, schedule: CheckpointSection, stateful: Stateful, watch: Recorder) -> None:
-        self.folder, self.schedule, self.stateful, self.watch = folder, schedule, stateful, watch
+    def __init__(
+        self, folder: RunFolder, schedule: CheckpointSection, run: RunState, watch: Recorder, *, progress: Progress,
+        clock: Clock, learner: Learner, rounds: Rounds, best: Best,
+    ) -> None:  # fmt: skip
+        self.folder, self.schedule, self.run, self.watch = folder, schedule, run, watch
+        self.progress, self.clock, self.learner, self.rounds, self.best = progress, clock, learner, rounds, best
         self.saved_step = 0
-        self.saved_rounds = stateful.rounds.state()
-        self.saved_seconds = stateful.clock.seconds
-        self._whole: dict[str, Any] | None = None
+        self.saved_rounds = dict(rounds.state().values)
+        self.saved_seconds = clock.seconds
+        self._whole: tuple[int, int, State] | None = None
         self.job = ""
         self.made_by: Provenance | None = None
 
     def maybe(self, step: int) -> None:
         """See `Checkpoints`."""
         start = time.perf_counter()
-        self._best(step)
+        self.best.maybe(step)
         every = self.schedule.every
         if (every > 0 and step % every == 0) or self._long_ago():
             self.save(step)
             self.watch.carry({"time/checkpoint": time.perf_counter() - start})
-        self._whole = self._state()
+        self._whole = step, self.learner.updates, self._state()
 
     def rescue(self) -> None:
         """Save the last whole step before an error ends the run, where its weights are still there.
@@ -145,63 +169,58 @@ class Saver:
         They are while the step under way has made no update. All else that a step changes is in a state that was
         taken when the last one was over, so that a resumed run begins the step anew.
         """
-        whole, progress = self._whole, self.stateful.progress
-        now = self._state()
-        if whole is None or whole["learner"]["update"] != now["learner"]["update"]:
+        if self._whole is None:
             return
-        if progress.step != whole["step"]:
-            now, progress.step = whole, whole["step"]
-        if progress.step != self.saved_step or self.saved_rounds != now["rounds"]:
-            self._write(progress.step, now)
+        step, updates, whole = self._whole
+        if updates != self.learner.updates:
+            return
+        now = self._state()
+        if self.progress.step != step:
+            now, self.progress.step = replace(whole, tensors=now.tensors), step
+        if step != self.saved_step or self.saved_rounds != now.values["rounds"]:
+            self._write(step, now)
 
     def finish(self) -> None:
         """See `Checkpoints`."""
-        step = self.stateful.progress.step
-        if step != self.saved_step or self.saved_rounds != self.stateful.rounds.state():
+        step = self.progress.step
+        if step != self.saved_step or self.saved_rounds != self.rounds.state().values:
             self.save(step)
         checkpoint.prune(self.folder.checkpoints, self.schedule.keep)  # a kill may have come before it
 
     def round_over(self) -> None:
         """See `Saving`: what a round made is not to be made again."""
         if self.schedule.every > 0 or self._long_ago():
-            self.save(self.stateful.progress.step)
+            self.save(self.progress.step)
 
     def resumed(self, saved: Checkpoint) -> None:
         """What `saved` has is saved."""
         self.saved_step, self.saved_rounds = saved.step, saved.state.get("rounds", {})
-        self.saved_seconds = self.stateful.clock.seconds
+        self.saved_seconds = self.clock.seconds
 
     def unsaved(self) -> str | None:
         """What no checkpoint has, the step under way included, in words; None where that is nothing."""
-        now = self.stateful.clock.seconds
-        return unsaved_steps(self.saved_step + 1, self.stateful.progress.step, now - self.saved_seconds)
+        now = self.clock.seconds
+        return unsaved_steps(self.saved_step + 1, self.progress.step, now - self.saved_seconds)
 
     def _long_ago(self) -> bool:
         """Whether so much time has passed that another checkpoint is due."""
         minutes = self.schedule.minutes
-        return 0 < minutes <= (self.stateful.clock.seconds - self.saved_seconds) / 60
+        return 0 < minutes <= (self.clock.seconds - self.saved_seconds) / 60
 
     def save(self, step: int) -> None:
         """Save now."""
         self._write(step, self._state())
 
-    def _state(self) -> dict[str, Any]:
-        """What `state.json` would hold now: of the parts, of what made them, and of the files beside them."""
+    def _state(self) -> State:
+        """What a checkpoint would hold now: of the parts, of what made them, and of the files beside them."""
+        state = self.run.state()
         made_by = {"made_by": self.made_by.state()} if self.made_by else {}
-        return {**self.stateful.tensors()[1], **made_by, "lines": self.watch.lines()}
+        beside = {"step": self.progress.step, "lines": self.watch.lines()}
+        return replace(state, values={**state.values, **made_by, **beside})
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
-        tensors, texts = self.stateful.tensors()[0], {JOB: self.job, **self.stateful.rounds.texts()}
-        checkpoint.save(self.folder.checkpoints, step, tensors=tensors, state=state, texts=texts)
+    def _write(self, step: int, state: State) -> None:
+        texts = {JOB: self.job, **state.lines}
+        checkpoint.save(self.folder.checkpoints, step, tensors=state.tensors, state=state.values, texts=texts)
         checkpoint.prune(self.folder.checkpoints, self.schedule.keep)
-        self.saved_step, self.saved_rounds = step, state["rounds"]
-        self.saved_seconds = self.stateful.clock.seconds
-
-    def _best(self, step: int) -> None:
-        evaluation = self.stateful.evaluation
-        if not self.schedule.best or evaluation.at_step != step or evaluation.last is None:
-            return
-        value = evaluation.last.get("reward")  # there is none where no output was scored
-        if value is not None and (self.stateful.best is None or value > self.stateful.best):
-            self.stateful.best = value
-            checkpoint.save_best(self.folder.checkpoints, step, value, self.stateful.learner.master_weights())
+        self.saved_step, self.saved_rounds = step, state.values["rounds"]
+        self.saved_seconds = self.clock.seconds

@@ -65,4 +65,4 @@ def _found(saved: Checkpoint | None) -> list[str]:
         for name in ("accuracy", "reward")
         if name in found["first"] and name in found["last"]
     ]
-    return [f"Held-out {', '.join(words)}; {saved.state['seconds']:.0f} s in all.", ""]
+    return [f"Held-out {', '.join(words)}; {saved.state['clock']['seconds']:.0f} s in all.", ""]

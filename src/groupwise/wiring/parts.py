@@ -9,8 +9,7 @@ from groupwise.config import Job
 from groupwise.data.remarks import in_both
 from groupwise.data.stream import PromptStream
 from groupwise.engines.mailbox import Mailbox, Sampler
-from groupwise.learn.learner import Learner
-from groupwise.learn.reference import NoPenalty, NoReference, Reference, RewardPenalty
+from groupwise.learn.learner import PolicyLearner
 from groupwise.progress import Progress
 from groupwise.reward_models.rounds import NoRounds, Rounds
 from groupwise.rewards.patience import Patience
@@ -19,7 +18,7 @@ from groupwise.run.evaluate import Evaluation, NoEvaluation, Schedule
 from groupwise.run.guarded import GuardedSampler
 from groupwise.run.loop import Parts
 from groupwise.run.rollouts import GroupSampler, Rollouts
-from groupwise.run.saving import Clock, Saver, Stateful
+from groupwise.run.saving import Best, Clock, RunState, Saver
 from groupwise.store.events import EventsFile, RolloutsFile
 from groupwise.store.folder import RunFolder
 from groupwise.watch.record import Recorder
@@ -69,7 +68,7 @@ def open_sinks(watch: Recorder, job: Job, folder: RunFolder, last_step: int | No
 
 def build(
     job: Job, folder: RunFolder, objects: PythonObjects, watch: Recorder, clock: Clock, closing: ExitStack
-) -> tuple[Parts, Stateful, Saver]:
+) -> tuple[Parts, Saver]:
     """Everything the loop needs, and what saves and restores it; what holds something is closed by `closing`.
 
     What is quick to refuse is opened first.
@@ -91,13 +90,7 @@ def build(
     evaluation = open_evaluation(job, model, objects, GuardedSampler(mailbox, guard, "In held-out outputs"), judge)
     if isinstance(evaluation, Evaluation) and (known := in_both(prompts.prompts, evaluation.prompts)):
         warn(known)
-    learner = Learner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype), guard)
-    reference = Reference(learner.policy) if objective.needs_reference else NoReference()
-    penalty = (
-        RewardPenalty(learner, reference, objective.beta)
-        if objective.kl_in_reward and isinstance(reference, Reference)
-        else NoPenalty()
-    )
+    learner = PolicyLearner(model.loaded.policy, objective, learner_settings(job, model.loaded.compute_dtype), guard)
     stream = PromptStream(prompts.prompts, seed=job.seed, shuffle=job.data.shuffle)
     draw = GroupSampler(sampling_of(job), job.sampling.num_generations, job.seed, "train")
     progress = Progress(job.train.iterations, job.train.steps)
@@ -114,19 +107,26 @@ def build(
             Opened(placed(job), objects, folder, watch, model, prompts.prompts, first, progress), trained(), verifier,
             functions.segmenter,
         )  # fmt: skip
-    stateful = Stateful(progress, stream, learner, reference, evaluation, clock, rounds, patience)
-    saver = Saver(folder, job.checkpoint, stateful, watch)
+    rollouts = Rollouts(stream, mailbox, scorer, draw, job.train.prompts_per_step, prompts.dropped_long)
+    best = Best(folder, evaluation, learner, kept=job.checkpoint.best)
+    state = RunState(
+        {
+            "learner": learner, "progress": progress, "rollouts": rollouts, "patience": patience,
+            "evaluation": evaluation, "rounds": rounds, "clock": clock, "best": best,
+        }
+    )  # fmt: skip
+    saver = Saver(
+        folder, job.checkpoint, state, watch, progress=progress, clock=clock, learner=learner, rounds=rounds, best=best
+    )
     parts = Parts(
         progress=progress,
-        rollouts=Rollouts(stream, mailbox, scorer, draw, job.train.prompts_per_step, prompts.dropped_long),
+        rollouts=rollouts,
         objective=objective,
         learner=learner,
-        reference=reference,
-        penalty=penalty,
         rounds=rounds,
         evaluation=evaluation,
         checkpoints=saver,
         watch=watch,
         num_iterations=job.train.num_iterations,
     )
-    return parts, stateful, saver
+    return parts, saver

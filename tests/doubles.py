@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from groupwise.engines.base import InFlight
+from groupwise.learn.pack import Credit
 from groupwise.rewards.base import RewardContext, Values
+from groupwise.state import State
 from groupwise.store.checkpoint import Checkpoint
-from groupwise.types import Completion, Finish, Group, GroupKey, Prompt, Request, Sampled, Score, ScoredGroup
+from groupwise.types import Completion, Finish, Group, GroupKey, Prompt, Request, Sampled, Score, Scored, ScoredGroup
 
 Log = list[tuple[Any, ...]]
 
@@ -65,6 +71,52 @@ class ScriptedReward:
         pass
 
 
+class ScriptedLearner:
+    """Counts updates; a batch is whatever it was prepared from, and the reference the version that it was copied at.
+
+    `prepared` holds what batches were made from.
+    """
+
+    def __init__(self, log: Log | None = None) -> None:
+        self.log: Log = [] if log is None else log
+        self.version, self.updates, self.reference = 0, 0, -1
+        self.prepared: list[tuple[Scored, Credit]] = []
+
+    def refresh(self, iteration: int) -> None:
+        self.reference = self.version
+        self.log.append(("reference", iteration, f"version {self.version}"))
+
+    def subtract_kl(self, scored: Scored, metrics: dict[str, float]) -> Scored:
+        self.log.append(("subtract kl",))
+        return scored
+
+    def prepare(self, scored: Scored, credit: Credit) -> dict[str, Any]:
+        self.log.append(("prepare", f"version {self.version}"))
+        self.prepared.append((scored, credit))
+        return {"credit": credit, "old": self.version, "reference": self.reference}
+
+    def update(self, batch: dict[str, Any], passes_done: int = 0) -> dict[str, float]:
+        self.version += 1
+        self.updates += 1
+        self.log.append(("update", passes_done, f"old {batch['old']}", f"reference {batch['reference']}"))
+        return {"loss": float(passes_done)}
+
+    def check(self) -> None:
+        """Every update was applied."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
+
+    def master_weights(self) -> dict[str, Tensor]:
+        return {"w": torch.full((2,), float(self.version))}
+
+    def state(self) -> State:
+        return State({"model": self.master_weights()}, {"version": self.version, "updates": self.updates})
+
+    def restore(self, state: State) -> None:
+        self.version, self.updates = state.values["version"], state.values["updates"]
+
+
 class MemorySink:
     """Keeps events."""
 
@@ -96,6 +148,11 @@ def scored(*rewards: Sequence[float | None], texts: Sequence[str] = ("ab",)) -> 
         group = Group(GroupKey(1, slot, str(slot)), Prompt(str(slot), "?", (2,)), outputs)
         groups.append(ScoredGroup(group, tuple(Score(value) for value in values)))
     return groups
+
+
+def through_a_file(state: State) -> State:
+    """The state as a checkpoint gives it back."""
+    return State(state.tensors, json.loads(json.dumps(dict(state.values))), dict(state.lines))
 
 
 def a_checkpoint(state: Mapping[str, Any], step: int = 12) -> Checkpoint:
