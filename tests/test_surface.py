@@ -11,7 +11,7 @@ import groupwise
 def test_the_packages_names_are_these():
     names = [
         "GroupwiseError", "__version__", "doctor", "evaluate", "export", "label", "objective", "plan", "resume",
-        "sample", "train",
+        "sample", "train", "train_reward_model",
     ]  # fmt: skip
     assert groupwise.__all__ == names
     assert dir(groupwise) == sorted(groupwise.__all__)

@@ -12,7 +12,7 @@ from groupwise.errors import GroupwiseError
 
 if TYPE_CHECKING:
     from groupwise import objective
-    from groupwise.commands.api import doctor, evaluate, export, label, plan, resume, sample, train
+    from groupwise.commands.api import doctor, evaluate, export, label, plan, resume, sample, train, train_reward_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,9 +27,10 @@ __all__ = [
     "resume",
     "sample",
     "train",
+    "train_reward_model",
 ]
 
-_FUNCTIONS = ("doctor", "evaluate", "export", "label", "plan", "resume", "sample", "train")
+_FUNCTIONS = ("doctor", "evaluate", "export", "label", "plan", "resume", "sample", "train", "train_reward_model")
 
 
 def __getattr__(name: str) -> Any:

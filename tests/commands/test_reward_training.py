@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+import groupwise
 from groupwise.commands.reward_training import train_reward_model
 from groupwise.errors import RunFolderError
 from groupwise.jobfile.reward_model import load_reward_job
@@ -368,3 +369,23 @@ def test_from_python_rows_are_handed_over(bench: Path, tmp_path: Path) -> None:
     assert result.after.keys() >= {"accuracy", "auc"}
     with pytest.raises(RunFolderError, match="holds a run already"):
         train_reward_model(job, given=RewardData(rows=LABELLED))
+
+
+def test_python_trains_one_like_the_command_line(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same job by rows of Python: the same weights, whose folder scores."""
+    monkeypatch.chdir(bench)
+    knobs: dict[str, Any] = {"batch_size": 40, "eval_every": 2, "checkpoint_every": 1, "learning_rate": 3e-3}
+    found = groupwise.train_reward_model(
+        "outcome", model=bench / "backbone", data=LABELLED, run=bench / "python", show="quiet", **knobs
+    )
+    assert found.model == str(bench / "python" / "model")
+    ours, theirs = (load_file(bench / run / "model" / "model.safetensors") for run in ("python", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_python_is_told_what_a_reward_models_job_lacks(bench: Path) -> None:
+    with pytest.raises(groupwise.GroupwiseError, match="A reward model's job has no key `steps`"):
+        groupwise.train_reward_model("outcome", model=bench / "backbone", data=LABELLED, steps=3)
+    with pytest.raises(groupwise.GroupwiseError, match="data"):
+        groupwise.train_reward_model("outcome", model=bench / "backbone", data=7)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from groupwise.commands.asking import asked, trained_on
-from groupwise.commands.inputs import check_export, check_job, check_overrides, check_weights
+from groupwise.commands.inputs import check_export, check_job, check_overrides, check_reward_model_job, check_weights
 from groupwise.commands.resuming import Start, edits, refuse_changes, start_of
 from groupwise.commands.session import Result, run_job
 from groupwise.config import Job
@@ -22,6 +22,7 @@ from groupwise.diagnosis.findings import Report
 from groupwise.engines.mailbox import Mailbox, generate
 from groupwise.errors import ConfigError, DataError, RunFolderError
 from groupwise.jobfile import at_home, differences, load_job, refuse_loaded
+from groupwise.jobfile.reward_model import load_reward_job
 from groupwise.learn.learner import check_shapes
 from groupwise.models.load import quiet_transformers, without_bars
 from groupwise.models.multimodal import with_towers
@@ -46,6 +47,7 @@ from groupwise.wiring.settings import eval_sampling_of
 
 if TYPE_CHECKING:
     from groupwise.commands.label import LabelResult
+    from groupwise.commands.reward_training import RewardResult
     from groupwise.planning.plan import Plan
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
@@ -91,6 +93,36 @@ def plan(
     resolved = load_job(job, overrides, {"model": model, "run": run, **named, **options})
     check_job(resolved.job, functions=False)
     return plan_of(resolved.job, objects)
+
+
+@without_bars()
+def train_reward_model(
+    kind: str, *, model: str | Path, data: Rows, eval_data: Rows | None = None, run: str | Path | None = None,
+    overrides: Sequence[str] = (), show: Mode = "auto", trust_remote_code: bool = False, **options: Any,
+) -> RewardResult:  # fmt: skip
+    """Train a reward model of outputs (`kind` "outcome") or of steps ("process") and return what came of it.
+
+    `model` is its backbone; `data` and `eval_data` are paths, hub ids or rows in TRL's columns (preferences, labelled
+    outputs, labelled steps); any key of its job goes by its name (`epochs=2`) or in `overrides`. The trained model is
+    the folder `model` of the run: `reward="model:runs/judge/model"` scores with it. Raises GroupwiseError.
+    """
+    from groupwise.commands import reward_training
+
+    handed, named = {}, {}
+    for key, one in (("data", data), ("eval_data", eval_data)):
+        if one is None or isinstance(one, str | Path):
+            named[key] = None if one is None else str(one)
+            continue
+        refuse_loaded(key, one)
+        found = rows_or_splits(one, key)
+        if isinstance(found, Mapping):
+            raise ConfigError(f"{key} has several splits ({', '.join(found)}): give one of them.")
+        handed[key], named[key] = found, PYTHON_PREFIX + "rows"
+    folder = None if run is None else str(run)
+    job = load_reward_job({"kind": kind, "model": str(model), "run": folder, **named, **options}, overrides)
+    check_reward_model_job(job)
+    given = reward_training.RewardData(handed.get("data"), handed.get("eval_data"), trust_remote_code)
+    return reward_training.train_reward_model(job, given=given, show=show)
 
 
 @without_bars()
