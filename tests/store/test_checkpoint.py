@@ -422,3 +422,20 @@ def test_a_whole_checkpoint_of_another_version_is_not_passed_over(tmp_path: Path
         (newest / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RunFolderError, match=f"step-00000006 .*format has version {version}, and this .* version 2"):
         checkpoint.latest(tmp_path, never)
+
+
+def test_digests_are_those_of_the_files_whatever_the_tensors(tmp_path: Path) -> None:
+    """They are computed of what is in memory."""
+    made = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    tensors = {
+        "z": made.T, "a": made.to(torch.bfloat16), "m": made[1:3, ::2], "half": made.half(), "wide": made.double(),
+        "count": torch.tensor(7), "none": torch.zeros(0, 3), "flags": made > 3, "small": made.to(torch.int8),
+    }  # fmt: skip
+    at = checkpoint.save(tmp_path, 1, tensors={"model": tensors, "empty": {}}, state={"step": 1})
+    manifest = json.loads((at / "manifest.json").read_text())
+    for name, said in manifest["files"].items():
+        data = (at / name).read_bytes()
+        assert (said["bytes"], said["sha256"]) == (len(data), hashlib.sha256(data).hexdigest()), name
+    assert manifest["files"].keys() == {"model.safetensors", "empty.safetensors", "state.json"}
+    found = checkpoint.load(at).tensors("model")
+    assert all(found[name].equal(tensor) for name, tensor in tensors.items())

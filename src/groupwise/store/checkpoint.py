@@ -174,11 +174,12 @@ def _write(target: Path, step: int, tensors: Mapping[str, Tensors], texts: Mappi
         if free_bytes(target) < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
         partial.mkdir()
+        files = {}
         for stem, named in own.items():
-            _save_file(named, partial / f"{stem}.safetensors")
+            files[f"{stem}.safetensors"] = _save_file(named, partial / f"{stem}.safetensors")
         for name, text in texts.items():
             write_atomic(partial / name, text)
-        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+            files[name] = _fingerprint(partial / name)
         manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": files, "aliases": aliases}
         write_atomic(partial / "manifest.json", json.dumps(manifest | {"sha256": _own_digest(manifest)}, indent=1))
         put_in_place(partial, target)
@@ -189,7 +190,9 @@ def _write(target: Path, step: int, tensors: Mapping[str, Tensors], texts: Mappi
     return target
 
 
-def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
+    """Write a file of tensors; its size and SHA-256, of what is in memory: gigabytes are not read back, and what the
+    disk made of them is found out when they are."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:
@@ -197,6 +200,14 @@ def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
             raise
         raise found from error
     sync(path)
+    with open(path, "rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+    digest = hashlib.sha256(length + header)
+    places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name in tensors}
+    for name in sorted(places, key=places.__getitem__):
+        digest.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy())
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _unshare(tensors: Tensors) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
