@@ -14,6 +14,7 @@ from groupwise.watch.panel import Sample, draw_svg
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/groupwise"
 TREE = "src/groupwise/\n", "tests/  "
+LOOP = "<!-- the loop -->", "<!-- end of the loop -->"
 FILES = "<!-- Written by docs/generate.py from the docstrings. -->", "<!-- end of files -->"
 ROOMS = (
     "jobfile", "objective", "tokenizer", "cpu", "models", "data", "engines", "rewards", "learn", "store", "watch",
@@ -36,9 +37,13 @@ def terminal() -> str:
 
 def readme() -> str:
     """README with the tree of folders made anew, each with the first sentence of its docstring."""
+    loop = (PACKAGE / "run/loop.py").read_text(encoding="utf-8")
+    body = loop[loop.index("def train(") :].rstrip()
+    page = _between("../README.md", LOOP, f"\n\n<!-- not run: it is part of a file -->\n```python\n{body}\n```\n\n")
     lines = ["  *.py                   what every room stands on: types, config, errors, seeds; and the command line"]
     lines += [_line(PACKAGE / room / "__init__.py", "  ", f"{room}/") for room in ROOMS]
-    return _between("../README.md", TREE, "\n".join(lines) + "\n")
+    start = page.index(TREE[0]) + len(TREE[0])
+    return page[:start] + "\n".join(lines) + "\n" + page[page.index(TREE[1], start) :]
 
 
 def architecture() -> str:

@@ -6,6 +6,7 @@ what they would come to."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -191,6 +192,14 @@ def test_a_relative_link_leads_somewhere() -> None:
 def test_the_terminals_picture_and_the_tree_are_what_the_code_says(page: str) -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == pages[page](), "run `make docs`"
+
+
+def test_what_readme_says_of_models_is_what_the_sweep_found() -> None:
+    classes = json.loads((ROOT / "docs" / "models.json").read_text(encoding="utf-8"))["classes"]
+    hold = sum("layout" in found and not found["failed"] for found in classes.values())
+    assert f"{hold} of transformers' {len(classes)} causal types hold" in (ROOT / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_every_part_of_the_package_is_in_the_tree() -> None:
