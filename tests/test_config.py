@@ -13,7 +13,9 @@ KNOBS = {
     " held_out_share replay replay_size epochs first_epochs batch_size learning_rate warmup_steps min_accuracy",
     "sampling": "num_generations temperature max_completion_length min_completion_length top_p top_k min_p stop"
     " skip_special_tokens max_live_outputs",
-    "objective": "preset beta kl epsilon epsilon_high dual_clip scale_rewards outcome_weight process_weight"
+    "engine": "kind",
+    "objective": "preset beta kl epsilon epsilon_high dual_clip baseline ratio surrogate weights"
+    " sapo_temperature_pos sapo_temperature_neg scale_rewards outcome_weight process_weight"
     " step_return step_normalization mask_truncated_completions"
     " importance_sampling importance_sampling_cap",
     "train": "iterations steps prompts_per_step num_iterations updates_per_batch learning_rate lr_scheduler_type"

@@ -232,6 +232,18 @@ class ObjectiveSection(Section):
     """Upper clip range (clip-higher), `inf` turns it off; for `cispo`, the cap of the ratio itself."""
     dual_clip: float | None = Field(None, gt=1)
     """For negative advantages the loss of a token is at most this times |A|."""
+    baseline: Literal["group_mean", "leave_one_out", "batch_mean"] | None = None
+    """What a reward is compared with: the group's mean, the mean of the others in the group, or the batch's."""
+    ratio: Literal["token", "sequence_mean", "sequence_product"] | None = None
+    """The importance ratio: per token, or per output as the geometric mean or the product of its tokens'."""
+    surrogate: Literal["clip", "cispo", "sapo"] | None = None
+    """How the ratio meets the advantage: hard clip (PPO), capped and detached weight (CISPO), soft gate (SAPO)."""
+    weights: Literal["sequence_mean", "sequence_sum", "token_mean", "constant_length"] | None = None
+    """How tokens are averaged: each output's mean, its sum, all tokens of the update alike, or by a constant length."""
+    sapo_temperature_pos: float | None = Field(None, gt=0)
+    """Steepness of the soft gate of `sapo` where the advantage is positive."""
+    sapo_temperature_neg: float | None = Field(None, gt=0)
+    """Steepness of the soft gate of `sapo` elsewhere."""
     scale_rewards: Literal["group", "batch", "none"] | None = None
     """What advantages are divided by: the group's std, the batch's, or nothing."""
     outcome_weight: float | None = Field(None, ge=0)

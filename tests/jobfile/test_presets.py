@@ -5,6 +5,7 @@ import re
 import pytest
 
 from groupwise.config import PRESET_NAMES
+from groupwise.errors import ConfigError
 from groupwise.jobfile import differences, load_job, show, to_toml
 from groupwise.jobfile.presets import STEPS, VALUES
 from groupwise.objective import PRESETS, Objective
@@ -18,6 +19,8 @@ CHANGES = [
     ("objective.beta=0.0",),
     ("objective.epsilon_high=inf",),
     ("objective.scale_rewards=batch",),
+    ("objective.baseline=leave_one_out", "objective.ratio=sequence_mean", "objective.weights=token_mean"),
+    ("objective.surrogate=sapo", "objective.sapo_temperature_pos=2.0"),
     ("reward.step_functions=['r.py:g']",),
     ("reward.step_functions=['r.py:g']", "objective.process_weight=0.0"),
 ]
@@ -31,7 +34,8 @@ def test_the_values_are_those_of_the_objective(preset):
     for key, value in found.items():
         assert getattr(objective, named.get(key, key)) == value
     unread = objective.ignored_fields - {"kl"}
-    assert set(found) == {"beta", "kl", "epsilon", "epsilon_high", "scale_rewards"} - unread
+    every = {"beta", "kl", "epsilon", "epsilon_high", "scale_rewards", "sapo_temperature_pos", "sapo_temperature_neg"}
+    assert set(found) == (every | {"baseline", "ratio", "surrogate", "weights"}) - unread
     assert {key: getattr(Objective(), key) for key in STEPS} == STEPS
 
 
@@ -78,3 +82,42 @@ def test_a_fork_may_exchange_the_preset(tmp_path):
     (tmp_path / "job.toml").write_text(to_toml(old))
     new = load_job(tmp_path / "job.toml", ["objective.preset=gspo"]).job.objective
     assert (new.preset, new.epsilon, new.epsilon_high, new.beta) == ("gspo", 3e-4, 4e-4, 0.01)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (
+            ["baseline=leave_one_out", "ratio=sequence_product"],
+            {"baseline": "leave_one_out", "ratio": "sequence_product"},
+        ),
+        (["surrogate=cispo", "epsilon_high=4.0"], {"surrogate": "cispo", "epsilon_high": 4.0}),
+        (["surrogate=sapo", "sapo_temperature_neg=2.0"], {"surrogate": "sapo", "sapo_temperature_neg": 2.0}),
+        (["weights=constant_length"], {"weights": "constant_length", "max_completion_length": 256}),
+        (["baseline=batch_mean", "scale_rewards=batch"], {"baseline": "batch_mean", "scale": "batch"}),
+    ],
+)
+def test_every_choice_of_the_objective_is_a_key_of_the_job(changes, expected):
+    job = load_job(overrides=[f"objective.{one}" for one in changes], options=OWN).job
+    objective = objective_of(job)
+    assert {name: getattr(objective, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (["surrogate=sapo", "epsilon=0.1"], "`objective.epsilon` has no effect with the surrogate `sapo`"),
+        (["sapo_temperature_pos=2.0"], "`objective.sapo_temperature_pos` has no effect with the preset `grpo`"),
+        (["surrogate=cispo"], "`objective.epsilon_high` = 0.2: with `cispo` this is the cap of the ratio"),
+        (["baseline=batch_mean"], '"batch_mean" cannot go with `objective.scale_rewards` = "group"'),
+    ],
+)
+def test_choices_that_cannot_go_together_are_refused_with_the_reason(changes, said):
+    with pytest.raises(ConfigError) as raised:
+        load_job(overrides=[f"objective.{one}" for one in changes], options=OWN)
+    assert said in str(raised.value)
+
+
+def test_weights_of_rewards_keep_their_short_name():
+    job = load_job(options=OWN | {"reward": ["r.py:f", "r.py:g"], "weights": [1.0, 2.0]}).job
+    assert (job.reward.weights, job.objective.weights) == ([1.0, 2.0], "sequence_mean")

@@ -167,7 +167,7 @@ PHASES = {
     "in the first round's updates": (LEARNER, "RewardLearner", "_update", 2),
     "before the first round is saved": ("groupwise.run.saving", "Saver", "round_over", 1),
     "after the first round is saved": ("groupwise.run.saving", "Saver", "round_over", 1, True),
-    "in a step": ("groupwise.learn.learner", "Learner", "update", 2),
+    "in a step": ("groupwise.learn.learner", "PolicyLearner", "update", 2),
     "while an iteration's outputs are labelled": ("groupwise.reward_models.labels", "", "LABELS", 2),
     "after labels, before replay is drawn": ("groupwise.reward_models.replay", "ReplayStore", "draw", 2),
     "in the updates of an iteration's round": (LEARNER, "RewardLearner", "_update", 5),

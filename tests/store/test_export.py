@@ -48,7 +48,7 @@ FIRST, LAST = {"accuracy": 0.25, "reward": 0.5}, {"accuracy": 0.75, "reward": 1.
 
 
 def a_state(**evaluation: Any) -> dict[str, Any]:
-    return {"evaluation": {"first": None, "last": None, "at_step": None, **evaluation}, "seconds": 61.4}
+    return {"evaluation": {"first": None, "last": None, "at_step": None, **evaluation}, "clock": {"seconds": 61.4}}
 
 
 def test_the_card_names_base_data_job_and_result() -> None:

@@ -21,6 +21,7 @@ from groupwise.config import (
 from groupwise.errors import ConfigError
 from groupwise.jobfile import reward_model_checks
 from groupwise.jobfile.effects import without_effect
+from groupwise.jobfile.presets import VALUES
 
 REASONS = {
     ("objective.kl", "k1"): (
@@ -30,7 +31,12 @@ REASONS = {
 }
 """Values outside a knob's choices that people know from elsewhere, and why they are not offered."""
 
-_WITHOUT_CLIP = {"cispo": ("epsilon", "dual_clip"), "sapo": ("epsilon", "epsilon_high", "dual_clip")}
+_UNREAD_BY = {
+    "clip": ("sapo_temperature_pos", "sapo_temperature_neg"),
+    "cispo": ("epsilon", "dual_clip", "sapo_temperature_pos", "sapo_temperature_neg"),
+    "sapo": ("epsilon", "epsilon_high", "dual_clip"),
+}
+"""By surrogate, the keys that it does not read."""
 _WITHOUT_KL = ("dr_grpo", "dapo", "gspo", "cispo", "sapo")
 _DEFAULT_CAP = ObjectiveSection().importance_sampling_cap
 _OFF = ProcessSection().model_dump()
@@ -90,13 +96,23 @@ def _sampling(sampling: SamplingSection) -> Iterator[str]:
 
 def _objective(objective: ObjectiveSection) -> Iterator[str]:
     preset = objective.preset
-    for name in _WITHOUT_CLIP.get(preset, ()):
+    said = VALUES[preset]
+    surrogate = objective.surrogate or said["surrogate"]
+    how = f"surrogate `{surrogate}`" if objective.surrogate else f"preset `{preset}`"
+    for name in _UNREAD_BY[surrogate]:
         if getattr(objective, name) is not None:
-            yield f"`objective.{name}` has no effect with the preset `{preset}`, which does not clip so. Remove it."
-    if preset == "cispo" and objective.epsilon_high is not None and objective.epsilon_high < 1:
+            yield f"`objective.{name}` has no effect with the {how}, which does not clip so. Remove it."
+    cap = said.get("epsilon_high", 1.0) if objective.epsilon_high is None else objective.epsilon_high
+    if surrogate == "cispo" and cap < 1:
         yield (
-            f"`objective.epsilon_high` = {objective.epsilon_high:g}: with `cispo` this is the cap of the ratio, and "
-            "below 1 it would cut the ratio of tokens whose probability did not change. The preset's cap is 5."
+            f"`objective.epsilon_high` = {cap:g}: with `cispo` this is the cap of the ratio, and below 1 it would cut "
+            "the ratio of tokens whose probability did not change. The preset `cispo` has 5."
+        )
+    scale = objective.scale_rewards or said["scale_rewards"]
+    if (objective.baseline or said["baseline"]) == "batch_mean" and scale == "group":
+        yield (
+            '`objective.baseline` = "batch_mean" cannot go with `objective.scale_rewards` = "group": a group of equal '
+            'rewards has std 0 but lies off the batch\'s mean. Take "batch" or "none".'
         )
     if objective.epsilon is not None and 1 <= objective.epsilon < inf:
         yield (

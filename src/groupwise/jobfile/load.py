@@ -36,6 +36,7 @@ OPTIONS = {
     "device": "model.device",
     "learning_rate": "train.learning_rate",
     "warmup_steps": "train.warmup_steps",
+    "weights": "reward.weights",
 }
 """Options whose key is not the only one of its name; every other knob goes by its own (`learning_rate`)."""
 

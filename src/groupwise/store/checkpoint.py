@@ -206,7 +206,7 @@ def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
     digest = hashlib.sha256(length + header)
     places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name in tensors}
     for name in sorted(places, key=places.__getitem__):
-        digest.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 

@@ -20,7 +20,10 @@ BUDGET = 16384
 def objective_of(job: Job) -> Objective:
     """The job's preset with the job's changes. Raises ObjectiveError where they cannot go together."""
     section = job.objective
-    given = ("epsilon", "epsilon_high", "beta", "kl", "dual_clip")
+    given = (
+        "baseline", "ratio", "surrogate", "weights", "epsilon", "epsilon_high", "beta", "kl", "dual_clip",
+        "sapo_temperature_pos", "sapo_temperature_neg",
+    )  # fmt: skip
     changes: dict[str, Any] = {name: value for name in given if (value := getattr(section, name)) is not None}
     preset = PRESETS[section.preset]
     if section.epsilon is not None and preset.epsilon == preset.epsilon_high:
