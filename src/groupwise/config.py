@@ -164,7 +164,7 @@ class RewardModelSection(Section):
     prompts_per_round: int = Field(256, ge=1)
     """Most prompts of an iteration whose outputs become its round's training set, chosen by the seed."""
     held_out_share: float = Field(0.1, gt=0, lt=1)
-    """Share of the prompts that a reward model is never trained on, but tried on in each round."""
+    """Share of the prompts that a reward model is never trained on, but tested on in each round."""
     replay: float = Field(0.1, ge=0, lt=1)
     """Share of a round's examples that comes from earlier rounds (the paper's is the default)."""
     replay_size: int = Field(10_000, ge=1)

@@ -77,7 +77,7 @@ def begin(at: Path, run: str, before: Callable[[], None] | None = None) -> Comma
 
 
 def assert_same_run(found: Path, whole: Path) -> None:
-    """Weights, Adam's means, counters, events, the saved model: all of it to the bit."""
+    """Weights, Adam's moments, counters, events, the saved model: all of it to the bit."""
     last = sorted(whole.glob("checkpoints/step-????????"))[-1]
     for file in (*sorted(last.glob("*.safetensors")), whole / "model" / "model.safetensors"):
         ours, theirs = load_file(found / file.relative_to(whole)), load_file(file)

@@ -55,12 +55,12 @@ class Pooled(PooledEngine):
         super().__init__(NativeEngine(policy or make_policy(), codec, **options), least_tokens=0)
 
     @property
-    def helpers(self) -> list[Any]:
+    def workers(self) -> list[Any]:
         return [*self._busy, *self._idle]
 
     @property
     def pids(self) -> list[int]:
-        return [helper.fork.process.pid for helper in self.helpers]
+        return [worker.fork.process.pid for worker in self.workers]
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_completions_are_those_of_one_process(kind: str, layout: Any) -> None:
     for settings in ({}, {"temperature": 0.0}, {"top_k": 5, "max_tokens": 20}, {"stop": ("a", "bc")}):
         asked = requests(n=5, **settings)
         same(generate(engine, asked), sample(make_policy(kind, layout), asked))
-        assert len(engine.helpers) == 1, "and it was no process alone that made them"
+        assert len(engine.workers) == 1, "and it was no process alone that made them"
     assert difference(policy, asked, generate(engine, asked)) < 1e-5
     engine.close()
 
@@ -167,17 +167,17 @@ def test_there_are_no_helpers_where_one_process_is_best(engine: Pooled, monkeypa
     generate(few, requests(n=3))
     assert not few._idle, "few tokens"
     generate(engine, requests(n=3)[:1])
-    assert not engine.helpers, "one group"
+    assert not engine.workers, "one group"
     torch.set_num_threads(1)
     generate(engine, requests(n=3))
-    assert not engine.helpers, "one thread"
+    assert not engine.workers, "one thread"
     torch.set_num_threads(2)
     monkeypatch.setattr(processes, "ROWS", 100)
     generate(engine, requests(n=3))
-    assert not engine.helpers, "few outputs"
+    assert not engine.workers, "few outputs"
     monkeypatch.setattr(processes, "ROWS", 1)
     generate(engine, requests(n=3))
-    assert engine.helpers
+    assert engine.workers
     one, two = [[0, 1, 2, 3]], [[0, 2], [1, 3]]
     assert by_process([1, 1, 1, 1], 64, 1000, "cpu") == two
     assert by_process([1, 1, 1, 1], 64, 1000, "cuda") == by_process([1, 1, 1, 1], 64, 1 << 28, "cpu") == one
@@ -189,7 +189,7 @@ def test_there_are_no_helpers_where_one_process_is_best(engine: Pooled, monkeypa
 def test_a_process_that_may_have_no_children_samples_alone(engine: Pooled, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
     same(generate(engine, requests()), sample(make_policy(), requests()))
-    assert not engine.helpers
+    assert not engine.workers
 
 
 def test_where_the_system_has_no_room_for_a_process_there_is_one_fewer(
@@ -344,8 +344,8 @@ def test_a_helper_that_is_killed_before_it_is_told_what_to_do_is_replaced(monkey
     engine, asked = Pooled(codec=without_end()), requests(n=4)
     expected = exactly(generate(engine, asked))
     os.kill(engine.pids[0], signal.SIGKILL)
-    engine.helpers[0].fork.process.join()
-    monkeypatch.setattr(type(engine.helpers[0].fork.process), "is_alive", lambda process: True)
+    engine.workers[0].fork.process.join()
+    monkeypatch.setattr(type(engine.workers[0].fork.process), "is_alive", lambda process: True)
     with pytest.warns(RuntimeWarning, match="ended with status -9"):
         assert exactly(generate(engine, asked)) == expected
     engine.close()
@@ -356,8 +356,8 @@ def test_what_was_cancelled_stays_so_when_its_helper_is_replaced() -> None:
     for request in requests(n=4, max_tokens=40):
         engine.submit(request)
     engine._deal()
-    (helper,) = engine._busy
-    cancelled = next(iter(helper.wanted))
+    (worker,) = engine._busy
+    cancelled = next(iter(worker.wanted))
     engine.cancel(cancelled)
     os.kill(engine.pids[0], signal.SIGKILL)
     with pytest.warns(RuntimeWarning):
@@ -389,7 +389,7 @@ def test_an_idle_helper_that_is_killed_is_replaced(engine: Pooled) -> None:
     expected = generate(engine, requests(n=4))
     pids = engine.pids
     os.kill(pids[0], signal.SIGKILL)
-    engine.helpers[0].fork.process.join()
+    engine.workers[0].fork.process.join()
     with pytest.warns(RuntimeWarning, match="ended from outside"):
         found = generate(engine, requests(n=4))
     same(found, expected)
@@ -424,9 +424,9 @@ def test_a_helper_that_is_busy_with_what_was_cancelled_is_not_waited_for() -> No
     for request in requests(n=4, max_tokens=40):
         engine.submit(request)
     engine._deal()
-    (helper,) = engine._busy
+    (worker,) = engine._busy
     os.kill(engine.pids[0], signal.SIGSTOP)
-    kept, *others = helper.wanted
+    kept, *others = worker.wanted
     for uid in others:
         engine.cancel(uid)
     assert engine._busy, "one request of it is still wanted"
@@ -453,7 +453,7 @@ def test_closing_ends_them_and_may_be_done_twice(engine: Pooled) -> None:
     assert len(pids) == 1
     engine.close()
     engine.close()
-    assert not engine.helpers
+    assert not engine.workers
     assert gone(pids)
 
 
@@ -481,7 +481,7 @@ def test_they_end_with_the_process_that_began_them() -> None:
 def test_they_hold_nothing_of_what_is_open_here(engine: Pooled) -> None:
     reader, writer = os.pipe()
     generate(engine, requests())
-    assert engine.helpers
+    assert engine.workers
     os.close(writer)
     assert os.read(reader, 1) == b"", "somebody else holds the other end"
     os.close(reader)

@@ -233,7 +233,8 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's account of a process")
 @pytest.mark.parametrize("case", CASES)
 def test_memory_is_what_a_real_step_takes(tmp_path: Path, case: str) -> None:
-    """Within a quarter, of several hundred MB. Two steps: from the second on Adam's means are there beside the rest."""
+    """Within a quarter, of several hundred MB. Two steps: from the second on Adam's moments are there beside the
+    rest."""
     real, planned = real_and_planned(tmp_path, CASES[case])
     assert planned.needed == pytest.approx(real, rel=0.25), in_text(planned)
 

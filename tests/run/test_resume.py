@@ -83,7 +83,7 @@ def without_clock(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_same_run(found: Path, whole: Path) -> None:
-    """Weights, Adam's means, the reference, counters, events and rollouts: all of it to the bit."""
+    """Weights, Adam's moments, the reference, counters, events and rollouts: all of it to the bit."""
     last = checkpoints(whole)[-1]
     assert [path.name for path in checkpoints(found)] == [path.name for path in checkpoints(whole)]
     for file in (*sorted(last.glob("*.safetensors")), whole / "checkpoints/best/model.safetensors"):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 LARGEST = 1 << 27
-"""Parameters of a model that several cores compute with apart: larger products keep all of them busy together, and what
+"""Parameters of a model that several cores compute with apart: larger matmuls keep all of them busy together, and what
 each needs of its own, such as gradients, would be felt."""
 UNEVEN = 1.25
 """How much more than the mean the largest share may be: beyond that, threads inside each operation finish earlier."""

@@ -1,6 +1,6 @@
-"""What surrounds the products on a CPU: norms, rotation and gate, with gradients; a tile's softmax; a step's attention.
+"""Compiled kernels for a CPU: RMSNorm, RoPE and SwiGLU with gradients, a tile's softmax, a decoding step's attention.
 
-A decoding step has some sixty small operations a layer besides its products, and handing each of them out takes longer
+A decoding step has some sixty small operations a layer besides its matmuls, and dispatching each of them takes longer
 than it does: at hidden sizes of some hundred numbers, two thirds of a step. Written out in C (`kernels.c`) they are
 four, and in training a few passes over memory take the place of many. The
 C is compiled once per machine, by the compiler that `CC` names or the first of cc, gcc and clang, and kept in the cache

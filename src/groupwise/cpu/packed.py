@@ -1,7 +1,7 @@
-"""Products of few rows with large matrices on a CPU, over copies that are laid out as the kernel reads them.
+"""Matmuls of few rows with large matrices on a CPU, over copies that are laid out as the kernel reads them.
 
-A decoding step multiplies every matrix by a handful of rows. A general product then spends as long on laying out the
-matrix as on the product, at each step anew; a copy that is laid out once takes a third to a half off."""
+A decoding step multiplies every matrix by a handful of rows. A general matmul then spends as long on laying out the
+matrix as on the matmul, at each step anew; a copy that is laid out once takes a third to a half off."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class PackedLinear:
 
 
 def bytes_of_copies(products: Iterable[Sequence[Part]], dtype: torch.dtype) -> int:
-    """What the copies for these products take, computed in `dtype`."""
+    """What the copies for these matmuls take, computed in `dtype`."""
     copied = [parts for parts in products if _copied(dtype, parts)]
     return dtype.itemsize * sum(weight.numel() for parts in copied for weight, _ in parts)
 
@@ -109,7 +109,7 @@ def _is_large(parts: Sequence[Part]) -> bool:
 
 @cache
 def _kernel_agrees(dtype: torch.dtype) -> bool:
-    """Whether this build has the kernel for `dtype`, and it says what a plain product says."""
+    """Whether this build has the kernel for `dtype`, and it says what a plain matmul says."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The doctor's checks of numbers: properties that hold for every model, tried on this one.
+"""The doctor's checks of numbers: properties that hold for every model, tested on this one.
 
 Log-probs are compared token by token, gradients by the norm of their difference over their norm."""
 

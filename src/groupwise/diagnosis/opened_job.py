@@ -36,7 +36,7 @@ from groupwise.wiring.scoring import open_functions, say_unread, scorer_of
 from groupwise.wiring.settings import learner_settings, objective_of, sampling_of
 
 LOOKED_AT = 64
-"""How many prompts the tokenizer and the template are tried on."""
+"""How many prompts the tokenizer and the template are tested on."""
 PROMPTS, OUTPUTS, TOKENS = 4, 8, 48
 """How many prompts are sampled, the most outputs of each, and the most tokens of one: seconds on a small model."""
 SHORT = 256

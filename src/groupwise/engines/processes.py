@@ -2,12 +2,12 @@
 every operation on all of them.
 
 A decoding step is hundreds of small operations one after the other. Threads inside each wait for one another hundreds
-of times, and what hands them out runs on one core. So requests are dealt out to helpers, copies of this process
+of times, and what dispatches them runs on one core. So requests are dealt out to worker processes, copies of this one
 (`fork`) of one thread, that compute with the same weights in the same memory. Nothing is sent but
 requests and completions, and what a row draws does not depend on which process draws it.
 
-A helper has one thread: GNU's OpenMP knows no other way in a copy of a process that has used it. So there is a process
-per thread, or one alone."""
+A worker process has one thread: GNU's OpenMP knows no other way in a copy of a process that has used it. So there is a
+process per thread, or one alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Flight:
 
 
 class PooledEngine:
-    """An `Engine` that deals out the requests that wait when sampling begins to `own` and to helpers.
+    """An `Engine` that deals out the requests that wait when sampling begins to `own` and to worker processes.
 
     How many there are depends on the requests, the model and the number of torch's threads only. Where one is best, and
     for requests that come later, it is `own`. Fewer than `least_tokens` in all are not dealt out.
@@ -74,20 +74,20 @@ class PooledEngine:
         self._waiting.append(request)
 
     def cancel(self, uid: str) -> None:
-        """See `Engine`. A helper that nothing is wanted of any more is ended."""
+        """See `Engine`. A worker process that nothing is wanted of any more is ended."""
         if self._flights.pop(uid, None) is None:
             return
         self._waiting = [request for request in self._waiting if request.uid != uid]
         self._ready = deque(sampled for sampled in self._ready if sampled.uid != uid)
         self.own.cancel(uid)
-        for helper in self._busy:
-            helper.wanted.pop(uid, None)
-        _end([helper for helper in self._busy if not helper.wanted], self._busy)
+        for worker in self._busy:
+            worker.wanted.pop(uid, None)
+        _end([worker for worker in self._busy if not worker.wanted], self._busy)
 
     def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, *, in_flight: InFlight = "finish") -> None:
-        """See `Engine`. What helpers have not finished begins again in either case, with the new weights."""
+        """See `Engine`. What worker processes have not finished begins again in either case, with the new weights."""
         self._receive(0.0)
-        wanted = [uid for helper in self._busy for uid in helper.wanted]
+        wanted = [uid for worker in self._busy for uid in worker.wanted]
         self._waiting += [self._flights[uid].request for uid in wanted if uid in self._flights]
         _end(self._busy, self._busy)
         self.own.load_weights(weights, version, in_flight=in_flight)
@@ -105,8 +105,8 @@ class PooledEngine:
         self.own.close()
 
     def poll(self, timeout: float | None = None) -> list[Sampled]:
-        """See `Engine`. Raises ModelError where the policy's logits are not finite, or where helpers end again and
-        again."""
+        """See `Engine`. Raises ModelError where the policy's logits are not finite, or where worker processes end again
+        and again."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             while self._flights:
@@ -134,10 +134,10 @@ class PooledEngine:
             yield sampled
 
     def _work(self, timeout: float | None) -> None:
-        """Go on until something is ready, a helper has ended, or time is over."""
+        """Go on until something is ready, a worker process has ended, or time is over."""
         if self._waiting:
             self._deal()
-        # One also when all helpers are done: how sums are rounded must not depend on when that is.
+        # One also when all worker processes are done: how sums are rounded must not depend on when that is.
         with threads(1 if self._apart else torch.get_num_threads()):
             own = self.own.poll(timeout)
         assert own or self._busy or timeout is not None, f"nobody samples {sorted(self._flights)}"
@@ -145,7 +145,7 @@ class PooledEngine:
         self._receive(0.0 if own or not self._busy else timeout)
 
     def _deal(self) -> None:
-        """Give what waits to this process and, where nothing else runs and it pays, to helpers."""
+        """Give what waits to this process and, where nothing else runs and it pays, to worker processes."""
         requests, self._waiting = self._waiting, []
         alone = len(self._flights) == len(requests)
         kept, *given = self._shares(requests) if alone else [requests]
@@ -163,34 +163,35 @@ class PooledEngine:
             self.own.submit(request)
 
     def _have_sampled(self, task: Task) -> SamplingProcess | None:
-        """Give a task to a helper, which is returned, or do it here where there can be none."""
+        """Give a task to a worker process, which is returned, or do it here where there can be none."""
         while True:
             try:
-                helper = self._helper()
+                worker = self._worker()
             except OSError as error:
                 _warn(f"there is no room for another process ({error}), so this one samples its part too")
                 self._sample_here(request for request in task.requests if request.uid in self._flights)
                 return None
             try:
-                helper.begin(task)
+                worker.begin(task)
             except GoneError as gone:
-                self._count(gone, helper)
+                self._count(gone, worker)
             else:
-                self._busy.append(helper)
-                return helper
+                self._busy.append(worker)
+                return worker
 
-    def _replace(self, gone: GoneError, helper: SamplingProcess) -> None:
-        """Have another helper do the whole task of one that was ended: alike from the first token on, since how sums
-        are rounded depends on which rows are there together. What has arrived is not given out again."""
-        self._busy.remove(helper)
-        self._count(gone, helper)
-        other = self._have_sampled(helper.task)
+    def _replace(self, gone: GoneError, worker: SamplingProcess) -> None:
+        """Have another worker process do the whole task of one that was ended: alike from the first token on, since how
+        sums are rounded depends on which rows are there together. What has arrived is not given out again."""
+        self._busy.remove(worker)
+        self._count(gone, worker)
+        other = self._have_sampled(worker.task)
         if other is not None:
-            other.wanted = helper.wanted  # some may have been cancelled since
+            other.wanted = worker.wanted  # some may have been cancelled since
 
-    def _count(self, gone: GoneError, helper: SamplingProcess) -> None:
-        """Say once that a helper was ended while it was busy. Raises ModelError where that happens too often."""
-        helper.end()
+    def _count(self, gone: GoneError, worker: SamplingProcess) -> None:
+        """Say once that a worker process was ended while it was busy. Raises ModelError where that happens too
+        often."""
+        worker.end()
         self._replaced += 1
         what = f"{gone} (-9: it was killed, often for lack of memory)"
         advice = 'Lower sampling.max_live_outputs, or sample in one process: `engine.kind` = "native".'
@@ -212,35 +213,35 @@ class PooledEngine:
             shares = by_process(tokens, sum(request.n for request in requests), policy.size, policy.device)
         return [[request for f in share for request in of_family[f]] for share in shares]
 
-    def _helper(self) -> SamplingProcess:
+    def _worker(self) -> SamplingProcess:
         """One that is idle, or a new one. Raises OSError."""
         weights = share(self.own.policy.model)
         if weights is not self._weights:
             _end(self._idle, self._idle)
             self._weights = weights
         while self._idle:
-            helper = self._idle.pop()
-            if helper.fork.alive:
-                return helper
+            worker = self._idle.pop()
+            if worker.fork.alive:
+                return worker
             _warn("a process that had nothing to do was ended from outside, and another takes its place")
-            helper.end()
+            worker.end()
         return SamplingProcess(self.own)
 
     def _receive(self, timeout: float | None) -> None:
-        """Take in what helpers have finished; wait so many seconds for one of them, None for ever."""
-        ready = Fork.ready([helper.fork for helper in self._busy], timeout)
-        for helper in [helper for helper in self._busy if helper.fork in ready]:
+        """Take in what worker processes have finished; wait so many seconds for one of them, None for ever."""
+        ready = Fork.ready([worker.fork for worker in self._busy], timeout)
+        for worker in [worker for worker in self._busy if worker.fork in ready]:
             try:
-                self._take(helper)
+                self._take(worker)
             except GoneError as gone:
-                self._replace(gone, helper)
+                self._replace(gone, worker)
                 continue
-            if not helper.left:
-                self._busy.remove(helper)
-                self._idle.append(helper)
+            if not worker.left:
+                self._busy.remove(worker)
+                self._idle.append(worker)
 
-    def _take(self, helper: SamplingProcess) -> None:
-        for sampled in helper.finished():
+    def _take(self, worker: SamplingProcess) -> None:
+        for sampled in worker.finished():
             self._ready.append(sampled)
             if self.own.on_tokens is not None:
                 self.own.on_tokens(len(sampled.completion.token_ids))
@@ -256,12 +257,12 @@ def by_process(sizes: Sequence[float], outputs: int, parameters: int, device: to
     return [list(range(len(sizes)))]
 
 
-def _end(helpers: Sequence[SamplingProcess], those: list[SamplingProcess]) -> None:
+def _end(workers: Sequence[SamplingProcess], those: list[SamplingProcess]) -> None:
     """End some of `those`, which they are taken out of."""
-    gone = list(helpers)
-    those[:] = [helper for helper in those if helper not in gone]
-    for helper in gone:
-        helper.end()
+    gone = list(workers)
+    those[:] = [worker for worker in those if worker not in gone]
+    for worker in gone:
+        worker.end()
 
 
 def _end_both(idle: list[SamplingProcess], busy: list[SamplingProcess]) -> None:

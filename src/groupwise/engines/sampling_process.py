@@ -15,7 +15,7 @@ from groupwise.wording import one_line
 
 
 class Task(NamedTuple):
-    """What a helper is to do, and how."""
+    """What a worker process is to do, and how."""
 
     requests: list[Request]
     version: int
@@ -58,7 +58,7 @@ class SamplingProcess:
 
 
 def _serve(own: NativeEngine, pipe: Pipe) -> None:
-    """What a helper does, until the other end is closed."""
+    """What a worker process does, until the other end is closed."""
     own.close()  # what the parent has decoded is of no use here
     own.on_tokens = None
     try:

@@ -61,7 +61,7 @@ def learning_rate(settings: OptimizerSettings, update: int) -> float:
 
 
 _MEANS = ("exp_avg", "exp_avg_sq")
-"""Adam's names of its running means: of gradients and of their squares."""
+"""Adam's names of its first and second moments: of gradients and of their squares."""
 
 
 class MasterOptimizer:
@@ -120,7 +120,8 @@ class MasterOptimizer:
             master.grad += gradients[name]
 
     def zero_grad(self) -> None:
-        """Gradients to 0, not to None: an update whose every output was skipped still moves the running means."""
+        """Gradients to 0, not to None: an update whose every output was skipped still moves the first and second
+        moments."""
         for master in self.master_weights.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -165,7 +166,7 @@ class MasterOptimizer:
             )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Adam's running means by parameter name (none before its first step), and the counters."""
+        """Adam's first and second moments by parameter name (none before its first step), and the counters."""
         states = {name: self.adam.state[master] for name, master in self.master_weights.items()}
         tensors = {f"{name}.{key}": state[key] for name, state in states.items() for key in _MEANS if self.applied}
         counters = {"update": self.update, "adam_steps": self.applied, "refused_in_a_row": self.refused_in_a_row}
@@ -196,8 +197,8 @@ class MasterOptimizer:
     def _make_state(self) -> None:
         """Adam's state of before its first step, as Adam itself would make it there.
 
-        By then sampling and passes have freed memory, and the running means would lie in pieces of that for good: what
-        the next step asks for would not fit between them any more, and be new memory once again (LOG.md).
+        By then sampling and passes have freed memory, and the first and second moments would lie in pieces of that for
+        good: what the next step asks for would not fit between them any more, and be new memory once again (LOG.md).
         """
         for master in self.master_weights.values():
             means = {key: torch.zeros_like(master) for key in _MEANS}

@@ -64,7 +64,7 @@ class ForestAttention:
     def attend(self, layer: int, query_N: Tensor, key_N: Tensor, value_N: Tensor, options: Options) -> Tensor:
         """See `AttentionLayout`."""
         self.calls.append(layer)
-        # On a GPU the stock kernels win over products of our own, for all the copies of keys that they need.
+        # On a GPU the stock kernels win over matmuls of our own, for all the copies of keys that they need.
         stock = query_N.is_cuda and options.softcap is None and options.sinks is None
         return (_stock if stock else _tiled)(self.forest, query_N, key_N, value_N, options)
 

@@ -1,9 +1,9 @@
-"""The decoder of the Llama family without its modules: the same numbers, with far less around the products.
+"""The decoder of the Llama family without its modules: the same numbers, with far less around the matmuls.
 
-One token per row is so little work that handing it out, through some forty modules a layer and their arguments, takes
-longer than computing it; and of a stream the last layer is needed only where something is predicted. So the forward of
-this family is written out here once more, over the modules' own weights. It is used where the probe has found it equal
-to the modules, in values and in gradients, on a tiny clone.
+One token per row is so little work that dispatching it, through some forty modules a layer and their arguments,
+takes longer than computing it; and of a stream the last layer is needed only where something is predicted. So the
+forward of this family is written out here once more, over the modules' own weights. It is used where the probe has
+found it equal to the modules, in values and in gradients, on a tiny clone.
 
 Index arrays: `N` tokens, `K` of them that predict something, `D` numbers of a hidden state."""
 

@@ -24,12 +24,12 @@ class HeadShape:
     softcap: float | None = None
 
     def apply(self, raw: Tensor) -> Tensor:
-        """Logits from the raw product."""
+        """Logits from the raw matmul."""
         logits = raw if self.scale == 1.0 else raw * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def chain(self, logits: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient with respect to the raw product, from that with respect to the logits. Works in place."""
+        """The gradient with respect to the raw matmul, from that with respect to the logits. Works in place."""
         if self.softcap is not None:
             gradient *= 1 - (logits / self.softcap) ** 2
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
@@ -39,7 +39,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
     """Keeps hidden states and one log-sum-exp per token; recomputes a chunk's logits in the backward pass.
 
     Where the gradient that will arrive is known beforehand (`grad_logprobs_T`) a chunk's logits are used for it at once
-    and computed no second time: three products with the head's matrix instead of four.
+    and computed no second time: three matmuls with the head's matrix instead of four.
     """
 
     @staticmethod
@@ -148,7 +148,7 @@ def chunked_logprobs(
 
 
 def dense_logprobs(logits_TV: Tensor, target_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The same from whole logits `[T, V]`, by autograd: for heads that are not a matrix product, and as an oracle."""
+    """The same from whole logits `[T, V]`, by autograd: for heads that are more than one matmul, and as an oracle."""
     log_softmax = torch.log_softmax(wide(logits_TV) / temperature, -1)
     logprobs_T = log_softmax.gather(-1, target_T[:, None])[:, 0]
     with torch.no_grad():

@@ -31,7 +31,7 @@ def parameter_count(config: PreTrainedConfig, trust_remote_code: bool = False, a
 
 
 def weight_bytes(parameters: int, dtype: torch.dtype, reference: bool) -> dict[str, int]:
-    """Bytes of all that is as large as the model and stays: weights, gradients, running means, copies."""
+    """Bytes of all that is as large as the model and stays: weights, gradients, first and second moments, copies."""
     narrow = dtype.itemsize if dtype.itemsize < torch.float32.itemsize else 0
     return {
         "master weights": 4 * parameters,

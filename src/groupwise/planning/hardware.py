@@ -29,7 +29,7 @@ _TINY = Shape(groups=1, outputs=2, prompt=4, length=4)
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOPs per second of products with many and with few rows, bytes per second, and seconds per operation.
+    """FLOPs per second of matmuls with many and with few rows, bytes per second, and seconds per operation.
 
     Bytes count what is read and what is written: of activations of many and of few rows, and of weights that lie in
     main memory. An operation has its own price in a decoding step, in a forward pass, and in training.

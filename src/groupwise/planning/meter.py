@@ -25,7 +25,7 @@ class Cost:
     `kept` are the bytes that lie between forward and backward, `peak` the most at any time, both beside what was there
     before; `top` is the most until the first of what was kept is given back. Blocks below `LARGE` are not given back to
     the system, so that their peak and that of large ones add up even where they come one after the other. `flops` are
-    those of matrix products, `attention_flops` those of fused attention. `moved` are the bytes that all other
+    those of matmuls, `attention_flops` those of fused attention. `moved` are the bytes that all other
     operations read and write, `operations` how many there are of all kinds.
     """
 

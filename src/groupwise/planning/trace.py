@@ -139,7 +139,7 @@ class TracedModel:
             if self.dtype != torch.float32:
                 raise self._opaque(error) from error
         try:
-            # Grouped products of experts know no float32 without data. Twice the narrow type is what they then hold.
+            # Grouped matmuls of experts know no float32 without data. Twice the narrow type is what they then hold.
             narrow = self._by_depth(run, checkpointing, torch.bfloat16)
         except Exception as error:
             # The same boundary.

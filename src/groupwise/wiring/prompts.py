@@ -21,7 +21,7 @@ from groupwise.wiring.settings import (
 TRAINING_QUESTIONS = 8192
 """How many of the built-in questions are an epoch."""
 CHECKED_PROMPTS = 64
-"""How many prompts the tokenizer is tried on."""
+"""How many prompts the tokenizer is tested on."""
 
 
 def training_prompts(job: Job, model: Model, objects: PythonObjects) -> PromptSet:

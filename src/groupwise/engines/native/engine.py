@@ -27,7 +27,7 @@ from groupwise.tokenizer.stop_strings import StopChecker
 from groupwise.types import Branch, Completion, Finish, Request, Sampled, Sampling
 
 _AHEAD = 16
-"""Tokens whose uniforms are computed together: for one, handing out the operations takes longer than they do."""
+"""Tokens whose uniforms are computed together: for one, dispatching the operations takes longer than they do."""
 
 
 class Decoder(Protocol):

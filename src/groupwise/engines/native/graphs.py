@@ -1,4 +1,4 @@
-"""Decoding steps that are captured once and replayed: on a GPU, handing out a step's operations takes longer than they.
+"""CUDA graphs of decoding steps, captured once and replayed: launch overhead is longer than a small step.
 
 A captured step has fixed shapes and reads fixed places. So live rows, what they share and lengths are rounded up to a
 bucket; what is added attends to nothing and its results are dropped."""
