@@ -152,7 +152,7 @@ FAULTS = [
     Fault("manifest.json", Path.unlink, "manifest.json is missing"),
     Fault("manifest.json", cut, "manifest.json cannot be read"),
     Fault("manifest.json", lambda path: path.write_text("[1]"), "manifest.json cannot be read"),
-    Fault("manifest.json", lambda path: path.write_text('{"schema_version": 2}'), "its own SHA-256 differs"),
+    Fault("manifest.json", lambda path: path.write_text('{"schema_version": 3}'), "its own SHA-256 differs"),
     Fault("model.safetensors", Path.unlink, "model.safetensors cannot be read: no such file"),
     Fault("model.safetensors", cut, "bytes instead of"),
     Fault("optimizer.safetensors", flip, "optimizer.safetensors is not what was saved"),
@@ -409,7 +409,7 @@ def test_a_manifest_agrees_with_its_folder_and_its_state(tmp_path: Path) -> None
         checkpoint.load(tmp_path / "step-00000009")
 
 
-@pytest.mark.parametrize("version, sealed", [(1, False), (3, True)])
+@pytest.mark.parametrize("version, sealed", [(1, False), (2, True), (4, True)])
 def test_a_whole_checkpoint_of_another_version_is_not_passed_over(tmp_path: Path, version: int, sealed: bool) -> None:
     """Its steps would be thrown away."""
     for step in (3, 6):
@@ -420,7 +420,7 @@ def test_a_whole_checkpoint_of_another_version_is_not_passed_over(tmp_path: Path
         manifest = json.loads((newest / "manifest.json").read_text())
         del manifest["sha256"]
         (newest / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(RunFolderError, match=f"step-00000006 .*format has version {version}, and this .* version 2"):
+    with pytest.raises(RunFolderError, match=f"step-00000006 .*format has version {version}, and this .* version 3"):
         checkpoint.latest(tmp_path, never)
 
 

@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from groupwise.disk import REPLACED, cannot_write, free_bytes, os_error, put_in_place, sync, write_atomic
 from groupwise.errors import RunFolderError
 
-SCHEMA_VERSION = 2
-"""1 had no digest of the manifest itself."""
+SCHEMA_VERSION = 3
+"""1 had no digest of the manifest itself, 2 no names of the parts in its state."""
 Tensors = Mapping[str, torch.Tensor]
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL, _DAMAGED = ".partial", ".damaged"
