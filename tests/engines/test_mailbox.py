@@ -76,6 +76,25 @@ def test_the_same_uid_twice_is_a_mistake_of_ours(engine: Engine) -> None:
         mailbox.ask(named("a"))
 
 
+def test_after_an_error_of_the_engine_everybody_may_ask_again() -> None:
+    class Failing(ScriptedEngine):
+        broken = True
+
+        def poll(self, timeout: float | None = None) -> list[Sampled]:
+            if self.broken:
+                self.close()
+                raise RuntimeError("the device is gone")
+            return super().poll(timeout)
+
+    engine = Failing(lambda request, index: "a", CODEC)
+    mailbox = Mailbox(engine)
+    mailbox.ask(named("train"))
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        generate(mailbox, named("eval"))
+    engine.broken = False
+    assert [len(generate(mailbox, named(name))) for name in ("eval", "train")] == [4, 4]
+
+
 def test_an_engine_that_stops_early_is_found_out() -> None:
     class Lazy(ScriptedEngine):
         def poll(self, timeout: float | None = None) -> list[Sampled]:

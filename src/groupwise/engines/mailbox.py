@@ -46,12 +46,17 @@ class Mailbox:
         return ticket
 
     def take(self, ticket: Ticket, timeout: float | None = None) -> Answers | None:
-        """See `Sampler`. Raises what the engine raises."""
+        """See `Sampler`. Raises what the engine raises: with what it had in flight, all that was asked for is gone."""
         requests = self._asked[ticket]
         deadline = None if timeout is None else time.monotonic() + timeout
         while missing := [request.uid for request in requests if None in self._found[request.uid]]:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            some = self.engine.poll(left)
+            try:
+                some = self.engine.poll(left)
+            except BaseException:
+                self._asked.clear()
+                self._found.clear()
+                raise
             for uid, index, completion in some:
                 self._found[uid][index] = completion
             assert some or left is not None, f"the engine stopped without finishing {missing}"
