@@ -239,3 +239,21 @@ def test_progress_counts_every_token_that_was_drawn() -> None:
     found = sample(make_policy(), requests(), max_live=5, on_tokens=told.append)
     assert sum(told) == sum(len(c.token_ids) for group in found for c in group)
     assert max(told) <= 5
+
+
+@both_layouts
+def test_new_weights_leave_the_decoder_and_its_memory_where_they_are(layout: LayoutName) -> None:
+    """Also where something is in flight and begins again: stores and captured steps were paid for."""
+    policy = make_policy(layout=layout)
+    engine = NativeEngine(policy, CODEC, max_live=4)
+    expected = tokens(generate(engine, requests(n=3)))
+    decoder = engine.decoder
+    for request in requests(n=3):
+        engine.submit(request)
+    seen = {(one.uid, one.output): one.completion.token_ids for one in engine.poll()}
+    engine.load_weights([], version=1)
+    seen |= {(one.uid, one.output): one.completion.token_ids for one in finished(engine)}
+    engine.load_weights([], version=2)
+    assert engine.decoder is decoder
+    assert [[seen[f"r{i}", j] for j in range(3)] for i in range(4)] == expected
+    assert tokens(generate(engine, requests(n=3))) == expected

@@ -85,16 +85,14 @@ class NativeEngine:
         self._start_empty()
 
     def _start_empty(self) -> None:
-        self.decoder = self._make_decoder()
+        make = SharedDecoder if self.policy.layout == "shared" else PlainDecoder
+        self.decoder: Decoder = make(self.policy)
         self._flights: dict[str, _Flight] = {}
         self._of_tree: dict[str, dict[str, Request]] = {}
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
         self._ready: deque[Sampled] = deque()
         self._settings: _Settings | None = None
-
-    def _make_decoder(self) -> Decoder:
-        return SharedDecoder(self.policy) if self.policy.layout == "shared" else PlainDecoder(self.policy)
 
     def submit(self, request: Request) -> None:
         """See `Engine`. Raises ConfigError for an empty stop string."""
@@ -145,9 +143,12 @@ class NativeEngine:
     def _begin_again(self) -> None:
         """Draw what is under way from its first token on: prompts too are computed with the new weights."""
         again = [_Row(row.request, row.index) for row in self._rows]
+        with torch.inference_mode():  # stores and captured steps stay, for what begins anew
+            self._drop(range(len(self._rows)))
+            for uid, flight in self._flights.items():
+                if flight.begun and flight.undrawn:
+                    self.decoder.end(uid)
         self._waiting.extendleft(reversed(again))
-        self._rows, self._settings = [], None
-        self.decoder = self._make_decoder()
         for request in {row.request.uid: row.request for row in self._waiting}.values():
             self._flights[request.uid].begun = False
             if request.branch is not None and self.decoder.refills:
