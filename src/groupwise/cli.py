@@ -366,7 +366,7 @@ def _status() -> int:
     try:
         app(prog_name="groupwise")
     except GroupwiseError as error:
-        typer.echo(" ".join([f"groupwise: {error}", *getattr(error, "__notes__", ())]), err=True)
+        typer.echo(_sentences(f"groupwise: {error}", *getattr(error, "__notes__", ())), err=True)
         return 2
     except SystemExit as ended:
         if ended.code == 2:
@@ -376,6 +376,14 @@ def _status() -> int:
                 typer.echo(f"groupwise: {sentence}", err=True)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return 0
+
+
+def _sentences(*said: str) -> str:
+    """What is said one after the other: a traceback ends with its line, and a sentence with a full stop."""
+    whole = said[0]
+    for more in said[1:]:
+        whole += f"\n{more}" if "\n" in whole else f" {more}" if whole[-1:] in ".!?" else f". {more}"
+    return whole
 
 
 def _status_without(out: Output) -> int:

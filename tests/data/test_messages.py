@@ -40,6 +40,25 @@ def parts(*texts: str) -> list[dict[str, Any]]:
     return [{"type": "text", "text": text, "image": None} for text in texts]
 
 
+# --- messages as JSON -------------------------------------------------------------------------------------------------
+
+
+def test_messages_that_a_table_holds_as_json_are_messages_and_are_counted() -> None:
+    texts = [json.dumps([QUESTION]), " " + json.dumps([{"role": "system", "content": "Add."}, QUESTION])]
+    found = load_prompts(DataSection(), PLAIN, rows=[{"prompt": text} for text in (*texts, "1+1?")])
+    assert (found.as_json, found.texts) == (2, 1)
+    assert [prompt.content for prompt in found.prompts] == [json.loads(texts[0]), json.loads(texts[1]), "1+1?"]
+    assert found.prompts[0].token_ids == one({"prompt": [QUESTION]}).token_ids
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2] is a list", "[1, 2]", "[]", '[{"role": "user"}]', '{"role": "user", "content": "a"}']
+)
+def test_other_json_is_a_text_like_any_other(text: str) -> None:
+    found = load_prompts(DataSection(), PLAIN, rows=[{"prompt": text}])
+    assert (found.as_json, found.prompts[0].content) == (0, text)
+
+
 # --- content in parts -------------------------------------------------------------------------------------------------
 
 

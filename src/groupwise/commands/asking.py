@@ -70,7 +70,7 @@ def read_messages(text: str, name: str) -> list[Message]:
         found = json.loads(text)
     except ValueError:
         try:
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            found = [json.loads(line) for line in text.split("\n") if line.strip()]
         except ValueError as error:
             raise DataError(
                 f"{name} is neither a JSON list of messages nor a message per line: {one_line(error)}"

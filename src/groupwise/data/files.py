@@ -19,13 +19,14 @@ class PromptSet:
     """The usable prompts of a data set in its order, and how many were left out because they are too long.
 
     Of all rows that were read, also those left out: `texts` had a prompt that is a text, `answered` one that ends in a
-    message of the assistant's.
+    message of the assistant's, `as_json` one whose messages are written as JSON.
     """
 
     prompts: tuple[Prompt, ...]
     dropped_long: int
     texts: int = 0
     answered: int = 0
+    as_json: int = 0
 
 
 def load_prompts(
@@ -47,13 +48,14 @@ def load_prompts(
     longest = min((n for n in (max_prompt_length, section.max_prompt_length) if n is not None), default=None)
     prompts: list[Prompt] = []
     too_long: list[int] = []
-    texts = answered = 0
+    texts = answered = as_json = 0
     for index, row in enumerate(_read(section) if rows is None else rows):
         if len(prompts) == limit:
             break
         where = f"{name}, row {index} (counted from 0)"
         content = _content(row, section.prompt_column, where)
         texts += isinstance(content, str)
+        as_json += isinstance(row[section.prompt_column], str) and not isinstance(content, str)
         answered += not isinstance(content, str) and content[-1]["role"] == "assistant"
         prompt = _prompt(row, index, _asked(content, section, where), section, codec, where)
         if longest is None or len(prompt.token_ids) <= longest:
@@ -72,7 +74,7 @@ def load_prompts(
         )
     if not prompts:
         raise DataError(f"{name} has no rows. Give at least one row with a {section.prompt_column!r} column.")
-    return PromptSet(tuple(prompts), len(too_long), texts, answered)
+    return PromptSet(tuple(prompts), len(too_long), texts, answered, as_json)
 
 
 def check_keys(section: DataSection, prompts: PromptSet) -> None:

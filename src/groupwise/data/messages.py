@@ -17,13 +17,33 @@ TEMPLATE_COLUMNS: Final = ("tools", "chat_template_kwargs")
 
 
 def as_content(value: Any, where: str) -> str | list[Message]:
-    """A prompt as the codec takes it: a string, or a list of messages (also as a numpy array, as pandas holds it)."""
-    if isinstance(value, str) and value:
-        return value
+    """A prompt as the codec takes it: a string, or a list of messages (also as a numpy array, as pandas holds it, or as
+    JSON, as a CSV does)."""
     items = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(items, str) and items:
+        items = _messages_in(items)
+        if items is None:
+            return str(value)
     if isinstance(items, list | tuple) and items:
         return [_message(item, f"{where}, message {index}") for index, item in enumerate(items)]
     raise DataError(f"{where} has to be a text or a list of messages, neither of them empty, but is {shown(value)}.")
+
+
+def _messages_in(text: str) -> list[Any] | None:
+    """The messages that a text holds as JSON; None where it is a text like any other."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        items = json.loads(text)
+    except ValueError:
+        return None
+    if (
+        isinstance(items, list)
+        and items
+        and all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in items)
+    ):
+        return items
+    return None
 
 
 def _message(item: Any, where: str) -> Message:

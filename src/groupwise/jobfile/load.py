@@ -206,7 +206,8 @@ def _parsed(text: str, origin: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         place = re.search(r"line (\d+)", str(error))
-        line = f" That line reads `{text.splitlines()[int(place[1]) - 1].strip()}`." if place else ""
+        lines = text.split("\n")  # as TOML counts them: other separators may stand inside a text
+        line = f" That line reads `{lines[int(place[1]) - 1].strip()}`." if place else ""
         raise ConfigError(f"{origin} is not valid TOML: {error}.{line} Strings need quotes, as in TOML.") from None
 
 

@@ -61,6 +61,8 @@ def check_prompts(prompts: PromptSet, codec: Codec, warn: Callable[[str], None])
     """Say what was left out, and hold the tokenizer against what is left. Raises ModelError where it loses text."""
     if prompts.dropped_long:
         warn(f"{prompts.dropped_long} prompts are too long and were left out")
+    if prompts.as_json:
+        warn(f"{prompts.as_json} prompts are messages written as JSON, and are taken as messages")
     first = prompts.prompts[:CHECKED_PROMPTS]
     texts = [codec.render(prompt.content, prompt.template_options) for prompt in first]
     for warning in [*codec.check(texts), *remarks(prompts.prompts, codec)]:
