@@ -484,3 +484,20 @@ def test_after_a_step_of_single_calls_that_do_not_hang_comes_one_of_all_together
     found = [flat(reward([group(*texts)], listening()[0])) for texts in (["bad", "bb"], ["a", "bb"], ["a", "bb"])]
     assert found == [[None, 2.0], [1.0, 2.0], [1.0, 2.0]]
     assert (tmp_path / "calls").read_text().split()[-3:] == ["1", "1", "2"]
+
+
+def test_what_says_why_comes_before_what_was_not_tried(load: Load) -> None:
+    """The first failure is what a run ends with: of many, one that was really seen."""
+    reward = load(
+        """
+        import os
+
+        def score(completions):
+            os._exit(3)
+        """
+    )
+    context, _ = listening()
+    reward([group(*"abcdefgh")], context)
+    assert len(context.faults) == 8
+    assert "status 3" in context.faults[0]
+    assert "was not tried" in context.faults[-1]

@@ -16,6 +16,8 @@ from groupwise.rewards.functions.workers import CallFailed, Runner
 from groupwise.seeds import stable_hash
 from groupwise.types import Group
 
+UNTRIED = "it was not tried"
+"""Begins why an output has no value that was left out after too many costly ones."""
 MOST_COSTLY = 4
 """So many outputs in a row that each took too long alone, or ended the process, speak for all that follow."""
 
@@ -88,7 +90,9 @@ class FunctionCalls:
             for index, failure in reply.failures.items():
                 where = show_output(*outputs[len(whole.values) + index])
                 self._tell(failure, f"on an output, which is not scored\n{where}", context)
-                context.faults.append(f"{where}\n{failure.detail}")
+                fault = f"{where}\n{failure.detail}"
+                tried = sum(UNTRIED not in one for one in context.faults)  # what says why comes first
+                context.faults.insert(len(context.faults) if UNTRIED in failure.detail else tried, fault)
             whole.append(reply)
         own = f"{self.place}/{self.name}"
         context.metrics |= {name: mean(logged) for name, logged in whole.metrics.items()}
@@ -127,7 +131,7 @@ class FunctionCalls:
         replies: dict[int, Reply] = {}
         for index in order:
             if replies and self._costly >= MOST_COSTLY:
-                why = f"it was not tried: the {self._costly} calls before it all took too long, or ended the process"
+                why = f"{UNTRIED}: the {self._costly} calls before it all took too long, or ended the process"
                 replies[index] = Reply([None], {0: CallFailed("timeout", why)})
                 continue
             replies[index] = reply = self._tried(alone(request, index), context)
